@@ -1,0 +1,74 @@
+"""The words that all of the agent shares: identifiers, specifications, states. Frozen values, no behaviour but their own."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+ID_PREFIX = "sbx-"
+_ID_ALPHABET = string.ascii_lowercase + string.digits
+_ID_PATTERN = re.compile(rf"{ID_PREFIX}[a-z0-9]{{16}}")
+
+GUEST_MAC = "02:73:62:78:00:01"
+GUEST_IPV4 = "10.0.99.2/30"
+GATEWAY_IPV4 = "10.0.99.1/30"
+GUEST_IPV6 = "fd73:6278::2/64"
+GATEWAY_IPV6 = "fd73:6278::1/64"
+VSOCK_PORT = 1024
+
+
+def new_sandbox_id() -> str:
+    """Returns a fresh identifier: usable as host name, namespace name and directory name; 82 random bits."""
+    return ID_PREFIX + "".join(secrets.choice(_ID_ALPHABET) for _ in range(16))
+
+
+def is_sandbox_id(text: str) -> bool:
+    """Whether `text` has the form of a sandbox identifier."""
+    return _ID_PATTERN.fullmatch(text) is not None
+
+
+class State(StrEnum):
+    """Where a sandbox is in its life."""
+
+    CREATING = "creating"
+    RUNNING = "running"
+    FAILED = "failed"
+    DELETING = "deleting"
+    DELETED = "deleted"
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.CREATING: frozenset({State.RUNNING, State.FAILED, State.DELETING}),
+    State.RUNNING: frozenset({State.FAILED, State.DELETING}),
+    State.FAILED: frozenset({State.DELETING}),
+    State.DELETING: frozenset({State.DELETED}),
+    State.DELETED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """How long a sandbox lives: until `duration_s` after its creation, or as long as a lease is kept alive.
+
+    Both None: until it is deleted. A lease lapses `lease_s` after the last KeepAlive message.
+    """
+
+    duration_s: float | None = None
+    lease_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSpec:
+    """What a caller asked for, validated; sizes in bytes."""
+
+    image: str
+    vcpu_count: int
+    memory_bytes: int
+    disk_bytes: int
+    env: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    lifetime: Lifetime = Lifetime()
+    request_id: str = ""

@@ -1,0 +1,141 @@
+"""What a virtual machine monitor must offer: the interface that `sandbox/` drives, and every driver implements.
+
+A driver knows one VMM (its argv, its control protocol). It decides nothing: sizes, paths, namespaces and order come from
+the caller as plain values, and a failed start leaves no process, socket or file behind.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+
+class LinkKind(StrEnum):
+    """What carries the byte stream between host and guest."""
+
+    SERIAL = "serial"  # a virtio-serial port, a unix stream socket on the host
+    VSOCK = "vsock"  # AF_VSOCK in the guest; on the host a unix socket with the CONNECT handshake, or AF_VSOCK
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpec:
+    """A raw disk image for the guest; `serial` is how the guest finds it (/sys/block/*/serial)."""
+
+    path: Path
+    serial: str
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NicSpec:
+    """The guest's network card: a tap that exists already, inside the namespace that the VMM is started in."""
+
+    tap: str
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
+class VmSpec:
+    """Everything a driver needs to start one VM. Sizes are in bytes; paths exist, except what the VMM itself makes."""
+
+    id: str
+    vcpu_count: int
+    memory_bytes: int
+    kernel: Path
+    initramfs: Path
+    cmdline: str
+    disks: tuple[DiskSpec, ...]
+    nic: NicSpec | None
+    netns: str | None  # name under /run/netns
+    run_dir: Path  # exists, mode 0700, short enough for unix sockets; the driver may fill it
+    link: LinkKind
+    console_limit_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class VmmInfo:
+    """Which VMM this is: `version` as it reports it, `accelerator` "kvm" or "tcg", and why that was chosen."""
+
+    name: str
+    version: str
+    accelerator: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExitInfo:
+    """How a VMM process ended: exactly one of `exit_code` and `signal` is set; both are None if it was not our child."""
+
+    exit_code: int | None
+    signal: int | None
+    stderr_tail: str
+
+    def describe(self) -> str:
+        """One phrase for error messages."""
+        if self.signal is not None:
+            return f"killed by signal {self.signal}"
+        if self.exit_code is not None:
+            return f"exited with status {self.exit_code}"
+        return "ended"
+
+
+class Vm(Protocol):
+    """One running virtual machine."""
+
+    @property
+    def pid(self) -> int:
+        """PID of the VMM process in the host's PID namespace."""
+
+    @property
+    def resume_token(self) -> Mapping[str, str]:
+        """Plain facts (pid, start time, socket paths) that `Driver.adopt` needs to find this VM again."""
+
+    async def dial(self) -> socket.socket:
+        """Returns a connected, non-blocking stream socket to the guest's link, past any handshake.
+
+        :raises GuestUnreachable: nobody answers there.
+        """
+
+    async def wait(self) -> ExitInfo:
+        """Returns once the VMM process is gone. Any number of tasks may wait; cancellation leaves the VM alone."""
+
+    async def stop(self) -> None:
+        """Ensures that the VMM and its helpers are gone (SIGKILL) and their sockets removed. Idempotent."""
+
+    def console_tail(self, limit_bytes: int) -> bytes:
+        """Returns the last bytes that the guest wrote to its serial console, at most `limit_bytes`."""
+
+
+class Driver(Protocol):
+    """Starts virtual machines of one VMM."""
+
+    async def probe(self) -> VmmInfo:
+        """Finds the binary and the accelerator that really boots a guest; cached after the first call.
+
+        :raises VmmError: no usable VMM; the message says what to install.
+        """
+
+    async def start(self, spec: VmSpec) -> Vm:
+        """Starts the VM and returns as soon as its control socket answers; the guest may still be booting.
+
+        :raises VmmError: the VMM did not start. Nothing is left behind.
+        """
+
+    async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> Vm | None:
+        """Returns the VM that an earlier agent started, or None if it does not live any more.
+
+        Decides by pidfd, start time and socket, never by a PID alone.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class VmmOptions:
+    """What an operator may set about the VMM; empty means the driver finds it itself."""
+
+    binary: str = ""
+    accelerator: str = "auto"  # auto | kvm | tcg
+    extra_args: tuple[str, ...] = field(default=())
