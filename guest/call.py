@@ -1,0 +1,143 @@
+"""One call from the host, as its handler in the guest sees it."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+from guest import wire
+from guest.reactor import Cancelled, Waiters
+from guest.wire import CallError, Frame, FrameReader
+from guest.yamux import HEADER_BYTES, Stream
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from guest.link import Link
+
+    Handler = Callable[["Call"], Awaitable[dict[str, object]]]
+
+HEADROOM = HEADER_BYTES + wire.HEAD_BYTES
+# The largest write that virtio_console takes at once is 32 KiB (port_fops_write in the kernel's drivers/char/virtio_console.c);
+# each one costs an exit to the VMM, so data frames fill it.
+CHUNK_BYTES = (32 << 10) - HEADROOM
+CallAbandoned = Cancelled  # raised in a handler, at its await, when the host gave up the call
+
+_CODES = {
+    "NOT_FOUND": (errno.ENOENT, errno.ESRCH, errno.ENXIO),
+    "EXISTS": (errno.EEXIST,),
+    "DENIED": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "INVALID": (errno.EINVAL, errno.ENAMETOOLONG),
+    "EXHAUSTED": (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EFBIG),
+}
+_CODE_BY_ERRNO = {number: code for code, numbers in _CODES.items() for number in numbers}
+
+
+def os_error(error: OSError, subject: str = "") -> CallError:
+    """Returns the call error that stands for an errno(3); codes not in the table become STATE."""
+    number = error.errno or 0
+    subject = subject or str(error.filename or "")
+    text = error.strerror or str(error)
+    return CallError(
+        _CODE_BY_ERRNO.get(number, "STATE"),
+        f"{subject}: {text}" if subject else text,
+        errno.errorcode.get(number, ""),
+    )
+
+
+class Call:
+    """A request, and the frames that follow it in both directions."""
+
+    __slots__ = ("_frames", "_link", "_readers", "_stream", "_writers", "req")
+
+    def __init__(self, stream: Stream, link: Link) -> None:
+        self.req: dict[str, object] = {}
+        self._stream = stream
+        self._link = link
+        self._frames = FrameReader(stream)
+        self._readers = Waiters()
+        self._writers = Waiters()
+        stream.on_readable = self._readers.wake
+        stream.on_writable = self._writers.wake
+
+    @property
+    def link_lost(self) -> bool:
+        """Whether the call ended because the link did, and not because the host gave it up."""
+        return self._stream.session.abandoned
+
+    @property
+    def host_done(self) -> bool:
+        """Whether the host has closed its side of the stream: no frame of any type will come."""
+        return (self._stream.remote_closed or self._stream.was_reset) and not self._stream.inbox
+
+    async def recv(self, max_bytes: int = 64 << 10) -> tuple[int, bytes]:
+        """Returns the next frame, data frames in pieces; (Frame.EOF, b"") once the host sends no more.
+
+        :raises WireError: the host broke the format.
+        """
+        while True:
+            frame = self._frames.next(max_bytes)
+            if frame is not None:
+                return frame
+            if self._stream.remote_closed or self._stream.was_reset:
+                return Frame.EOF, b""
+            await self._readers.wait()
+
+    async def send(self, kind: int, data: bytes) -> None:
+        """Sends bytes as one or more frames; waits for flow control."""
+        for start in range(0, len(data), CHUNK_BYTES):
+            piece = data[start : start + CHUNK_BYTES]
+            await self._ready_to_send(wire.HEAD_BYTES + len(piece))
+            self._stream.send(wire.pack(kind, piece))
+
+    async def send_buffer(self, kind: int, buffer: bytearray, size: int) -> None:
+        """Sends `buffer[HEADROOM:HEADROOM + size]` as one frame without copying it; `size` is at most CHUNK_BYTES."""
+        await self._ready_to_send(wire.HEAD_BYTES + size)
+        wire.HEAD.pack_into(buffer, HEADER_BYTES, kind, size)
+        self._stream.send_in_place(buffer, wire.HEAD_BYTES + size)
+
+    async def send_json(self, kind: int, value: dict[str, object]) -> None:
+        """Sends one JSON frame, over several windows if it must."""
+        data = wire.pack_json(kind, value)
+        for start in range(0, len(data), CHUNK_BYTES):
+            piece = data[start : start + CHUNK_BYTES]
+            await self._ready_to_send(len(piece))
+            self._stream.send(piece)
+
+    async def _ready_to_send(self, size: int) -> None:
+        while True:
+            if self._stream.was_reset:
+                raise CallAbandoned
+            if self._link.blocked:
+                await self._link.unblocked.wait()
+            elif self._stream.send_credit < size:
+                await self._writers.wait()
+            else:
+                return
+
+    async def answer(self, handlers: dict[str, Handler]) -> None:
+        """Reads the request, runs its handler, and sends its result or error as the last frame."""
+        kind, value = Frame.ERROR, {}
+        try:
+            value = await self._handle(handlers)
+            kind = Frame.RESULT
+        except CallError as error:
+            value = {"code": error.code, "message": error.message, "errno": error.errno}
+        except OSError as error:
+            value = vars(os_error(error))
+        except (ValueError, TypeError, KeyError, wire.WireError) as error:
+            value = {"code": "INVALID", "message": f"bad request: {error!r}", "errno": ""}
+        await self.send_json(kind, value)
+        self._stream.close()
+
+    async def _handle(self, handlers: dict[str, Handler]) -> dict[str, object]:
+        kind, payload = await self.recv()
+        if kind != Frame.REQUEST:
+            raise CallError("INVALID", "the first frame of a call must be a request")
+        self.req = wire.parse_json(payload)
+        operation = self.req.get("op")
+        handler = handlers.get(operation) if isinstance(operation, str) else None
+        if handler is None:
+            raise CallError("UNSUPPORTED", f"unknown operation {json.dumps(operation)[:100]}; the guest's code is older than the agent")
+        return await handler(self)

@@ -1,0 +1,108 @@
+"""Makes a guest this sandbox's own: randomness, clock, names, addresses, root. Everything that sys.configure sets."""
+
+from __future__ import annotations
+
+import base64
+import os
+import socket
+import time
+
+from guest import kernel, nic, root
+from guest.process_ops import ProcessOps, parse_env
+from guest.wire import CallError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from guest.call import Call
+
+_MIN_ENTROPY_BYTES = 32
+
+
+def _text(req: dict[str, object], name: str) -> str:
+    value = req.get(name) or ""
+    if not isinstance(value, str) or "\0" in value or "\n" in value:
+        raise CallError("INVALID", f"{name} must be one line of text")
+    return value
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def _entropy(req: dict[str, object]) -> None:
+    seed = base64.b64decode(_text(req, "entropy"), validate=True)
+    if len(seed) < _MIN_ENTROPY_BYTES:
+        raise CallError("INVALID", f"entropy must have at least {_MIN_ENTROPY_BYTES} bytes")
+    kernel.add_entropy(seed)
+
+
+def _clock(req: dict[str, object]) -> None:
+    now = req.get("time_ns")
+    if not isinstance(now, int) or now <= 0:
+        raise CallError("INVALID", "time_ns must be nanoseconds since 1970")
+    time.clock_settime_ns(time.CLOCK_REALTIME, now)
+
+
+def _root(req: dict[str, object]) -> None:
+    serial = _text(req, "data_disk_serial")
+    if serial:
+        root.mount_writable_root(root.find_disk(serial))
+
+
+def _names(req: dict[str, object]) -> None:
+    hostname = _text(req, "hostname")
+    socket.sethostname(hostname)
+    _write("/etc/hostname", f"{hostname}\n")
+    _write("/etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {hostname}\n::1 localhost ip6-localhost ip6-loopback\n")
+    _write("/etc/machine-id", f"{_text(req, 'machine_id')}\n")
+
+
+def _network(req: dict[str, object]) -> None:
+    net = req.get("net")
+    interface = nic.first_nic()
+    if isinstance(net, dict) and interface:
+        nic.configure_ipv4(interface, _text(net, "address"), _text(net, "gateway"))
+        if _text(net, "address6") and os.path.exists("/proc/sys/net/ipv6"):
+            nic.configure_ipv6(interface, _text(net, "address6"), _text(net, "gateway6"))
+    servers = req.get("dns")
+    if isinstance(servers, list):
+        _write("/etc/resolv.conf", "".join(f"nameserver {str(server)[:64]}\n" for server in servers))
+
+
+_PHASES: tuple[tuple[str, Callable[[dict[str, object]], None]], ...] = (
+    ("entropy", _entropy),
+    ("clock", _clock),
+    ("root", _root),
+    ("names", _names),
+    ("network", _network),
+)
+
+
+class Identity:
+    """Handler of sys.configure: runs once per boot."""
+
+    def __init__(self, processes: ProcessOps) -> None:
+        self.configured = False
+        self._processes = processes
+        self._failed = ""
+
+    async def configure(self, call: Call) -> dict[str, object]:
+        """sys.configure: returns {"phases": [[name, milliseconds], ...]}; a phase that failed leaves the guest unusable."""
+        if self.configured or self._failed:
+            raise CallError("STATE", f"the sandbox is configured already {self._failed}".rstrip(), "CONFIGURED")
+        env = parse_env(call.req.get("env") or {})
+        phases: list[list[object]] = []
+        for name, phase in _PHASES:
+            start = time.perf_counter_ns()
+            try:
+                phase(call.req)
+            except OSError as error:
+                self._failed = f"(phase {name} failed)"
+                raise CallError("INTERNAL", f"configuring {name}: {error}") from error
+            phases.append([name, (time.perf_counter_ns() - start) / 1e6])
+        self._processes.env = env
+        self._processes.ready = self.configured = True
+        return {"phases": phases}

@@ -1,0 +1,99 @@
+"""PID 1 of the guest: mounts, loopback, then a server for the host's calls, for ever.
+
+Phases are numbered and each is one call. It ends only with the VM: a failure in a phase is printed on the console and
+panics the kernel, which ends the VMM (panic=-1), so that the host sees it at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+from guest import kernel, link, nic, reactor, root, wire
+from guest.dial import OPS as DIAL_OPS
+from guest.files import OPS as FILE_OPS
+from guest.identity import Identity
+from guest.oom import OomWatcher
+from guest.process import Registry
+from guest.process_ops import ProcessOps
+from guest.stats import OPS as STATS_OPS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guest.call import Call, Handler
+
+
+def log(text: str) -> None:
+    """Writes a line on the console."""
+    print(f"sandboxd-init: {text}", file=sys.stderr, flush=True)
+
+
+def command_line_option(name: str, default: str) -> str:
+    """Returns the value of `name=value` on the kernel's command line."""
+    with open("/proc/cmdline") as file:
+        for word in file.read().split():
+            key, _, value = word.partition("=")
+            if key == name:
+                return value
+    return default
+
+
+class System:
+    """Handlers that concern the whole guest."""
+
+    def __init__(self) -> None:
+        self.registry = Registry(OomWatcher())
+        self.processes = ProcessOps(self.registry)
+        self.identity = Identity(self.processes)
+        self.power_off_asked = False
+
+    def handlers(self) -> dict[str, Handler]:
+        """Returns every operation of the guest."""
+        return {
+            "sys.hello": self.hello,
+            "sys.configure": self.identity.configure,
+            "sys.poweroff": self.power_off,
+            **self.processes.handlers(),
+            **FILE_OPS,
+            **DIAL_OPS,
+            **STATS_OPS,
+        }
+
+    async def hello(self, _call: Call) -> dict[str, object]:
+        """sys.hello: says who answers."""
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot_id = file.read().strip()
+        return {
+            "version": wire.VERSION, "pid": os.getpid(), "boot_id": boot_id, "configured": self.identity.configured,
+            "python": sys.version.split()[0], "kernel": os.uname().release,
+        }  # fmt: skip
+
+    async def power_off(self, _call: Call) -> dict[str, object]:
+        """sys.poweroff: answers, then ends the VM."""
+        self.power_off_asked = True
+        return {}
+
+
+def serve(kind: str) -> None:
+    """Runs the server until the host asks for power-off."""
+    system = System()
+    reactor.spawn(system.registry.reap())
+    handlers = system.handlers()
+    reactor.spawn(link.serve_vsock(handlers) if kind == "vsock" else link.serve_serial(handlers))
+    gc.collect()
+    gc.freeze()  # what is loaded now stays: do not look at it again
+    log(f"serving on {kind}")
+    reactor.run_until(lambda: system.power_off_asked)
+    for _ in range(4):  # the answer to sys.poweroff leaves before the VM does
+        reactor.run_once()
+    kernel.power_off()
+
+
+def main() -> None:
+    """Boots the guest. Never returns."""
+    os.umask(0o022)
+    root.mount_boot_file_systems()  # 1
+    nic.bring_up("lo")  # 2
+    kind = command_line_option("sandboxd.link", "serial")  # 3
+    serve(kind)  # 4

@@ -1,0 +1,234 @@
+"""The guest's end of the link: a virtio-serial port, or connections accepted on AF_VSOCK.
+
+One host at a time. When it goes away, its calls end and everything else goes on; the next one starts with the handshake
+that `wire.find_sync` describes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections import deque
+
+from guest import reactor, wire
+from guest.call import Call, CallAbandoned
+from guest.reactor import Task, Waiters
+from guest.wire import WireError, find_sync
+from guest.yamux import Buffer, Session, Stream, YamuxError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guest.call import Handler
+
+_READ_BYTES = 64 << 10
+_MAX_QUEUED_BYTES = 4 << 20  # control frames for a host that does not read; data frames wait for `unblocked` instead
+
+
+class LinkLost(Exception):
+    """The host closed the link, or broke the protocol."""
+
+
+class Link:
+    """Frames in and out of one descriptor. `blocked` says that a data frame would have to wait for `unblocked`."""
+
+    def __init__(self, fd: int, handlers: dict[str, Handler], *, hang_up_is_final: bool) -> None:
+        self.unblocked = Waiters()
+        self._fd = fd
+        self._handlers = handlers
+        self._hang_up_is_final = hang_up_is_final
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._buffer = bytearray(_READ_BYTES)
+        self._tasks: dict[int, Task] = {}
+        self._closed = False
+        reactor.register(fd)
+        self._writer = reactor.spawn(self._write_queue())
+
+    @property
+    def blocked(self) -> bool:
+        """Whether bytes are waiting for the host to read."""
+        return bool(self._queue)
+
+    def write(self, data: Buffer) -> None:
+        """Sends `data`, or queues a copy of what the host does not take at once."""
+        if self._closed:
+            return
+        written = 0
+        if not self._queue:
+            try:
+                written = os.write(self._fd, data)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise LinkLost(str(error)) from None
+        if written < len(data):
+            self._queue.append(bytes(data[written:]))
+            self._queued_bytes += len(data) - written
+            if self._queued_bytes > _MAX_QUEUED_BYTES:
+                raise LinkLost("the host does not read")
+
+    async def _write_queue(self) -> None:
+        while True:
+            while self._queue:
+                data = self._queue[0]
+                try:
+                    written = os.write(self._fd, data)
+                except OSError:  # EAGAIN; or the host is gone, which the reading side notices
+                    break
+                self._queued_bytes -= written
+                if written == len(data):
+                    self._queue.popleft()
+                else:
+                    self._queue[0] = data[written:]
+            if not self._queue:
+                self.unblocked.wake()
+            await reactor.writable(self._fd)
+
+    async def serve(self) -> None:
+        """Serves one host after another; returns when the descriptor is of no more use."""
+        pending = bytearray()
+        try:
+            while True:
+                try:
+                    nonce = await self._handshake(pending)
+                    await self._session(nonce, pending)
+                except (LinkLost, YamuxError, WireError) as error:
+                    print(f"link: {error}", file=sys.stderr, flush=True)
+                    if self._hang_up_is_final and isinstance(error, LinkLost):
+                        return
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Closes the descriptor. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._writer.cancel()
+            reactor.unregister(self._fd)
+            os.close(self._fd)
+
+    async def _handshake(self, pending: bytearray) -> bytes:
+        while True:
+            nonce = find_sync(pending, wire.SYNC_REQUEST)
+            if nonce is not None:
+                return nonce
+            try:
+                pending += await self._read()
+            except LinkLost:
+                pending.clear()
+                if self._hang_up_is_final:
+                    raise
+                await reactor.readable(self._fd)  # no host: epoll's edge comes when one connects
+
+    async def _session(self, nonce: bytes, pending: bytearray) -> None:
+        self._queue.clear()
+        self._queued_bytes = 0
+        self.unblocked.wake()
+        session = Session(client=False, write=self.write, on_stream=self._accept)
+        try:
+            self.write(wire.SYNC_REPLY + nonce)
+            data: Buffer = bytes(pending)
+            pending.clear()
+            while True:
+                try:
+                    session.feed(data)
+                except YamuxError:
+                    pending += data  # may hold the next host's handshake
+                    raise
+                data = await self._read()
+        finally:
+            session.abandon()
+            for task in list(self._tasks.values()):
+                task.cancel()
+            self._queue.clear()
+            self._queued_bytes = 0
+
+    async def _read(self) -> memoryview:
+        """Returns what has arrived, up to the buffer's size; valid until the next call."""
+        view = memoryview(self._buffer)
+        size = 0
+        while size <= _READ_BYTES - 4096:  # a virtio-serial port gives at most one page per read
+            try:
+                count = os.readv(self._fd, [view[size:]])
+            except BlockingIOError:
+                if size:
+                    break
+                await reactor.readable(self._fd)
+                continue
+            except OSError as error:
+                raise LinkLost(str(error)) from None
+            if not count:
+                if size:
+                    break
+                raise LinkLost("the host closed the link")
+            size += count
+        else:
+            await reactor.checkpoint()  # the host writes faster than we read: let the calls run, too
+        return view[:size]
+
+    def _accept(self, stream: Stream) -> None:
+        call = Call(stream, self)
+        task = reactor.spawn(call.answer(self._handlers))
+        self._tasks[stream.id] = task
+        wake_reader = stream.on_readable
+
+        def on_readable() -> None:
+            if stream.was_reset:
+                task.cancel()
+            wake_reader()
+
+        def on_done(task: Task) -> None:
+            del self._tasks[stream.id]
+            if task.failure is not None and not isinstance(task.failure, CallAbandoned):
+                print(f"call failed: {task.failure!r}", file=sys.stderr, flush=True)
+            if task.failure is not None and not self._closed:
+                try:
+                    stream.reset()
+                except LinkLost:
+                    pass
+
+        stream.on_readable = on_readable
+        task.on_done = on_done
+
+
+def open_serial(name: str) -> int:
+    """Returns a descriptor of the virtio-serial port `name` (sysfs; there is no udev here).
+
+    :raises FileNotFoundError: the VMM offers no such port.
+    """
+    base = "/sys/class/virtio-ports"
+    for port in sorted(os.listdir(base)):
+        with open(f"{base}/{port}/name") as file:
+            if file.read().strip() == name:
+                return os.open(f"/dev/{port}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    raise FileNotFoundError(f"no virtio-serial port named {name}")
+
+
+async def serve_serial(handlers: dict[str, Handler]) -> None:
+    """Serves the host on the virtio-serial port, for ever."""
+    await Link(open_serial(wire.SERIAL_NAME), handlers, hang_up_is_final=False).serve()
+
+
+async def serve_vsock(handlers: dict[str, Handler]) -> None:
+    """Serves hosts that connect to the AF_VSOCK port; a new connection replaces the one before it."""
+    listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    listener.bind((socket.VMADDR_CID_ANY, wire.LINK_PORT))
+    listener.listen(8)
+    await serve_listener(listener, handlers)
+
+
+async def serve_listener(listener: socket.socket, handlers: dict[str, Handler]) -> None:
+    """Serves one connection of `listener` at a time, the newest one."""
+    current: Task | None = None
+    reactor.register(listener.fileno())
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except BlockingIOError:
+            await reactor.readable(listener.fileno())
+            continue
+        connection.setblocking(False)
+        if current is not None:
+            current.cancel()
+        current = reactor.spawn(Link(connection.detach(), handlers, hang_up_is_final=True).serve())

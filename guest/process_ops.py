@@ -1,0 +1,196 @@
+"""The calls of the host that concern processes: proc.start, exec, attach, signal, resize, wait, list."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from guest import reactor, spawn
+from guest.call import Call, CallAbandoned
+from guest.process import Process, Registry
+from guest.user import User, lookup_user
+from guest.wire import CallError, Frame, parse_json
+
+DEFAULT_USER = "sandbox"
+DEFAULT_REPLAY_BYTES = 256 << 10
+MAX_REPLAY_BYTES = 16 << 20
+_HANG_UP_GRACE_S = 2.0
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guest.call import Handler
+
+
+def _strings(value: object, what: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) and "\0" not in item for item in value):
+        raise CallError("INVALID", f"{what} must be a list of strings without NUL")
+    return value
+
+
+def parse_env(value: object) -> dict[str, str]:
+    """Returns an environment. :raises CallError: names empty or with "=" or NUL, or values with NUL."""
+    if not isinstance(value, dict):
+        raise CallError("INVALID", "env must be an object")
+    for name, text in value.items():
+        if not name or "=" in name or "\0" in name or not isinstance(text, str) or "\0" in text:
+            raise CallError("INVALID", f"environment variable {name[:100]!r}: the name or value is not valid")
+    return value
+
+
+def _integer(value: object, low: int, high: int, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise CallError("INVALID", f"{what} must be a number from {low} to {high}, not {value!r:.40}")
+    return value
+
+
+def parse_signal(value: object) -> int:
+    """Returns the number of a signal given as "SIGTERM", "TERM", "15" or 15. :raises CallError: there is no such signal."""
+    text = str(value).upper()
+    if text.isdecimal():
+        number = int(text) if len(text) < 4 else 0
+    else:
+        name = text if text.startswith("SIG") else f"SIG{text}"
+        number = int(signal.Signals.__members__.get(name, 0))
+    if not 1 <= number <= signal.SIGRTMAX:
+        raise CallError("INVALID", f"unknown signal {str(value)[:40]!r}; use a name such as SIGTERM or a number")
+    return number
+
+
+def _size(value: object) -> tuple[int, int]:
+    size = value if isinstance(value, dict) else {}
+    return _integer(size.get("rows"), 1, 65535, "rows"), _integer(size.get("cols"), 1, 65535, "cols")
+
+
+class ProcessOps:
+    """Handlers over one registry. `env` is the sandbox's own environment, set by sys.configure."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.env: dict[str, str] = {}
+        self.ready = False
+
+    def handlers(self) -> dict[str, Handler]:
+        """Returns the handlers by operation."""
+        return {
+            "proc.start": self.start, "proc.exec": self.exec, "proc.attach": self.attach, "proc.signal": self.signal,
+            "proc.resize": self.resize, "proc.wait": self.wait, "proc.list": self.list,
+        }  # fmt: skip
+
+    def _start(self, req: dict[str, object]) -> Process:
+        if not self.ready:
+            raise CallError("STATE", "the sandbox is not configured yet", "NOT_CONFIGURED")
+        argv = _strings(req.get("argv"), "argv")
+        if not argv or not argv[0]:
+            raise CallError("INVALID", "argv must name a program")
+        user = lookup_user(str(req.get("user") or DEFAULT_USER))
+        cwd = str(req.get("cwd") or user.home)
+        env = self._environment(user, parse_env(req.get("env") or {}))
+        replay = _integer(req.get("replay") or DEFAULT_REPLAY_BYTES, 0, MAX_REPLAY_BYTES, "replay")
+        tty = req.get("tty")
+        if isinstance(tty, dict):
+            rows, cols = _size(tty)
+            env.setdefault("TERM", str(tty.get("term") or "xterm-256color"))
+            stdio = spawn.open_terminal(rows, cols, user)
+        else:
+            stdio = spawn.open_pipes(stdin=req.get("stdin") == "pipe")
+        return self.registry.start(argv, env, cwd, user, stdio, replay)
+
+    def _environment(self, user: User, own: dict[str, str]) -> dict[str, str]:
+        return {
+            "PATH": spawn.DEFAULT_PATH, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": user.shell,
+            "LANG": "C.UTF-8", **self.env, **own,
+        }  # fmt: skip
+
+    async def start(self, call: Call) -> dict[str, object]:
+        """proc.start: starts a process and returns what it is."""
+        return self._start(call.req).describe()
+
+    async def exec(self, call: Call) -> dict[str, object]:
+        """proc.exec: starts a process, attaches to it, and hangs it up if the host leaves before its end."""
+        process = self._start(call.req)
+        try:
+            return await self._attach(call, process, replay=True)
+        except CallAbandoned:
+            if not call.req.get("detach") and not call.link_lost and process.exit is None:
+                reactor.spawn(_hang_up(process))
+            raise
+        finally:
+            if process.exit is not None and not call.req.get("detach"):
+                self.registry.forget(process)
+
+    async def attach(self, call: Call) -> dict[str, object]:
+        """proc.attach: replays output that is kept, follows the process, takes its input, ends with its exit."""
+        return await self._attach(call, self.registry.get(call.req.get("id")), replay=call.req.get("replay") is not False)
+
+    async def _attach(self, call: Call, process: Process, *, replay: bool) -> dict[str, object]:
+        reader, dropped = process.log.open_reader(replay=replay)
+        feeder = reactor.spawn(_feed(call, process))
+        try:
+            await call.send_json(Frame.EVENT, {"process": process.describe(), "dropped": dropped})
+            await process.log.follow(reader, call)
+            return {"exit": process.exit}
+        finally:
+            feeder.cancel()
+            process.log.close_reader(reader)
+
+    async def signal(self, call: Call) -> dict[str, object]:
+        """proc.signal: sends a signal to the process group."""
+        self.registry.get(call.req.get("id")).kill(parse_signal(call.req.get("signal")))
+        return {}
+
+    async def resize(self, call: Call) -> dict[str, object]:
+        """proc.resize: changes the size of the terminal."""
+        self.registry.get(call.req.get("id")).resize(*_size(call.req))
+        return {}
+
+    async def wait(self, call: Call) -> dict[str, object]:
+        """proc.wait: returns once the process has exited."""
+        process = self.registry.get(call.req.get("id"))
+        while process.exit is None:
+            await process.exited.wait()
+        return {"exit": process.exit}
+
+    async def list(self, call: Call) -> dict[str, object]:
+        """proc.list: returns every process that is remembered, in pages."""
+        processes = [process.describe() for process in self.registry.by_number.values()]
+        for start in range(0, len(processes), 64):
+            await call.send_json(Frame.EVENT, {"processes": processes[start : start + 64]})
+        return {}
+
+
+async def _feed(call: Call, process: Process) -> None:
+    """Carries the host's frames to the process: input, its end, new sizes, signals."""
+    ended = False
+    while True:
+        kind, payload = await call.recv()
+        if kind == Frame.DATA and not ended:
+            await process.write_stdin(payload)
+        elif kind == Frame.EOF:
+            if not ended:
+                ended = True
+                await process.end_stdin()
+            if call.host_done:
+                return
+        elif kind == Frame.EVENT:
+            _control(process, parse_json(payload))
+
+
+def _control(process: Process, message: dict[str, object]) -> None:
+    """Best effort: the process may be gone, and there is no frame to answer with."""
+    try:
+        if "resize" in message:
+            process.resize(*_size(message["resize"]))
+        if "signal" in message:
+            process.kill(parse_signal(message["signal"]))
+    except CallError:
+        pass
+
+
+async def _hang_up(process: Process) -> None:
+    """Ends a process whose client left: SIGHUP to its group, SIGKILL after a grace."""
+    try:
+        process.kill(signal.SIGHUP)
+        await reactor.sleep(_HANG_UP_GRACE_S)
+        os.killpg(process.pid, signal.SIGKILL)
+    except (CallError, ProcessLookupError):
+        pass

@@ -1,0 +1,285 @@
+"""A scheduler for coroutines on one epoll descriptor: what PID 1 of the guest runs on.
+
+asyncio would do, but in a VM without hardware help its import takes most of a second and every event several times as long;
+an exec has to get through here in well under a millisecond. So this is the least that async functions need: tasks, file
+descriptors, timers, signals between tasks. Single-threaded; one `Reactor` per process.
+
+Descriptors are registered once and edge-triggered (epoll(7)): try the system call first, and only after EAGAIN await
+`readable` or `writable`. A wake-up may be spurious.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+_READ = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP | select.EPOLLPRI
+_WRITE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
+
+
+class Cancelled(BaseException):
+    """Raised inside a task that is cancelled, at its next await. Not an Exception: `except Exception` lets it through."""
+
+
+class Task:
+    """A running coroutine. `done` and then `failure` say how it went."""
+
+    __slots__ = ("_coroutine", "_park", "cancelled", "done", "failure", "on_done")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._coroutine = coroutine
+        self._park: Waiters | None = None
+        self.cancelled = False
+        self.done = False
+        self.failure: BaseException | None = None
+        self.on_done: Callable[[Task], None] | None = None
+
+    def cancel(self) -> None:
+        """Raises `Cancelled` in the task at its present or next await. Idempotent."""
+        if not self.done and not self.cancelled:
+            self.cancelled = True
+            if self._park is not None:
+                self._park.discard(self)
+                _reactor_ready.append(self)
+
+
+class Waiters:
+    """Tasks that wait for one thing. `wake` lets them all run; there is no memory: check your condition in a loop."""
+
+    __slots__ = ("_tasks",)
+
+    def __init__(self) -> None:
+        self._tasks: list[Task] = []
+
+    def wake(self) -> None:
+        """Makes every waiting task ready."""
+        if self._tasks:
+            for task in self._tasks:
+                task._park = None
+            _reactor_ready.extend(self._tasks)
+            self._tasks.clear()
+
+    def discard(self, task: Task) -> None:
+        """Forgets one task, without waking it."""
+        if task in self._tasks:
+            self._tasks.remove(task)
+        task._park = None
+
+    @types.coroutine
+    def wait(self) -> Generator[Waiters, None, None]:
+        """Waits for the next `wake`."""
+        yield self
+
+    def park(self, task: Task) -> None:
+        """Called by the reactor: `task` yielded this object."""
+        task._park = self
+        self._tasks.append(task)
+
+
+class _Descriptor:
+    __slots__ = ("read_ready", "readers", "write_ready", "writers")
+
+    def __init__(self) -> None:
+        self.readers = Waiters()
+        self.writers = Waiters()
+        self.read_ready = False
+        self.write_ready = False
+
+
+_reactor_ready: deque[Task] = deque()
+_descriptors: dict[int, _Descriptor] = {}
+_timers: list[tuple[float, int, Waiters]] = []
+_timer_count = 0
+_epoll: select.epoll | None = None
+
+
+def _poller() -> select.epoll:
+    global _epoll  # noqa: PLW0603  one reactor per process, made on first use
+    if _epoll is None:
+        _epoll = select.epoll()
+    return _epoll
+
+
+def spawn(coroutine: Coroutine[Any, Any, None]) -> Task:
+    """Starts a task; it first runs when its creator awaits. A failure goes to stderr unless `on_done` is set."""
+    task = Task(coroutine)
+    _reactor_ready.append(task)
+    return task
+
+
+def register(fd: int) -> None:
+    """Watches `fd` (non-blocking) from now on. `unregister` it before it is closed."""
+    _poller().register(fd, _READ | _WRITE | select.EPOLLET)
+    _descriptors[fd] = _Descriptor()
+
+
+def unregister(fd: int) -> None:
+    """Stops watching `fd`; tasks that wait for it wake up. Idempotent."""
+    descriptor = _descriptors.pop(fd, None)
+    if descriptor is not None:
+        _poller().unregister(fd)
+        descriptor.readers.wake()
+        descriptor.writers.wake()
+
+
+async def readable(fd: int) -> None:
+    """Returns when reading `fd` may succeed since it last gave EAGAIN."""
+    descriptor = _descriptors.get(fd)
+    if descriptor is None or descriptor.read_ready:
+        if descriptor is not None:
+            descriptor.read_ready = False
+        return
+    await descriptor.readers.wait()
+    descriptor.read_ready = False
+
+
+async def writable(fd: int) -> None:
+    """Returns when writing `fd` may succeed since it last gave EAGAIN."""
+    descriptor = _descriptors.get(fd)
+    if descriptor is None or descriptor.write_ready:
+        if descriptor is not None:
+            descriptor.write_ready = False
+        return
+    await descriptor.writers.wait()
+    descriptor.write_ready = False
+
+
+def poke(fd: int) -> None:
+    """Makes `readable(fd)` return, so that its waiter tries once more. Harmless for a descriptor that is not watched."""
+    descriptor = _descriptors.get(fd)
+    if descriptor is not None:
+        descriptor.read_ready = True
+        descriptor.readers.wake()
+
+
+async def sleep(seconds: float) -> None:
+    """Waits at least `seconds`."""
+    waiters = Waiters()
+    call_later(seconds, waiters)
+    await waiters.wait()
+
+
+def call_later(seconds: float, waiters: Waiters) -> None:
+    """Wakes `waiters` once, after `seconds`."""
+    global _timer_count  # noqa: PLW0603  breaks ties between equal deadlines
+    _timer_count += 1
+    heapq.heappush(_timers, (time.monotonic() + seconds, _timer_count, waiters))
+
+
+_turn = Waiters()
+
+
+async def checkpoint() -> None:
+    """Lets every other task that is ready, and every descriptor, have a turn."""
+    await _turn.wait()
+
+
+def run_until(done: Callable[[], bool]) -> None:
+    """Runs tasks until `done()` is true after a round."""
+    while not done():
+        run_once()
+
+
+def run_once() -> None:
+    """Waits for events, dispatches them, then gives each ready task one turn."""
+    _turn.wake()
+    events = _poller().poll(_timeout(), 64)
+    for fd, mask in events:
+        descriptor = _descriptors.get(fd)
+        if descriptor is None:
+            continue
+        if mask & _READ:
+            descriptor.read_ready = True
+            descriptor.readers.wake()
+        if mask & _WRITE:
+            descriptor.write_ready = True
+            descriptor.writers.wake()
+    _fire_timers()
+    for _ in range(len(_reactor_ready)):
+        _step(_reactor_ready.popleft())
+
+
+def _timeout() -> float:
+    if _reactor_ready:
+        return 0
+    if _timers:
+        return max(0.0, _timers[0][0] - time.monotonic())
+    return -1
+
+
+def _fire_timers() -> None:
+    if not _timers:
+        return
+    now = time.monotonic()
+    while _timers and _timers[0][0] <= now:
+        heapq.heappop(_timers)[2].wake()
+
+
+def _step(task: Task) -> None:
+    if task.done:
+        return
+    try:
+        if task.cancelled:
+            task.cancelled = False
+            parked = task._coroutine.throw(Cancelled())
+        else:
+            parked = task._coroutine.send(None)
+    except StopIteration:
+        _finish(task, None)
+    except BaseException as error:  # noqa: BLE001  whatever it is, the reactor goes on
+        _finish(task, error)
+    else:
+        parked.park(task)
+
+
+def _finish(task: Task, failure: BaseException | None) -> None:
+    task.done = True
+    task.failure = failure
+    if task.on_done is not None:
+        task.on_done(task)
+    elif failure is not None and not isinstance(failure, Cancelled):
+        traceback.print_exception(failure, file=sys.stderr)
+
+
+def watch_signal(number: int) -> Waiters:
+    """Returns waiters that are woken after each arrival of the signal (several may merge into one)."""
+    waiters = Waiters()
+    _signal_waiters[number] = waiters
+    if len(_signal_waiters) == 1:
+        _start_signal_pipe()
+    signal.signal(number, _on_signal)
+    return waiters
+
+
+_signal_waiters: dict[int, Waiters] = {}
+
+
+def _on_signal(number: int, _frame: object) -> None:
+    _signal_waiters[number].wake()
+
+
+def _start_signal_pipe() -> None:
+    """A signal must interrupt epoll_wait: Python restarts it (PEP 475), but the wake-up descriptor makes it return."""
+
+
+    read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    register(read_end)
+
+    async def drain() -> None:
+        while True:
+            try:
+                os.read(read_end, 512)
+            except BlockingIOError:
+                await readable(read_end)
+
+    spawn(drain())

@@ -1,0 +1,167 @@
+"""Starts one program: looks it up, gives it descriptors, a user, a directory, a terminal.
+
+posix_spawn(3) is used because it does not copy the address space of PID 1, and reports a failing exec as an error. It can
+neither change the user nor the directory, so PID 1, which is single-threaded, becomes that user in that directory for the
+length of the call: credentials and directory are inherited, and execve(2) makes the effective user id the saved one, so
+that nothing of root stays in the child.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import stat
+import struct
+import termios
+
+from guest.user import User
+from guest.wire import CallError
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_TTY_GROUP = 5
+# CPython ignores SIGPIPE and SIGXFSZ; programs expect the defaults.
+_DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+class Stdio:
+    """The guest's ends of a program's streams. Descriptors are non-blocking; -1 where there is none."""
+
+    __slots__ = ("child_fds", "stderr", "stdin", "stdout", "tty_path")
+
+    def __init__(self) -> None:
+        self.stdin = self.stdout = self.stderr = -1
+        self.tty_path = ""
+        self.child_fds: list[int] = []
+
+    def close_child(self) -> None:
+        """Closes the program's ends. Idempotent."""
+        while self.child_fds:
+            os.close(self.child_fds.pop())
+
+    def close(self) -> None:
+        """Closes everything, for a program that did not start. Idempotent."""
+        self.close_child()
+        for fd in {self.stdin, self.stdout, self.stderr} - {-1}:
+            os.close(fd)
+        self.stdin = self.stdout = self.stderr = -1
+
+
+def open_pipes(*, stdin: bool) -> Stdio:
+    """Returns pipes for output and errors, and for input unless it is /dev/null."""
+    stdio = Stdio()
+    try:
+        if stdin:
+            child, stdio.stdin = os.pipe2(os.O_CLOEXEC)
+        else:
+            child = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        stdio.child_fds.append(child)
+        for name in ("stdout", "stderr"):
+            ours, child = os.pipe2(os.O_CLOEXEC)
+            setattr(stdio, name, ours)
+            stdio.child_fds.append(child)
+            os.set_blocking(ours, False)
+        if stdin:
+            os.set_blocking(stdio.stdin, False)
+    except OSError:
+        stdio.close()
+        raise
+    return stdio
+
+
+def open_terminal(rows: int, cols: int, owner: User) -> Stdio:
+    """Returns a pseudo-terminal of the given size that belongs to `owner`; its one descriptor is stdin and stdout."""
+    stdio = Stdio()
+    master, slave = os.openpty()
+    stdio.stdin = stdio.stdout = master
+    stdio.child_fds.append(slave)
+    try:
+        stdio.tty_path = os.ttyname(slave)
+        os.fchown(slave, owner.uid, _TTY_GROUP)
+        os.fchmod(slave, 0o620)
+        os.set_blocking(master, False)
+        resize_terminal(master, rows, cols)
+    except OSError:
+        stdio.close()
+        raise
+    return stdio
+
+
+def resize_terminal(master: int, rows: int, cols: int) -> None:
+    """Sets the window size; the kernel sends SIGWINCH to the foreground group (ioctl_tty(2), TIOCSWINSZ)."""
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+
+def start(argv: list[str], env: dict[str, str], cwd: str, user: User, stdio: Stdio) -> int:
+    """Starts `argv` as leader of its own session and process group, and returns its PID.
+
+    :raises CallError: EXEC_NOT_FOUND (a shell's 127), EXEC_NOT_EXECUTABLE (126), CWD_INVALID, or the errno of the kernel.
+    """
+    actions: list[tuple[int, ...] | tuple[int, int, str, int, int]]
+    if stdio.tty_path:
+        # setsid comes first, so opening the terminal makes it the controlling one.
+        actions = [(os.POSIX_SPAWN_OPEN, 0, stdio.tty_path, os.O_RDWR, 0)]
+        actions += [(os.POSIX_SPAWN_DUP2, 0, 1), (os.POSIX_SPAWN_DUP2, 0, 2)]
+    else:
+        actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(stdio.child_fds)]
+    _become(user)
+    try:
+        try:
+            os.chdir(cwd)
+        except OSError as error:
+            raise CallError("STATE", f"cannot enter the working directory {cwd}: {error.strerror}", "CWD_INVALID") from None
+        path = find_program(argv[0], env.get("PATH", DEFAULT_PATH))
+        try:
+            return os.posix_spawn(
+                path, argv, env, file_actions=actions, setsid=True, setsigdef=_DEFAULT_SIGNALS, setsigmask=()
+            )
+        except OSError as error:
+            raise _exec_error(path, error) from None
+    finally:
+        _become_root(user)
+        os.chdir("/")
+
+
+def _become(user: User) -> None:
+    os.setgroups(user.groups)
+    os.setresgid(user.gid, user.gid, 0)
+    os.setresuid(user.uid, user.uid, 0)
+
+
+def _become_root(user: User) -> None:
+    os.setresuid(0, 0, 0)
+    os.setresgid(0, 0, 0)
+    if user.groups:
+        os.setgroups([])
+
+
+def find_program(name: str, path: str) -> str:
+    """Returns the file that execvp(3) would run, with the rights of the current effective user.
+
+    :raises CallError: EXEC_NOT_FOUND or EXEC_NOT_EXECUTABLE.
+    """
+    candidates = [name] if "/" in name else [os.path.join(entry or ".", name) for entry in path.split(":")]
+    found = ""
+    for candidate in candidates:
+        try:
+            mode = os.stat(candidate).st_mode
+        except OSError:
+            continue
+        if stat.S_ISREG(mode) and os.access(candidate, os.X_OK, effective_ids=True):
+            return candidate
+        found = found or candidate
+    if found:
+        raise CallError("STATE", f"{found}: is not an executable file (as in a shell's status 126)", "EXEC_NOT_EXECUTABLE")
+    where = "no such file" if "/" in name else f"not found in PATH {path}"
+    raise CallError("STATE", f"{name}: {where} (as in a shell's status 127)", "EXEC_NOT_FOUND")
+
+
+def _exec_error(path: str, error: OSError) -> CallError:
+    if error.errno == errno.ENOENT:
+        return CallError("STATE", f"{path}: its interpreter does not exist (first line of the file)", "EXEC_NOT_FOUND")
+    if error.errno in (errno.EACCES, errno.ENOEXEC, errno.ETXTBSY, errno.EISDIR):
+        return CallError("STATE", f"{path}: cannot be executed: {error.strerror}", "EXEC_NOT_EXECUTABLE")
+    if error.errno == errno.E2BIG:
+        return CallError("INVALID", f"{path}: arguments and environment are too long for the kernel", "E2BIG")
+    return CallError("EXHAUSTED", f"{path}: cannot be started: {error.strerror}", errno.errorcode.get(error.errno or 0, ""))
