@@ -97,13 +97,13 @@ class Call:
         wire.HEAD.pack_into(buffer, HEADER_BYTES, kind, size)
         self._stream.send_in_place(buffer, wire.HEAD_BYTES + size)
 
-    async def send_json(self, kind: int, value: dict[str, object]) -> None:
-        """Sends one JSON frame, over several windows if it must."""
+    async def send_json(self, kind: int, value: dict[str, object], *, last: bool = False) -> None:
+        """Sends one JSON frame, over several windows if it must; `last` ends this side of the stream with it."""
         data = wire.pack_json(kind, value)
         for start in range(0, len(data), CHUNK_BYTES):
             piece = data[start : start + CHUNK_BYTES]
             await self._ready_to_send(len(piece))
-            self._stream.send(piece)
+            self._stream.send(piece, last=last and start + CHUNK_BYTES >= len(data))
 
     async def _ready_to_send(self, size: int) -> None:
         while True:
@@ -128,8 +128,7 @@ class Call:
             value = vars(os_error(error))
         except (ValueError, TypeError, KeyError, wire.WireError) as error:
             value = {"code": "INVALID", "message": f"bad request: {error!r}", "errno": ""}
-        await self.send_json(kind, value)
-        self._stream.close()
+        await self.send_json(kind, value, last=True)
 
     async def _handle(self, handlers: dict[str, Handler]) -> dict[str, object]:
         kind, payload = await self.recv()

@@ -58,10 +58,17 @@ class Stream:
         self._recv_credit = INITIAL_WINDOW
         self._consumed = 0
 
-    def send(self, data: Buffer) -> None:
-        """Sends all of `data`; its length must be within `send_credit` (wait for `on_writable` otherwise)."""
+    def send(self, data: Buffer, *, last: bool = False) -> None:
+        """Sends all of `data`; its length must be within `send_credit` (wait for `on_writable` otherwise).
+
+        :param last: nothing follows: as `close`, in the same frame.
+        """
         size = len(data)
-        self.session.write(HEADER.pack(0, DATA, self._take_credit(size), self.id, size) + data)
+        flags = self._take_credit(size) | (FIN if last else 0)
+        self.session.write(HEADER.pack(0, DATA, flags, self.id, size) + data)
+        if last:
+            self.local_closed = True
+            self.session.forget_if_done(self)
 
     def send_in_place(self, buffer: bytearray, size: int) -> None:
         """Sends `buffer[HEADER_BYTES:HEADER_BYTES + size]`; the header is put into the room before it, nothing is copied."""
@@ -85,7 +92,7 @@ class Stream:
     def widen(self, window: int) -> None:
         """Lets the peer send up to `window` bytes ahead; must not shrink. The first frame of a stream may be this one."""
         extra = min(window, MAX_WINDOW) - self._window
-        if extra > 0:
+        if extra > 0 and not self.remote_closed and not self.was_reset:
             self._window += extra
             self._grant(extra)
 

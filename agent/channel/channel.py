@@ -126,7 +126,7 @@ class Channel:
             raise ResourceExhausted(f"too many calls to this sandbox at once: {error}") from None
         try:
             try:
-                stream.start({"op": op, **fields})
+                await stream.start({"op": op, **fields})
             except WireError as error:
                 raise InvalidSpec(f"the request is too large: {error}; make it smaller", reason="REQUEST_TOO_LARGE") from None
             yield stream

@@ -36,14 +36,9 @@ class CallStream:
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
 
-    def start(self, request: dict[str, object]) -> None:
-        """Sends the request. :raises InvalidSpec: it is over the limit (through `wire.pack_json`)."""
-        self._stream.widen(RECEIVE_WINDOW)
-        data = wire.pack_json(Frame.REQUEST, request)
-        if len(data) <= self._stream.send_credit:
-            self._stream.send(data)
-        else:
-            raise WireError(f"request of {len(data)} bytes; at most {self._stream.send_credit} fit the first window")
+    async def start(self, request: dict[str, object]) -> None:
+        """Sends the request. :raises WireError: it is over the limit. :raises GuestUnreachable: the link is gone."""
+        await self._send_whole(wire.pack_json(Frame.REQUEST, request))
 
     async def send(self, kind: Frame, data: bytes) -> None:
         """Sends bytes as frames of `kind`; waits while the guest does not read.
@@ -68,8 +63,10 @@ class CallStream:
         await self._send_whole(wire.pack(Frame.EOF))
 
     async def _send_whole(self, data: bytes) -> None:
-        if await self._room(len(data)):
-            self._stream.send(data)
+        """Sends a frame, in as many pieces as the guest's window asks for."""
+        while data and (room := await self._room(1)):
+            self._stream.send(data[:room])
+            data = data[room:]
 
     async def _room(self, needed: int) -> int:
         """Returns how many bytes may be sent, at least `needed`; 0 if the guest has ended the call."""
@@ -120,6 +117,7 @@ class CallStream:
         frame, self._next = self._next or self._frames.next(max_bytes), None
         if frame is None or frame[0] not in _BULK:
             return frame
+        self._stream.widen(RECEIVE_WINDOW)  # only now: a short call is spared the frame
         kind, size = frame[0], len(frame[1])
         pieces = [frame[1]]
         while size < max_bytes:
