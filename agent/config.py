@@ -1,0 +1,289 @@
+"""What an operator may set: one frozen `Settings`, from a TOML file and the environment, parsed and checked once.
+
+`SANDBOXD_<SECTION>__<KEY>` in the environment overrides the file. Sizes are bytes, or text such as "512MiB"; times are
+seconds, or text such as "30s". An unknown section or key is an error that names the nearest known one. This is the only
+module that reads the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from agent.errors import InvalidSpec
+
+ENV_PREFIX = "SANDBOXD_"
+DEFAULT_CONFIG = Path("/etc/sandboxd/config.toml")
+_SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class ConfigError(InvalidSpec):
+    """The configuration is wrong; the message says where and what to write instead."""
+
+    default_reason = "INVALID_CONFIG"
+
+
+def parse_size(text: str) -> int:
+    """Returns bytes for "512MiB", "4G", "1024". :raises ValueError:"""
+    match = re.fullmatch(r"(\d+)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write bytes, or a number with KiB, MiB, GiB or TiB")
+    return int(match[1]) * _SIZES[match[2]]
+
+
+def parse_duration(text: str) -> float:
+    """Returns seconds for "30s", "5m", "250ms", "1.5". :raises ValueError:"""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", text.strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration; write seconds, or a number with ms, s, m, h or d")
+    return float(match[1]) * _TIMES[match[2]]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """The node. `*_overcommit` multiply what the host has; `reserved_memory_bytes` is left to the host."""
+
+    name: str = field(default_factory=socket.gethostname)
+    region: str = "local"
+    labels: Mapping[str, str] = field(default_factory=dict)
+    max_sandboxes: int = 1000
+    cpu_overcommit: float = 8.0
+    memory_overcommit: float = 1.0
+    reserved_memory_bytes: int = 512 << 20
+    reserved_disk_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class PathSettings:
+    """Where things are. `run_dir` must be short: unix sockets lie in it."""
+
+    run_dir: Path = Path("/run/sandboxd")
+    state_dir: Path = Path("/var/lib/sandboxd")
+    cache_dir: Path = Path("/var/cache/sandboxd")
+    tools_dir: Path = Path("/var/lib/sandboxd/tools")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSettings:
+    """Images and the one that a create without an image gets."""
+
+    images_dir: Path = Path("/var/lib/sandboxd/images")
+    default_image: str = "minimal"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """Where the API listens. An empty `unix_socket` means `<run_dir>/sandboxd.sock`; an empty `tcp_address` means no TCP."""
+
+    unix_socket: str = ""
+    unix_allow_uids: tuple[int, ...] = ()
+    unix_allow_gids: tuple[int, ...] = ()
+    tcp_address: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    allow_insecure_loopback: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VmmSettings:
+    """The VMM: `accelerator` auto, kvm or tcg; `link` serial or vsock."""
+
+    binary: str = ""
+    accelerator: str = "auto"
+    link: str = "serial"
+    console_limit_bytes: int = 1 << 20
+    extra_kernel_args: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSettings:
+    """Defaults and limits of sandboxes; `on_stop` says what an orderly stop does with them: delete or keep."""
+
+    default_vcpus: int = 1
+    max_vcpus: int = 32
+    default_memory_bytes: int = 512 << 20
+    max_memory_bytes: int = 64 << 30
+    default_disk_bytes: int = 4 << 30
+    max_disk_bytes: int = 1 << 40
+    boot_timeout_s: float = 60.0
+    delete_timeout_s: float = 30.0
+    relink_timeout_s: float = 15.0
+    on_stop: str = "delete"
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSettings:
+    """Prometheus over HTTP at `address` (host:port); empty: off."""
+
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TracingSettings:
+    """OpenTelemetry spans by OTLP over gRPC to `otlp_endpoint` (http://host:port); empty: off."""
+
+    otlp_endpoint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """`level` debug, info, warning or error; `format` auto (json unless a terminal), json or console."""
+
+    level: str = "info"
+    format: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings, by section."""
+
+    node: NodeSettings = field(default_factory=NodeSettings)
+    paths: PathSettings = field(default_factory=PathSettings)
+    images: ImageSettings = field(default_factory=ImageSettings)
+    api: ApiSettings = field(default_factory=ApiSettings)
+    vmm: VmmSettings = field(default_factory=VmmSettings)
+    sandbox: SandboxSettings = field(default_factory=SandboxSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+_CHOICES = {
+    "vmm.accelerator": ("auto", "kvm", "tcg"),
+    "vmm.link": ("serial", "vsock"),
+    "sandbox.on_stop": ("delete", "keep"),
+    "log.level": ("debug", "info", "warning", "error"),
+    "log.format": ("auto", "json", "console"),
+}
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Returns the settings of the file at `path` (default: /etc/sandboxd/config.toml if it exists) and the environment.
+
+    :raises ConfigError: unreadable file, unknown key, wrong type or value.
+    """
+    raw = _read(path)
+    for name, text in (os.environ if environ is None else environ).items():
+        section, separator, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if name.startswith(ENV_PREFIX) and separator:
+            values = raw.setdefault(section, {})
+            if isinstance(values, dict):
+                values[key] = text
+    return _build(raw)
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None and not DEFAULT_CONFIG.exists():
+        return {}
+    path = path or DEFAULT_CONFIG
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _build(raw: dict[str, Any]) -> Settings:
+    sections = get_type_hints(Settings)
+    _refuse_unknown(raw, sections, "section")
+    built: dict[str, Any] = {}
+    for name, kind in sections.items():
+        values = raw.get(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{name} must be a table: write [{name}]")
+        hints = get_type_hints(kind)
+        _refuse_unknown(values, hints, "key", f"{name}.")
+        built[name] = kind(**{key: _convert(f"{name}.{key}", hints[key], value) for key, value in values.items()})
+    settings = Settings(**built)
+    _check(settings)
+    return settings
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], what: str, prefix: str = "") -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are: {', '.join(known)}"
+            raise ConfigError(f"unknown {what} {prefix}{name}; {hint}", reason="UNKNOWN_KEY")
+
+
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    try:
+        return _converted(name, kind, value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _converted(name: str, kind: Any, value: Any) -> Any:
+    text = isinstance(value, str)
+    if kind is bool:
+        if text and value.lower() in ("true", "false", "1", "0"):
+            return value.lower() in ("true", "1")
+        if isinstance(value, bool):
+            return value
+        raise ValueError("must be true or false")
+    if isinstance(value, bool):
+        raise ValueError("must not be true or false")
+    if kind is int:
+        return (parse_size(value) if name.endswith("_bytes") else int(value)) if text else _whole(value)
+    if kind is float:
+        return (parse_duration(value) if name.endswith("_s") else float(value)) if text else float(value)
+    if kind is Path:
+        return Path(value)
+    if kind is str:
+        if not text:
+            raise ValueError("must be text")
+        return value
+    if kind == tuple[int, ...]:
+        return tuple(int(item) for item in (value.split(",") if text else value))
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise ValueError("must be a table of text")
+    return dict(value)
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int):
+        raise TypeError("must be a whole number")
+    return value
+
+
+def _check(settings: Settings) -> None:
+    for name, choices in _CHOICES.items():
+        section, _, key = name.partition(".")
+        value = getattr(getattr(settings, section), key)
+        if value not in choices:
+            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+    for section in dataclasses.fields(settings):
+        for key in dataclasses.fields(values := getattr(settings, section.name)):
+            value = getattr(values, key.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+                raise ConfigError(f"{section.name}.{key.name} must not be negative")
+    api = settings.api
+    if api.tcp_address and not (api.tls_cert and api.tls_key and api.tls_client_ca) and not api.allow_insecure_loopback:
+        raise ConfigError(
+            "api.tcp_address needs api.tls_cert, api.tls_key and api.tls_client_ca (mutual TLS); "
+            "for tests on this machine alone set api.allow_insecure_loopback = true"
+        )
+    split_address(api.tcp_address, "api.tcp_address")
+    split_address(settings.metrics.address, "metrics.address")
+
+
+def split_address(address: str, name: str) -> tuple[str, int]:
+    """Returns (host, port) of "host:port" or "[v6]:port"; ("", 0) for "". :raises ConfigError:"""
+    if not address:
+        return "", 0
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{name} is {address!r}; write host:port")
+    return host.strip("[]"), int(port)

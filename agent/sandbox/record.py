@@ -1,0 +1,51 @@
+"""What the node remembers of a sandbox: the facts that survive a restart of the agent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.errors import InvalidState
+from agent.model import TRANSITIONS, Lifetime, SandboxSpec, State
+
+
+@dataclass(slots=True)
+class Record:
+    """One sandbox. Times are seconds since 1970; `token` is what the VMM driver needs to adopt the VM."""
+
+    id: str
+    spec: SandboxSpec
+    state: State
+    create_time: float
+    image_digest: str = ""
+    expire_time: float | None = None
+    error: str = ""
+    vmm: str = ""
+    phases: list[tuple[str, float]] = field(default_factory=list)
+    token: dict[str, str] = field(default_factory=dict)
+
+    def move(self, state: State) -> None:
+        """Changes the state. :raises InvalidState: there is no such transition."""
+        if state not in TRANSITIONS[self.state]:
+            raise InvalidState(f"sandbox {self.id} is {self.state}; it cannot become {state}")
+        self.state = state
+
+    def copy(self) -> Record:
+        """Returns a snapshot that later changes do not touch."""
+        return dataclasses.replace(self, phases=list(self.phases), token=dict(self.token))
+
+    def to_json(self) -> str:
+        """Returns the record as it is kept."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Returns a record that `to_json` gave. :raises ValueError: :raises KeyError: :raises TypeError: it is not one."""
+        values: dict[str, Any] = json.loads(text)
+        spec = values.pop("spec")
+        lifetime = Lifetime(**spec.pop("lifetime"))
+        phases = [(str(name), float(seconds)) for name, seconds in values.pop("phases")]
+        state = State(values.pop("state"))
+        return cls(spec=SandboxSpec(lifetime=lifetime, **spec), state=state, phases=phases, **values)

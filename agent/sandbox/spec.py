@@ -1,0 +1,82 @@
+"""Checks what a caller asks for against the limits of the API and of this node. Every message says what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from agent.config import SandboxSettings
+from agent.errors import InvalidSpec
+from agent.model import Lifetime, SandboxSpec
+
+MIB = 1 << 20
+MIN_DISK_BYTES = 16 * MIB
+MAX_ENV_VARIABLES = 1024
+MAX_ENV_BYTES = 128 << 10
+MAX_LABELS = 64
+MAX_LABEL_VALUE_BYTES = 256
+MAX_LIFETIME_S = 10 * 365 * 86400.0
+_LABEL_KEY = re.compile(r"[a-zA-Z0-9._/-]{1,63}")
+_IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_REQUEST_ID = re.compile(r"[a-zA-Z0-9._-]{1,128}")
+
+
+def check_env(env: Mapping[str, str]) -> None:
+    """:raises InvalidSpec: too many variables, too many bytes, or names that no shell can set."""
+    if len(env) > MAX_ENV_VARIABLES:
+        raise InvalidSpec(f"env has {len(env)} variables; at most {MAX_ENV_VARIABLES} are allowed: write a file instead")
+    size = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
+    if size > MAX_ENV_BYTES:
+        raise InvalidSpec(f"env has {size} bytes; at most {MAX_ENV_BYTES} are allowed: write a file instead")
+    for name, value in env.items():
+        if not name or "=" in name or "\0" in name:
+            raise InvalidSpec(f"environment variable name {name[:80]!r} is empty or has '=' or NUL in it")
+        if "\0" in value:
+            raise InvalidSpec(f"the value of environment variable {name[:80]!r} has NUL in it")
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """:raises InvalidSpec: too many labels, or one with a wrong key or too long a value."""
+    if len(labels) > MAX_LABELS:
+        raise InvalidSpec(f"{len(labels)} labels; at most {MAX_LABELS} are allowed")
+    for key, value in labels.items():
+        if _LABEL_KEY.fullmatch(key) is None:
+            raise InvalidSpec(f"label key {key[:80]!r} is not valid; use 1 to 63 of a-z A-Z 0-9 . _ / -")
+        if len(value.encode()) > MAX_LABEL_VALUE_BYTES:
+            raise InvalidSpec(f"the value of label {key!r} is over {MAX_LABEL_VALUE_BYTES} bytes")
+
+
+def check_lifetime(lifetime: Lifetime) -> None:
+    """:raises InvalidSpec: a time under a second or over ten years."""
+    for name, seconds in (("duration", lifetime.duration_s), ("lease", lifetime.lease_s)):
+        if seconds is not None and not 1 <= seconds <= MAX_LIFETIME_S:
+            raise InvalidSpec(f"lifetime.{name} is {seconds:g} s; it must be from 1 s to ten years, or left out")
+
+
+def complete(
+    limits: SandboxSettings, *, image: str, vcpu_count: int, memory_bytes: int, disk_bytes: int,
+    env: Mapping[str, str], labels: Mapping[str, str], lifetime: Lifetime, request_id: str,
+) -> SandboxSpec:  # fmt: skip
+    """Returns a valid specification; zeros become the node's defaults. :raises InvalidSpec:"""
+    if _IMAGE_NAME.fullmatch(image) is None:
+        raise InvalidSpec(f"image name {image[:80]!r} is not valid; list the images to see which there are")
+    if request_id and _REQUEST_ID.fullmatch(request_id) is None:
+        raise InvalidSpec("request_id is not valid; use 1 to 128 of a-z A-Z 0-9 . _ -")
+    vcpus = vcpu_count or limits.default_vcpus
+    if not 1 <= vcpus <= limits.max_vcpus:
+        raise InvalidSpec(f"vcpus is {vcpus}; it must be from 1 to {limits.max_vcpus}")
+    memory = memory_bytes or limits.default_memory_bytes
+    if memory < 0 or memory % MIB:
+        raise InvalidSpec(f"memory_bytes is {memory}; it must be a positive multiple of 1 MiB ({MIB})")
+    if memory > limits.max_memory_bytes:
+        raise InvalidSpec(f"memory_bytes is {memory}; this node allows at most {limits.max_memory_bytes}")
+    disk = disk_bytes or limits.default_disk_bytes
+    if not MIN_DISK_BYTES <= disk <= limits.max_disk_bytes:
+        raise InvalidSpec(f"disk_bytes is {disk}; it must be from {MIN_DISK_BYTES} to {limits.max_disk_bytes}")
+    check_env(env)
+    check_labels(labels)
+    check_lifetime(lifetime)
+    return SandboxSpec(
+        image=image, vcpu_count=vcpus, memory_bytes=memory, disk_bytes=-(-disk // MIB) * MIB, env=dict(env),
+        labels=dict(labels), lifetime=lifetime, request_id=request_id,
+    )  # fmt: skip

@@ -1,0 +1,107 @@
+"""Logs, metrics and spans. All are no-ops until `setup` turns them on, so no caller asks whether they are.
+
+Metrics never carry a label per sandbox: sandboxes come and go by the thousand, time series stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import structlog
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from agent.config import LogSettings, MetricsSettings, TracingSettings, split_address
+
+registry = CollectorRegistry()
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+PHASE_SECONDS = Histogram(
+    "sandboxd_phase_seconds", "Time of each named step of creates and deletes", ["phase"],
+    buckets=_BUCKETS, registry=registry,
+)  # fmt: skip
+RPC_SECONDS = Histogram(
+    "sandboxd_rpc_seconds", "Time of RPCs until their last byte", ["method", "code"], buckets=_BUCKETS, registry=registry
+)
+SANDBOXES = Gauge("sandboxd_sandboxes", "Sandboxes by state", ["state"], registry=registry)
+CREATES = Counter("sandboxd_creates", "CreateSandbox by outcome", ["outcome"], registry=registry)
+DELETES = Counter("sandboxd_deletes", "Deleted sandboxes by reason", ["reason"], registry=registry)
+ERRORS = Counter("sandboxd_errors", "Errors answered to callers, by reason", ["reason"], registry=registry)
+PROCESSES = Counter("sandboxd_processes_started", "Processes started in sandboxes", registry=registry)
+STREAM_BYTES = Counter(
+    "sandboxd_stream_bytes", "Bytes carried between clients and guests", ["kind", "direction"], registry=registry
+)
+RECONCILED = Counter(
+    "sandboxd_reconciled", "What a starting agent found of an earlier one", ["kind"], registry=registry
+)
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("sandboxd")
+tracer = trace.get_tracer("sandboxd")
+_phases: ContextVar[list[tuple[str, float]] | None] = ContextVar("phases", default=None)
+
+
+def setup(logs: LogSettings, metrics: MetricsSettings, tracing: TracingSettings, node: str) -> None:
+    """Turns logging on, and metrics and tracing where they are configured. :raises OSError: the port is taken."""
+    _setup_logs(logs)
+    if metrics.address:
+        host, port = split_address(metrics.address, "metrics.address")
+        start_http_server(port, host, registry)
+    if tracing.otlp_endpoint:
+        provider = TracerProvider(resource=Resource.create({"service.name": "sandboxd", "host.name": node}))
+        exporter = OTLPSpanExporter(endpoint=tracing.otlp_endpoint, insecure=tracing.otlp_endpoint.startswith("http:"))
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        trace.set_tracer_provider(provider)
+
+
+def _setup_logs(logs: LogSettings) -> None:
+    level = logging.getLevelNamesMapping()[logs.level.upper()]
+    console = logs.format == "console" or (logs.format == "auto" and sys.stderr.isatty())
+    renderer = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(level=max(level, logging.WARNING), stream=sys.stderr)
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Times a step: a span, a histogram sample, a debug line, and an entry in the list of `collect_phases`."""
+    start = time.perf_counter()
+    with tracer.start_as_current_span(name):
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            PHASE_SECONDS.labels(name).observe(seconds)
+            phases = _phases.get()
+            if phases is not None:
+                phases.append((name, seconds))
+            log.debug("step", step=name, ms=round(seconds * 1000, 2))
+
+
+@contextmanager
+def collect_phases() -> Iterator[list[tuple[str, float]]]:
+    """Yields a list that fills with (name, seconds) of every `step` inside."""
+    phases: list[tuple[str, float]] = []
+    token = _phases.set(phases)
+    try:
+        yield phases
+    finally:
+        _phases.reset(token)

@@ -1,0 +1,70 @@
+"""The serial console of a VM in two bounded files: what a guest prints for ever must not fill the host's disk.
+
+QEMU offers the console as a socket and drops what nobody reads, so a dead agent never stops a guest. The agent reads it
+into `console.log`; at half of the limit that becomes `console.log.1`, replacing the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+_READ_BYTES = 64 << 10
+
+
+class Console:
+    """Reads one console socket into its files until the VMM closes it."""
+
+    def __init__(self, directory: Path, limit_bytes: int) -> None:
+        self._path = directory / "console.log"
+        self._old_path = directory / "console.log.1"
+        self._half_bytes = max(limit_bytes // 2, 1)
+        self._file = self._path.open("ab", buffering=0)
+        self._size = self._file.tell()
+        self._task: asyncio.Task[None] | None = None
+        self.grown = asyncio.Event()
+
+    def attach(self, sock: socket.socket) -> None:
+        """Starts reading `sock` (connected, non-blocking), which belongs to the console from now on."""
+        self._task = asyncio.create_task(self._read(sock))
+
+    async def _read(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with sock, contextlib.suppress(OSError):
+            while data := await loop.sock_recv(sock, _READ_BYTES):
+                self._append(data)
+
+    def _append(self, data: bytes) -> None:
+        if self._size + len(data) > self._half_bytes:
+            self._file.close()
+            self._path.replace(self._old_path)
+            self._file = self._path.open("ab", buffering=0)
+            self._size = 0
+            data = data[-self._half_bytes :]
+        self._file.write(data)
+        self._size += len(data)
+        self.grown.set()
+
+    def tail(self, limit_bytes: int) -> bytes:
+        """Returns the last bytes, at most `limit_bytes`; after `aclose`, too."""
+        kept = b""
+        for path in (self._path, self._old_path):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - (limit_bytes - len(kept))))
+                kept = file.read() + kept
+            if len(kept) >= limit_bytes:
+                break
+        return kept[-limit_bytes:] if limit_bytes else b""
+
+    async def aclose(self, timeout_s: float = 1.0) -> None:
+        """Reads what is left of a VMM that has ended, then closes the file. Idempotent."""
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=timeout_s)
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._file.close()

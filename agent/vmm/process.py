@@ -1,0 +1,158 @@
+"""A VMM process: started inside a network namespace, watched through its pidfd, found again after an agent's restart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent.errors import VmmError
+from agent.vmm.api import ExitInfo
+
+_CLONE_NEWNET = 0x40000000
+_STDERR_TAIL_BYTES = 4096
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def start_time(pid: int) -> int:
+    """Returns when the process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); 0 if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0
+    return int(stat.rpartition(b")")[2].split()[19])
+
+
+class VmmProcess:
+    """One process, by pidfd: waiting for it never confuses it with another that got its PID."""
+
+    def __init__(self, pid: int, stderr_path: Path, *, is_child: bool) -> None:
+        self.pid = pid
+        self.start_time = start_time(pid)
+        self._stderr_path = stderr_path
+        self._is_child = is_child
+        self._pidfd = os.pidfd_open(pid)
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[ExitInfo] = self._loop.create_future()
+        self._loop.add_reader(self._pidfd, self._on_exit)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process has not ended yet, as far as the event loop knows."""
+        return not self._ended.done()
+
+    def _on_exit(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        code: int | None = None
+        number: int | None = None
+        if self._is_child:
+            with contextlib.suppress(ChildProcessError):
+                status = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+                if status is not None and status.si_code == os.CLD_EXITED:
+                    code = status.si_status
+                elif status is not None:
+                    number = status.si_status
+        os.close(self._pidfd)
+        if not self._ended.done():
+            self._ended.set_result(ExitInfo(code, number, self.stderr_tail()))
+
+    def stderr_tail(self) -> str:
+        """Returns the end of what the VMM wrote to stderr."""
+        try:
+            with self._stderr_path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _STDERR_TAIL_BYTES))
+                return file.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+    async def wait(self) -> ExitInfo:
+        """Returns once the process has ended; cancellation leaves it alone."""
+        return await asyncio.shield(self._ended)
+
+    async def kill(self) -> None:
+        """Ensures that the process is gone (SIGKILL). Idempotent."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        await self.wait()
+
+
+def adopt(pid: int, started: int, stderr_path: Path) -> VmmProcess | None:
+    """Returns the process that had `pid` and started at `started`, or None if it is gone."""
+    if started == 0 or start_time(pid) != started:
+        return None
+    try:
+        process = VmmProcess(pid, stderr_path, is_child=False)
+    except OSError:
+        return None
+    # The PID may have changed hands between the two looks.
+    return process if process.start_time == started else None
+
+
+async def spawn(
+    argv: Sequence[str], *, netns: str | None, stderr_path: Path, pass_fds: Sequence[int] = ()
+) -> VmmProcess:
+    """Starts `argv` in its own session and in the namespace `netns`, with stderr in a file.
+
+    :raises VmmError: the program cannot be started.
+    """
+    loop = asyncio.get_running_loop()
+    started: asyncio.Future[int] = loop.create_future()
+
+    def run() -> None:
+        # Namespaces belong to threads, and a child starts in its parent thread's: no helper program is needed.
+        try:
+            pid = _spawn_here(argv, netns, stderr_path, pass_fds)
+        except OSError as error:
+            loop.call_soon_threadsafe(started.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(started.set_result, pid)
+
+    threading.Thread(target=run, name="spawn-vmm", daemon=True).start()
+    try:
+        # Shielded: a cancelled caller would lose the PID of a process that is about to exist.
+        pid = await _uncancelled(started)
+    except OSError as error:
+        raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
+    return VmmProcess(pid, stderr_path, is_child=True)
+
+
+async def _uncancelled(future: asyncio.Future[int]) -> int:
+    """Awaits a future that is certain to complete soon, then delivers a cancellation that came meanwhile."""
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        if not future.cancelled():
+            await asyncio.wait({future})
+            if future.exception() is None:
+                _kill_and_reap(future.result())
+        raise
+
+
+def _kill_and_reap(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def _spawn_here(argv: Sequence[str], netns: str | None, stderr_path: Path, pass_fds: Sequence[int]) -> int:
+    if netns is not None:
+        fd = os.open(f"/run/netns/{netns}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if _libc.setns(fd, _CLONE_NEWNET) != 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number), netns)
+        finally:
+            os.close(fd)
+    with stderr_path.open("ab") as stderr:
+        process = subprocess.Popen(
+            list(argv), stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=pass_fds,
+            start_new_session=True, cwd="/",
+        )  # fmt: skip
+    process.returncode = 0  # the pidfd's owner reaps it; subprocess must not
+    return process.pid

@@ -1,0 +1,259 @@
+"""The QEMU driver: starts, finds again and ends QEMU processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from agent.errors import GuestUnreachable, VmmError
+from agent.vmm import process as processes
+from agent.vmm import qemu_args, sockets, vsock_backend
+from agent.vmm.accelerator import AcceleratorProbe
+from agent.vmm.api import ExitInfo, LinkKind, VmmInfo, VmmOptions, VmSpec
+from agent.vmm.console import Console
+from agent.vmm.process import VmmProcess
+from agent.vmm.qmp import Qmp
+
+LINK_PORT = 1024
+_MIN_VERSION = (8, 2)  # migration to a file, which templates need
+_BINARY = "qemu-system-x86_64"
+_SOCKETS = ("link", "console", "qmp")
+_DRIVER_OK = "VIRTIO_CONFIG_S_DRIVER_OK"
+_CONSOLE_FOR_ADOPTED_BYTES = 1 << 20
+
+
+class QemuVm:
+    """One QEMU process and its sockets; see `agent.vmm.api.Vm`."""
+
+    def __init__(
+        self, run_dir: Path, link: LinkKind, process: VmmProcess, backend: VmmProcess | None, console: Console
+    ) -> None:
+        self._run_dir = run_dir
+        self._link = link
+        self._process = process
+        self._backend = backend
+        self._console = console
+        self._driver_ready = False
+
+    @property
+    def pid(self) -> int:
+        """PID of QEMU."""
+        return self._process.pid
+
+    @property
+    def resume_token(self) -> Mapping[str, str]:
+        """What `QemuDriver.adopt` needs."""
+        token = {"pid": str(self.pid), "start_time": str(self._process.start_time), "link": self._link.value}
+        if self._backend is not None:
+            token |= {"backend_pid": str(self._backend.pid), "backend_start_time": str(self._backend.start_time)}
+        return token
+
+    async def dial(self) -> socket.socket:
+        """Connects to the guest's end of the link; over vsock only once the guest's driver is up."""
+        if self._link is LinkKind.SERIAL:
+            return await sockets.connect(self._run_dir / "link.sock")
+        if not self._driver_ready:
+            await self._require_vsock_driver()
+        if self._backend is None:
+            return await _connect_kernel_vsock()
+        return await sockets.connect_vsock(self._run_dir / "vsock.sock", LINK_PORT)
+
+    async def _require_vsock_driver(self) -> None:
+        qmp = await Qmp.connect(str(self._run_dir / "qmp.sock"))
+        try:
+            path = "/machine/peripheral/vsock0/virtio-backend"
+            status = await qmp.execute("x-query-virtio-status", path=path)
+        except VmmError as error:
+            raise GuestUnreachable(f"the guest's vsock device cannot be asked: {error}") from error
+        finally:
+            qmp.close()
+        if not any(str(text).startswith(_DRIVER_OK) for text in status["status"]["statuses"]):
+            raise GuestUnreachable("the guest's vsock driver is not up yet", reason="GUEST_BOOTING")
+        self._driver_ready = True
+
+    async def wait(self) -> ExitInfo:
+        """Returns once QEMU has ended."""
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """Ends QEMU and its backend, and removes their sockets."""
+        await self._process.kill()
+        if self._backend is not None:
+            await self._backend.kill()
+        await self._console.aclose()
+        for name in (*_SOCKETS, "vhost", "vsock"):
+            (self._run_dir / f"{name}.sock").unlink(missing_ok=True)
+
+    def console_tail(self, limit_bytes: int) -> bytes:
+        """Returns the end of the serial console."""
+        return self._console.tail(limit_bytes)
+
+
+async def _connect_kernel_vsock() -> socket.socket:
+    sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, (qemu_args.GUEST_CID, LINK_PORT))
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, OSError):
+            raise GuestUnreachable(f"the guest's vsock port does not answer: {error}") from error
+        raise
+    return sock
+
+
+class QemuDriver:
+    """Starts VMs with the QEMU of this host; see `agent.vmm.api.Driver`."""
+
+    def __init__(self, options: VmmOptions, tools_dir: Path, probe: AcceleratorProbe) -> None:
+        self._options = options
+        self._tools_dir = tools_dir
+        self._probe = probe
+        self._info: VmmInfo | None = None
+        self._binary = ""
+
+    async def probe(self) -> VmmInfo:
+        """Finds QEMU, checks its version, and chooses the accelerator."""
+        if self._info is None:
+            self._binary, version = await find_qemu(self._options.binary)
+            accelerator, reason = await self._probe.choose(self._options.accelerator, self._binary, version)
+            self._info = VmmInfo("qemu", version, accelerator, reason)
+        return self._info
+
+    async def start(self, spec: VmSpec) -> QemuVm:
+        """Starts QEMU paused, connects its console, lets it run."""
+        info = await self.probe()
+        backend = await self._start_backend(spec)
+        try:
+            return await self._start_qemu(spec, info.accelerator, backend)
+        except BaseException:
+            if backend is not None:
+                await asyncio.shield(asyncio.ensure_future(backend.kill()))
+            for name in ("vhost", "vsock"):
+                (spec.run_dir / f"{name}.sock").unlink(missing_ok=True)
+            raise
+
+    async def _start_backend(self, spec: VmSpec) -> VmmProcess | None:
+        if spec.link is LinkKind.SERIAL or os.path.exists("/dev/vhost-vsock"):  # noqa: ASYNC240, PTH110  devtmpfs
+            return None
+        binary = vsock_backend.find_binary(self._tools_dir)
+        return await vsock_backend.start(binary, spec.run_dir, qemu_args.GUEST_CID)
+
+    async def _start_qemu(self, spec: VmSpec, accelerator: str, backend: VmmProcess | None) -> QemuVm:
+        names = [name for name in _SOCKETS if name != "link" or spec.link is LinkKind.SERIAL]
+        listeners = {name: sockets.listen(spec.run_dir / f"{name}.sock") for name in names}
+        process: VmmProcess | None = None
+        console: Console | None = None
+        try:
+            process = await processes.spawn(
+                self._argv(spec, accelerator, backend, listeners),
+                netns=spec.netns,
+                stderr_path=spec.run_dir / "vmm.log",
+                pass_fds=[sock.fileno() for sock in listeners.values()],
+            )
+            for sock in listeners.values():
+                sock.close()  # QEMU alone listens now: its death closes what is connected
+            console = Console(spec.run_dir, spec.console_limit_bytes)
+            vm = QemuVm(spec.run_dir, spec.link, process, backend, console)
+            await _run(vm, process, console, spec.run_dir)
+        except BaseException:
+            if process is not None:
+                await asyncio.shield(asyncio.ensure_future(process.kill()))
+            if console is not None:
+                await console.aclose()
+            for name, sock in listeners.items():
+                sock.close()
+                (spec.run_dir / f"{name}.sock").unlink(missing_ok=True)
+            raise
+        return vm
+
+    def _argv(
+        self, spec: VmSpec, accelerator: str, backend: VmmProcess | None, listeners: Mapping[str, socket.socket]
+    ) -> list[str]:
+        link = listeners.get("link")
+        vsock = None
+        if spec.link is LinkKind.VSOCK:
+            vsock = qemu_args.vsock_device(None if backend is None else str(spec.run_dir / "vhost.sock"))
+        link_fd = None if link is None else link.fileno()
+        return [
+            self._binary,
+            *qemu_args.machine_args(spec, accelerator),
+            *qemu_args.device_args(spec, link_fd, listeners["console"].fileno(), listeners["qmp"].fileno(), vsock),
+            *self._options.extra_args,
+        ]
+
+    async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> QemuVm | None:
+        """Finds a VM that an earlier agent started."""
+        try:
+            process = _adopt(token, "", run_dir / "vmm.log")
+            backend = _adopt(token, "backend_", run_dir / "vsock.log") if "backend_pid" in token else None
+            link = LinkKind(token.get("link", "serial"))
+        except ValueError:
+            return None
+        if process is None:
+            if backend is not None:
+                await backend.kill()
+            return None
+        console = Console(run_dir, _CONSOLE_FOR_ADOPTED_BYTES)
+        with contextlib.suppress(GuestUnreachable):
+            console.attach(await sockets.connect(run_dir / "console.sock"))
+        return QemuVm(run_dir, link, process, backend, console)
+
+
+def _adopt(token: Mapping[str, str], prefix: str, stderr_path: Path) -> VmmProcess | None:
+    pid, started = int(token.get(f"{prefix}pid", "0")), int(token.get(f"{prefix}start_time", "0"))
+    return processes.adopt(pid, started, stderr_path)
+
+
+async def _run(vm: QemuVm, process: VmmProcess, console: Console, run_dir: Path) -> None:
+    """Connects the console, then lets the paused VM run. :raises VmmError: QEMU ended instead; with what it said."""
+    try:
+        console.attach(await sockets.connect(run_dir / "console.sock"))
+        qmp = await Qmp.connect(str(run_dir / "qmp.sock"))
+        try:
+            await qmp.execute("cont")
+        finally:
+            qmp.close()
+    except (VmmError, GuestUnreachable) as error:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):  # a QEMU that refused its arguments is about to end
+                exit_info = await process.wait()
+                raise VmmError(
+                    f"QEMU {exit_info.describe()} at once: {exit_info.stderr_tail or 'it gave no reason'}",
+                    reason="VMM_NOT_STARTED",
+                ) from error
+        raise VmmError(f"QEMU does not answer: {error.message}", reason="VMM_NOT_STARTED") from error
+
+
+async def find_qemu(configured: str) -> tuple[str, str]:
+    """Returns (path, version) of the QEMU to use. :raises VmmError: there is none, or it is too old."""
+    binary = configured or shutil.which(_BINARY) or ""
+    if not binary:
+        raise VmmError(
+            f"{_BINARY} is not installed: run `./bootstrap.sh setup`, or set vmm.binary", reason="VMM_MISSING"
+        )
+    try:
+        child = await asyncio.create_subprocess_exec(
+            binary, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+        )
+        async with asyncio.timeout(10):
+            output, _ = await child.communicate()
+    except (OSError, TimeoutError) as error:
+        raise VmmError(f"{binary} cannot be run: {error}; check vmm.binary", reason="VMM_MISSING") from error
+    match = re.search(rb"version (\d+)\.(\d+)\.(\d+)", output)
+    if match is None:
+        raise VmmError(f"{binary} does not say which version of QEMU it is", reason="VMM_UNSUPPORTED")
+    major, minor, patch = (int(number) for number in match.groups())
+    if (major, minor) < _MIN_VERSION:
+        needed = ".".join(str(number) for number in _MIN_VERSION)
+        raise VmmError(
+            f"{binary} is QEMU {major}.{minor}; {needed} or newer is needed: run `./bootstrap.sh setup`",
+            reason="VMM_UNSUPPORTED",
+        )
+    return binary, f"{major}.{minor}.{patch}"
