@@ -1,4 +1,4 @@
-"""The host's side of root file systems: the store of images that virtual machines boot, and the disks that they write on.
+"""Root file systems on the host's side: the store of images that VMs boot, and the disks that they write on.
 
 Images are made by the builder (`rootfs/`), whose manifest is the only thing the two share:
 
@@ -95,7 +95,7 @@ class Image:
 
 
 class ImageStore:
-    """The images below `images_dir`. Every method blocks: `get` and `list` for about a millisecond, `verify` for seconds."""
+    """The images below `images_dir`. Every method blocks: `get` and `list` for a millisecond, `verify` for seconds."""
 
     def __init__(self, images_dir: Path) -> None:
         self._dir = images_dir
@@ -178,7 +178,7 @@ class ImageStore:
 
     def _resolve(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
-            raise InvalidSpec(f"{name[:80]!r} is not an image name: use a-z, 0-9, '.', '_' and '-', at most 63 characters")
+            raise InvalidSpec(f"{name[:80]!r} is not an image name: use up to 63 of a-z, 0-9, '.', '_' and '-'")
         path = (self._dir / name).resolve()
         if not path.is_dir():
             known = ", ".join(self.names()) or "none"
@@ -305,8 +305,9 @@ class DiskMaker:
             await asyncio.shield(work)
         except asyncio.CancelledError:
             # The thread cannot be stopped, only waited for.
-            if not (await asyncio.gather(work, return_exceptions=True))[0]:
-                path.unlink(missing_ok=True)
+            await asyncio.wait([work])
+            if work.exception() is None:
+                await asyncio.to_thread(path.unlink, missing_ok=True)
             raise
 
     def _make(self, path: Path, size_bytes: int) -> None:
@@ -330,14 +331,15 @@ class DiskMaker:
         return template
 
     def _format(self, template: Path, size_bytes: int) -> None:
-        fd, draft = tempfile.mkstemp(prefix="draft-", dir=self._dir)
+        fd, name = tempfile.mkstemp(prefix="draft-", dir=self._dir)
+        draft = Path(name)
         try:
             os.ftruncate(fd, size_bytes)
-            run_mkfs(Path(draft))
-            os.replace(draft, template)
+            run_mkfs(draft)
+            draft.replace(template)
         finally:
             os.close(fd)
-            Path(draft).unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
 
     def _prune(self) -> None:
         """Removes the templates of sizes that were not asked for in the longest time."""
@@ -415,5 +417,5 @@ def _disk_error(path: Path, error: OSError) -> AgentError:
             f"the host's disk is full: cannot make {path}; free space or delete sandboxes", reason="DISK_FULL"
         )
     if error.errno == errno.EFBIG:
-        return InvalidSpec(f"the host's file system allows no file as large as {path} should be: ask for a smaller disk")
+        return InvalidSpec(f"the host's file system cannot hold a file as large as {path}: ask for a smaller disk")
     return HostError(f"cannot make the disk {path}: {error.strerror}")

@@ -1,0 +1,7 @@
+"""What the builder raises on purpose."""
+
+from __future__ import annotations
+
+
+class BuildError(Exception):
+    """The image cannot be built; the message says why and what to do about it."""

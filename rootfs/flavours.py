@@ -1,0 +1,109 @@
+"""What each flavour of image holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SUITE = "trixie"
+
+_NO_DOCUMENTATION = (
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+    "path-exclude=/usr/share/doc-base/*",
+    "path-exclude=/usr/share/bug/*",
+    "path-exclude=/usr/share/groff/*",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/lintian/*",
+    "path-exclude=/usr/share/locale/*",
+    "path-exclude=/usr/share/man/*",
+)
+_NO_CHARACTER_SETS = (
+    "path-exclude=/usr/lib/x86_64-linux-gnu/gconv/*",
+    "path-include=/usr/lib/x86_64-linux-gnu/gconv/gconv-modules*",
+)
+
+# A .pyc whose source carries another time stamp is compiled anew at every start, and all files of the image get one
+# time stamp: so they are made again here, of the kind that never looks at its source (measured under emulation: a
+# guest's imports take 0.3 s from .pyc files, 1.4 s without).
+COMPILE = "-m compileall -q -f --invalidation-mode unchecked-hash"
+_PYTHON = 'chroot "$1" env -i PYTHONHASHSEED=0 /usr/bin/python3 -S'
+_COMPILE_LIBRARY = f"{_PYTHON} {COMPILE} /usr/lib/python3.13 /usr/lib/python3 /etc/python3.13"
+
+_TOOLS = ("bash", "ca-certificates", "coreutils", "curl", "iproute2", "python3", "sudo")
+
+
+@dataclass(frozen=True, slots=True)
+class NpmTool:
+    """A program that upstream publishes as an npm package; `integrity` is what the registry states for that version."""
+
+    package: str
+    version: str
+    integrity: str
+    member: str  # the program's path in the package
+    install: str  # its path in the image
+
+
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """A recipe: Debian packages (without their recommendations) and how they are unpacked."""
+
+    name: str
+    packages: tuple[str, ...]
+    min_memory_bytes: int
+    dpkg_options: tuple[str, ...] = _NO_DOCUMENTATION
+    hooks: tuple[str, ...] = (_COMPILE_LIBRARY,)  # sh commands run at the end of the package step; $1 is the tree
+    npm_tools: tuple[NpmTool, ...] = ()
+
+
+_DENO = NpmTool(
+    package="@deno/linux-x64-glibc",
+    version="2.9.6",
+    integrity="sha512-3md4TKLCuzsLDmfOoC5KN7NAZaxSVkMgm64vg6foD00JBADCpYS2/5QqXfzgnP5ZQz3iLP9vBQJtEgc116OAoQ==",
+    member="package/deno",
+    install="usr/local/bin/deno",
+)
+
+FLAVOURS: Mapping[str, Flavour] = {
+    flavour.name: flavour
+    for flavour in (
+        Flavour(
+            name="minimal",
+            packages=_TOOLS,
+            min_memory_bytes=128 << 20,
+            dpkg_options=_NO_DOCUMENTATION + _NO_CHARACTER_SETS,
+        ),
+        Flavour(
+            name="default",
+            packages=(
+                *_TOOLS,
+                "apt",
+                "build-essential",
+                "bzip2",
+                "debian-archive-keyring",
+                "file",
+                "git",
+                "jq",
+                "less",
+                "nano",
+                "nodejs",
+                "npm",
+                "openssh-client",
+                "patch",
+                "pipx",
+                "procps",
+                "python3-dev",
+                "python3-pip",
+                "python3-venv",
+                "ripgrep",
+                "rsync",
+                "unzip",
+                "wget",
+                "xz-utils",
+                "zip",
+            ),
+            min_memory_bytes=192 << 20,
+            npm_tools=(_DENO,),
+        ),
+    )
+}
