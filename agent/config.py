@@ -264,11 +264,12 @@ def _check(settings: Settings) -> None:
         value = getattr(getattr(settings, section), key)
         if value not in choices:
             raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-    for section in dataclasses.fields(settings):
-        for key in dataclasses.fields(values := getattr(settings, section.name)):
-            value = getattr(values, key.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-                raise ConfigError(f"{section.name}.{key.name} must not be negative")
+    for table in dataclasses.fields(settings):
+        values = getattr(settings, table.name)
+        for entry in dataclasses.fields(values):
+            value = getattr(values, entry.name)
+            if isinstance(value, int | float) and value < 0:
+                raise ConfigError(f"{table.name}.{entry.name} must not be negative")
     api = settings.api
     if api.tcp_address and not (api.tls_cert and api.tls_key and api.tls_client_ca) and not api.allow_insecure_loopback:
         raise ConfigError(

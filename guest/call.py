@@ -97,6 +97,11 @@ class Call:
         wire.HEAD.pack_into(buffer, HEADER_BYTES, kind, size)
         self._stream.send_in_place(buffer, wire.HEAD_BYTES + size)
 
+    async def send_eof(self) -> None:
+        """Says that no more data frames will come."""
+        await self._ready_to_send(wire.HEAD_BYTES)
+        self._stream.send(wire.pack(Frame.EOF))
+
     async def send_json(self, kind: int, value: dict[str, object], *, last: bool = False) -> None:
         """Sends one JSON frame, over several windows if it must; `last` ends this side of the stream with it."""
         data = wire.pack_json(kind, value)

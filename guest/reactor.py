@@ -161,6 +161,14 @@ def poke(fd: int) -> None:
         descriptor.readers.wake()
 
 
+def poke_writer(fd: int) -> None:
+    """Makes `writable(fd)` return, so that its waiter looks once more. Harmless for a descriptor that is not watched."""
+    descriptor = _descriptors.get(fd)
+    if descriptor is not None:
+        descriptor.write_ready = True
+        descriptor.writers.wake()
+
+
 async def sleep(seconds: float) -> None:
     """Waits at least `seconds`."""
     waiters = Waiters()

@@ -19,6 +19,7 @@ class Record:
     spec: SandboxSpec
     state: State
     create_time: float
+    labels: dict[str, str] = field(default_factory=dict)
     image_digest: str = ""
     expire_time: float | None = None
     error: str = ""
@@ -34,7 +35,7 @@ class Record:
 
     def copy(self) -> Record:
         """Returns a snapshot that later changes do not touch."""
-        return dataclasses.replace(self, phases=list(self.phases), token=dict(self.token))
+        return dataclasses.replace(self, labels=dict(self.labels), phases=list(self.phases), token=dict(self.token))
 
     def to_json(self) -> str:
         """Returns the record as it is kept."""

@@ -1,0 +1,39 @@
+"""`sandboxd`: reads the settings and runs the daemon. Exit status 2 for wrong settings, 1 if it cannot start."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from agent.config import ConfigError, load
+from agent.errors import AgentError
+
+
+def main() -> None:
+    """Entry point of `sandboxd`."""
+    parser = argparse.ArgumentParser(prog="sandboxd", description="Node agent for microVM sandboxes.")
+    parser.add_argument("--config", type=Path, help="TOML file (default: /etc/sandboxd/config.toml, if it exists)")
+    parser.add_argument("--check", action="store_true", help="check the settings and exit")
+    arguments = parser.parse_args()
+    try:
+        settings = load(arguments.config)
+        if arguments.check:
+            return
+        from agent.daemon import run  # after the check: it loads gRPC
+
+        asyncio.run(run(settings))
+    except ConfigError as error:
+        sys.exit(_complain(error, 2))
+    except (AgentError, OSError) as error:
+        sys.exit(_complain(error, 1))
+
+
+def _complain(error: Exception, status: int) -> int:
+    sys.stderr.write(f"sandboxd: {error}\n")
+    return status
+
+
+if __name__ == "__main__":
+    main()

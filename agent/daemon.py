@@ -1,0 +1,97 @@
+"""The daemon, put together: settings, state, VMM, manager, servers, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from agent import telemetry
+from agent.config import Settings
+from agent.errors import AgentError
+from agent.paths import Paths
+from agent.rootfs import DiskMaker, ImageStore
+from agent.rpc.server import ApiServer
+from agent.sandbox.machine import Host
+from agent.sandbox.manager import Manager
+from agent.sandbox.node import Node
+from agent.sandbox.reconcile import reconcile
+from agent.sandbox.store import Store, lock_state_dir
+from agent.telemetry import log
+from agent.vmm.accelerator import AcceleratorProbe
+from agent.vmm.api import VmmOptions
+from agent.vmm.qemu import QemuDriver
+
+_STOP_GRACE_S = 2.0
+
+
+def notify(message: str) -> None:
+    """Tells systemd, if it started us (sd_notify(3)): "READY=1", "STOPPING=1"."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.sendto(message.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+
+
+def _driver(settings: Settings, images: ImageStore) -> QemuDriver:
+    try:
+        image = images.get(settings.images.default_image)
+        probe = AcceleratorProbe(settings.paths.cache_dir, image.kernel.path, image.initramfs.path)
+    except AgentError:
+        probe = AcceleratorProbe(settings.paths.cache_dir, None, None)
+    options = VmmOptions(binary=settings.vmm.binary, accelerator=settings.vmm.accelerator)
+    return QemuDriver(options, settings.paths.tools_dir, probe)
+
+
+@asynccontextmanager
+async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
+    """Runs an agent inside the context; leaving it is an orderly stop.
+
+    :raises AgentError: it cannot start; the message says what to do.
+    """
+    paths = Paths.of(settings)
+    for directory in (paths.run_dir, paths.state_dir):
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    lock = lock_state_dir(paths.lock)
+    store = Store(paths.database)
+    try:
+        records = await store.open()
+        images = ImageStore(settings.images.images_dir)
+        driver = _driver(settings, images)
+        host = Host(settings, paths, driver, DiskMaker(paths.disk_templates))
+        manager = Manager(host, images, Node(settings, await driver.probe()), store)
+        await reconcile(host, manager, store, records)
+        server = ApiServer(settings, manager)
+        try:
+            await server.start()
+            yield server
+        finally:
+            await server.stop(_STOP_GRACE_S)
+            await manager.stop(keep=settings.sandbox.on_stop == "keep")
+    finally:
+        await store.aclose()
+        os.close(lock)
+
+
+async def run(settings: Settings) -> None:
+    """Runs until SIGTERM or SIGINT. A second one ends the process without cleaning up."""
+    telemetry.setup(settings.log, settings.metrics, settings.tracing, settings.node.name)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    async with agent(settings) as server:
+        log.info("ready", socket=str(server.socket_path), tcp_port=server.tcp_port)
+        notify("READY=1")
+        await stop.wait()
+        log.info("stopping", sandboxes=settings.sandbox.on_stop)
+        notify("STOPPING=1")

@@ -1,0 +1,63 @@
+"""NetworkService: see network.proto."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from agent.channel.stream import CallStream
+from agent.errors import GuestUnreachable, InvalidSpec
+from agent.sandbox.manager import Manager
+from agent.telemetry import STREAM_BYTES
+from guest.wire import Frame
+from sandboxd.v1 import network_pb2 as pb
+from sandboxd.v1 import network_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_OUT = STREAM_BYTES.labels("dial", "from_guest")
+_IN = STREAM_BYTES.labels("dial", "to_guest")
+
+
+class NetworkService(network_pb2_grpc.NetworkServiceServicer):
+    """Servicer over the sandboxes' links."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    async def Dial(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.DialRequest], context: Context
+    ) -> AsyncIterator[pb.DialResponse]:
+        """See network.proto."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("message") != "open":
+            raise InvalidSpec("the first message must carry open")
+        target = first.open
+        if not 1 <= target.port <= 65535 or len(target.host) > 255 or "\0" in target.host:
+            raise InvalidSpec(f"cannot dial port {target.port}; ports are from 1 to 65535")
+        channel = await self._manager.channel(target.sandbox_id)
+        async with channel.stream("net.dial", host=target.host or "127.0.0.1", port=target.port) as stream:
+            feeder = asyncio.create_task(_feed(stream, request_iterator))
+            try:
+                while (frame := await stream.recv()) is not None:
+                    if frame[0] is Frame.DATA:
+                        _OUT.inc(len(frame[1]))
+                        yield pb.DialResponse(data=frame[1])
+                    elif frame[0] is Frame.EVENT:
+                        yield pb.DialResponse()
+            finally:
+                feeder.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await feeder
+
+
+async def _feed(stream: CallStream, requests: AsyncIterator[pb.DialRequest]) -> None:
+    with contextlib.suppress(GuestUnreachable):  # the receiving side reports it
+        async for request in requests:
+            if request.data:
+                _IN.inc(len(request.data))
+                await stream.send(Frame.DATA, request.data)
+        await stream.send_eof()

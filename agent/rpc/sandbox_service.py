@@ -1,0 +1,207 @@
+"""SandboxService: see sandbox.proto for what each call promises."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import psutil
+
+from agent.config import Settings
+from agent.errors import InvalidSpec, NotFound
+from agent.model import State
+from agent.rpc import convert
+from agent.sandbox.manager import Manager
+from agent.sandbox.record import Record
+from agent.sandbox.spec import complete
+from sandboxd.v1 import sandbox_pb2 as pb
+from sandboxd.v1 import sandbox_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_MAX_PAGE = 1000
+_DEFAULT_PAGE = 100
+_CONSOLE_CHUNK_BYTES = 256 << 10
+_CONSOLE_POLL_S = 0.2
+
+
+def _matches(record: Record, labels: dict[str, str]) -> bool:
+    return all(key in record.labels and value in ("", record.labels[key]) for key, value in labels.items())
+
+
+class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
+    """Servicer over the manager."""
+
+    def __init__(self, manager: Manager, settings: Settings) -> None:
+        self._manager = manager
+        self._settings = settings
+
+    def _message(self, record: Record) -> pb.Sandbox:
+        return convert.sandbox(record, self._settings.node.region)
+
+    async def CreateSandbox(self, request: pb.CreateSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
+        """See sandbox.proto."""
+        spec = complete(
+            self._settings.sandbox,
+            image=request.image or self._settings.images.default_image,
+            vcpu_count=request.vcpus,
+            memory_bytes=request.memory_bytes,
+            disk_bytes=request.disk_bytes,
+            env=request.env,
+            labels=request.labels,
+            lifetime=convert.lifetime_from(request.lifetime),
+            request_id=request.request_id,
+        )
+        return self._message(await self._manager.create(spec))
+
+    async def GetSandbox(self, request: pb.GetSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
+        """See sandbox.proto."""
+        return self._message(self._manager.get(request.id))
+
+    async def ListSandboxes(  # noqa: N802
+        self, request: pb.ListSandboxesRequest, context: Context
+    ) -> pb.ListSandboxesResponse:
+        """See sandbox.proto."""
+        size = request.page_size or _DEFAULT_PAGE
+        if not 1 <= size <= _MAX_PAGE:
+            raise InvalidSpec(f"page_size is {size}; it must be from 1 to {_MAX_PAGE}")
+        after = _parse_token(request.page_token)
+        states = {convert.STATE_OF.get(number) for number in request.states}
+        labels = dict(request.labels)
+        found = [
+            record
+            for record in self._manager.list()
+            if (record.create_time, record.id) > after
+            and (not states or record.state in states)
+            and _matches(record, labels)
+        ]
+        page = found[:size]
+        token = _page_token(page[-1]) if len(found) > size else ""
+        return pb.ListSandboxesResponse(
+            sandboxes=[self._message(record) for record in page], next_page_token=token
+        )
+
+    async def UpdateSandbox(self, request: pb.UpdateSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
+        """See sandbox.proto."""
+        record = await self._manager.update(
+            request.id,
+            expire_time=request.expire_time.ToMicroseconds() / 1e6 if request.HasField("expire_time") else None,
+            clear_expire_time=request.clear_expire_time,
+            set_labels=request.set_labels,
+            remove_labels=request.remove_labels,
+        )
+        return self._message(record)
+
+    async def DeleteSandbox(  # noqa: N802
+        self, request: pb.DeleteSandboxRequest, context: Context
+    ) -> pb.DeleteSandboxResponse:
+        """See sandbox.proto."""
+        try:
+            await self._manager.delete(request.id)
+        except NotFound:
+            if not request.allow_missing:
+                raise
+        return pb.DeleteSandboxResponse()
+
+    async def KeepAlive(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.KeepAliveRequest], context: Context
+    ) -> AsyncIterator[pb.KeepAliveResponse]:
+        """See sandbox.proto."""
+        sandbox_id = ""
+        async for request in request_iterator:
+            sandbox_id = request.id or sandbox_id
+            expire_time = await self._manager.renew_lease(sandbox_id)
+            yield pb.KeepAliveResponse(expire_time=convert.timestamp(expire_time))
+
+    async def WatchSandboxes(  # noqa: N802
+        self, request: pb.WatchSandboxesRequest, context: Context
+    ) -> AsyncIterator[pb.SandboxEvent]:
+        """See sandbox.proto."""
+        labels = dict(request.labels)
+
+        def wanted(record: Record) -> bool:
+            return request.id in ("", record.id) and _matches(record, labels)
+
+        async for event in self._manager.watch(wanted):
+            yield convert.event(event, self._settings.node.region)
+
+    async def GetConsole(  # noqa: N802
+        self, request: pb.GetConsoleRequest, context: Context
+    ) -> AsyncIterator[pb.GetConsoleResponse]:
+        """See sandbox.proto."""
+        if request.tail_bytes < 0:
+            raise InvalidSpec("tail_bytes must not be negative")
+        limit = self._settings.vmm.console_limit_bytes
+        seen = self._manager.console(request.id, min(request.tail_bytes or limit, limit))
+        for start in range(0, len(seen), _CONSOLE_CHUNK_BYTES):
+            yield pb.GetConsoleResponse(data=seen[start : start + _CONSOLE_CHUNK_BYTES])
+        while request.follow:
+            await asyncio.sleep(_CONSOLE_POLL_S)
+            try:
+                now = self._manager.console(request.id, limit)
+                ended = self._manager.get(request.id).state is not State.RUNNING
+            except NotFound:
+                return
+            if new := _appended(seen, now):
+                yield pb.GetConsoleResponse(data=new)
+                seen = now
+            elif ended:
+                return
+
+    async def GetSandboxStats(  # noqa: N802
+        self, request: pb.GetSandboxStatsRequest, context: Context
+    ) -> pb.SandboxStats:
+        """See sandbox.proto."""
+        running = self._manager.running(request.id)
+        stats = await running.channel.call("sys.stats")
+        load = stats.get("load")
+        loads = {str(index): value for index, value in enumerate(load)} if isinstance(load, list) else {}
+        cpu_s, pss = await asyncio.to_thread(_host_cost, running.vm.pid)
+        return pb.SandboxStats(
+            memory_total_bytes=convert.guest_int(stats, "memory_total"),
+            memory_available_bytes=convert.guest_int(stats, "memory_available"),
+            load1=convert.guest_float(loads, "0"),
+            load5=convert.guest_float(loads, "1"),
+            load15=convert.guest_float(loads, "2"),
+            disk_total_bytes=convert.guest_int(stats, "disk_total"),
+            disk_available_bytes=convert.guest_int(stats, "disk_available"),
+            process_count=convert.guest_int(stats, "processes", 0, 1 << 30),
+            uptime=convert.duration(convert.guest_float(stats, "uptime_s")),
+            vmm_cpu=convert.duration(cpu_s),
+            vmm_pss_bytes=pss,
+        )
+
+
+def _host_cost(pid: int) -> tuple[float, int]:
+    try:
+        process = psutil.Process(pid)
+        times = process.cpu_times()
+        return times.user + times.system, process.memory_full_info().pss
+    except psutil.Error:
+        return 0.0, 0
+
+
+def _appended(before: bytes, now: bytes) -> bytes:
+    """Returns what `now` has at its end beyond `before`; both are the last bytes of one growing text."""
+    if now.startswith(before):
+        return now[len(before) :]
+    mark = before[-256:]
+    at = now.rfind(mark)
+    return now if at < 0 else now[at + len(mark) :]
+
+
+def _page_token(record: Record) -> str:
+    return base64.urlsafe_b64encode(f"{record.create_time!r} {record.id}".encode()).decode()
+
+
+def _parse_token(token: str) -> tuple[float, str]:
+    if not token:
+        return 0.0, ""
+    try:
+        create_time, _, sandbox_id = base64.urlsafe_b64decode(token).decode().partition(" ")
+        return float(create_time), sandbox_id
+    except (ValueError, binascii.Error):
+        raise InvalidSpec("page_token is not one that ListSandboxes gave; begin with an empty one") from None

@@ -1,0 +1,339 @@
+"""All sandboxes of this node: create, look up, change, delete. The only module that decides.
+
+Lifecycle work runs in tasks that the manager owns: a caller that leaves does not cancel it. A create that fails leaves
+nothing, not even a record; a sandbox that dies after it was RUNNING stays as FAILED, with its last console lines, until it
+is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.channel.channel import Channel
+from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, NotFound, ResourceExhausted
+from agent.model import SandboxSpec, State, is_sandbox_id, new_sandbox_id
+from agent.rootfs import Image, ImageStore
+from agent.sandbox import machine
+from agent.sandbox.events import Event, Events, EventType
+from agent.sandbox.machine import Host, Machine
+from agent.sandbox.node import Node, NodeInfo
+from agent.sandbox.record import Record
+from agent.sandbox.spec import check_labels
+from agent.sandbox.store import Store
+from agent.telemetry import CREATES, DELETES, SANDBOXES, collect_phases, log, step, tracer
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A sandbox in memory. `creating` and `deleting` are the tasks that do so, for everyone to await."""
+
+    record: Record
+    machine: Machine | None = None
+    creating: asyncio.Task[None] | None = None
+    deleting: asyncio.Task[None] | None = None
+    monitor: asyncio.Task[None] | None = None
+    expiry: asyncio.TimerHandle | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Manager:
+    """The registry of sandboxes."""
+
+    def __init__(self, host: Host, images: ImageStore, node: Node, store: Store) -> None:
+        self.images = images
+        self.node = node
+        self._host = host
+        self._store = store
+        self._entries: dict[str, Entry] = {}
+        self._by_request: dict[str, Entry] = {}
+        self._events = Events()
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def get(self, sandbox_id: str) -> Record:
+        """Returns a snapshot. :raises NotFound: :raises InvalidSpec: malformed id."""
+        return self._entry(sandbox_id).record.copy()
+
+    def list(self) -> list[Record]:
+        """Returns snapshots of all sandboxes, oldest first."""
+        records = [entry.record.copy() for entry in self._entries.values()]
+        return sorted(records, key=lambda record: (record.create_time, record.id))
+
+    def watch(self, wanted: Callable[[Record], bool]) -> AsyncIterator[Event]:
+        """Yields what is there, then every change; see `Events.watch`."""
+        return self._events.watch(self.list(), wanted)
+
+    def describe_node(self) -> NodeInfo:
+        """Returns the node now."""
+        return self.node.describe(self._held())
+
+    def _held(self) -> Iterable[SandboxSpec]:
+        return [entry.record.spec for entry in self._entries.values()]
+
+    def _entry(self, sandbox_id: str) -> Entry:
+        entry = self._entries.get(sandbox_id)
+        if entry is None:
+            if not is_sandbox_id(sandbox_id):
+                raise InvalidSpec(f"{sandbox_id[:80]!r} is not a sandbox id; ids look like sbx-0123456789abcdef")
+            raise NotFound(
+                f"no sandbox {sandbox_id} on this node; it may have expired: list the sandboxes to see which there are",
+                reason="SANDBOX_NOT_FOUND",
+            )
+        return entry
+
+    async def channel(self, sandbox_id: str) -> Channel:
+        """Returns the link to a running sandbox. :raises NotFound: :raises InvalidState: it is not running."""
+        return self.running(sandbox_id).channel
+
+    def running(self, sandbox_id: str) -> Machine:
+        """Returns the machine of a running sandbox. :raises NotFound: :raises InvalidState: it is not running."""
+        entry = self._entry(sandbox_id)
+        if entry.machine is None or entry.record.state is not State.RUNNING:
+            why = f": {entry.record.error}" if entry.record.error else ""
+            raise InvalidState(
+                f"sandbox {sandbox_id} is {entry.record.state}, not running{why}", reason="SANDBOX_NOT_RUNNING"
+            )
+        return entry.machine
+
+    def console(self, sandbox_id: str, limit_bytes: int) -> bytes:
+        """Returns the last console bytes, of a failed sandbox, too."""
+        entry = self._entry(sandbox_id)
+        return b"" if entry.machine is None else entry.machine.vm.console_tail(limit_bytes)
+
+    # -- creating ------------------------------------------------------------------------------------------------------
+
+    async def create(self, spec: SandboxSpec) -> Record:
+        """Creates a sandbox and returns it once it runs; with a request_id seen before, returns that one's.
+
+        :raises AlreadyExists: the request_id was used for another request.
+        :raises AgentError: it failed; nothing is left.
+        """
+        entry = self._by_request.get(spec.request_id) if spec.request_id else None
+        if entry is None:
+            entry = self._begin(spec)
+        elif entry.record.spec != spec:
+            raise AlreadyExists(
+                f"request_id {spec.request_id} was used for another request; use a fresh one",
+                reason="REQUEST_ID_REUSED",
+            )
+        if entry.creating is not None:
+            await asyncio.shield(entry.creating)
+        return entry.record.copy()
+
+    def _begin(self, spec: SandboxSpec) -> Entry:
+        image = self.images.get(spec.image)
+        if spec.memory_bytes < image.min_memory_bytes:
+            raise InvalidSpec(
+                f"memory_bytes is {spec.memory_bytes}; image {spec.image} needs at least {image.min_memory_bytes}"
+            )
+        if self.node.draining:
+            raise ResourceExhausted("this node is draining and takes no sandboxes; try another", reason="NODE_DRAINING")
+        self.node.admit(spec, self._held())
+        now = time.time()
+        duration = spec.lifetime.duration_s or spec.lifetime.lease_s
+        record = Record(
+            new_sandbox_id(), spec, State.CREATING, now, labels=dict(spec.labels), image_digest=image.digest,
+            expire_time=None if duration is None else now + duration,
+        )  # fmt: skip
+        entry = Entry(record)
+        self._entries[record.id] = entry
+        if spec.request_id:
+            self._by_request[spec.request_id] = entry
+        self._publish(EventType.CREATED, entry)
+        entry.creating = asyncio.create_task(self._create(entry, image), name=f"create-{record.id}")
+        return entry
+
+    async def _create(self, entry: Entry, image: Image) -> None:
+        record = entry.record
+        outcome = "failed"
+        try:
+            with collect_phases() as phases, tracer.start_as_current_span("create"), step("create"):
+                with step("intent"):
+                    await self._store.put(record)
+                entry.machine = await machine.boot(self._host, record, image, lambda: self._store.put(record))
+                info = await self._host.driver.probe()
+                record.vmm = f"{info.name} {info.version} ({info.accelerator})"
+                record.phases = phases
+                record.move(State.RUNNING)
+                await self._store.put(record)
+            outcome = "ok"
+            entry.monitor = asyncio.create_task(self._watch_over(entry), name=f"monitor-{record.id}")
+            self._schedule_expiry(entry)
+            self._publish(EventType.UPDATED, entry)
+        except BaseException as error:
+            outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
+            if entry.deleting is None:
+                await asyncio.shield(self._forget(entry, "create failed"))
+            raise
+        finally:
+            CREATES.labels(outcome).inc()
+            log.info("create", sandbox_id=record.id, outcome=outcome, image=record.spec.image)
+
+    async def _forget(self, entry: Entry, reason: str) -> None:
+        """Removes what is left of a sandbox, then its record: the last step, so that a crash before it is repaired."""
+        if entry.machine is not None:
+            built, entry.machine = entry.machine, None
+            await built.aclose()
+        await self._store.delete(entry.record.id)
+        self._entries.pop(entry.record.id, None)
+        if self._by_request.get(entry.record.spec.request_id) is entry:
+            del self._by_request[entry.record.spec.request_id]
+        entry.record.state = State.DELETED
+        self._publish(EventType.DELETED, entry, reason)
+
+    def _publish(self, kind: EventType, entry: Entry, reason: str = "") -> None:
+        counts = dict.fromkeys(State, 0)
+        for other in self._entries.values():
+            counts[other.record.state] += 1
+        for state, count in counts.items():
+            SANDBOXES.labels(state.value).set(count)
+        self._events.publish(kind, entry.record, reason)
+
+    # -- watching over -------------------------------------------------------------------------------------------------
+
+    async def _watch_over(self, entry: Entry) -> None:
+        """Notices at once that the VM or its link is gone; dials a lost link again, gives up on a lost VM."""
+        assert entry.machine is not None
+        running = entry.machine
+        ended = asyncio.create_task(running.vm.wait())
+        try:
+            while True:
+                waited: set[asyncio.Future[Any]] = {ended, running.channel.lost}
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                try:
+                    if ended.done():
+                        raise machine.vmm_ended(ended.result())
+                    reason = running.channel.lost.result()
+                    log.warning("link lost", sandbox_id=entry.record.id, reason=reason.message)
+                    await running.relink(self._host.settings.sandbox.relink_timeout_s)
+                except AgentError as error:
+                    await self._fail(entry, error)
+                    return
+        finally:
+            ended.cancel()
+
+    async def _fail(self, entry: Entry, error: AgentError) -> None:
+        """Keeps the sandbox as FAILED with the evidence; its VM is ended, its disk stays until the delete."""
+        assert entry.machine is not None
+        await entry.machine.vm.stop()
+        entry.record.error = f"{error.message}{machine.console_note(entry.machine.vm)}"
+        entry.record.move(State.FAILED)
+        log.error("sandbox failed", sandbox_id=entry.record.id, error=error.message)
+        with contextlib.suppress(AgentError):
+            await self._store.put(entry.record)
+        self._publish(EventType.UPDATED, entry)
+
+    # -- changing ------------------------------------------------------------------------------------------------------
+
+    async def update(
+        self, sandbox_id: str, *, expire_time: float | None, clear_expire_time: bool,
+        set_labels: Mapping[str, str], remove_labels: Iterable[str],
+    ) -> Record:  # fmt: skip
+        """Changes expire time and labels. :raises NotFound: :raises InvalidSpec: :raises InvalidState: it has a lease."""
+        entry = self._entry(sandbox_id)
+        record = entry.record
+        if (expire_time is not None or clear_expire_time) and record.spec.lifetime.lease_s is not None:
+            raise InvalidState("a sandbox with a lease lives by KeepAlive; its expire time cannot be set")
+        if expire_time is not None and expire_time <= time.time():
+            raise InvalidSpec("expire_time is in the past; delete the sandbox instead")
+        labels = {**record.labels, **set_labels}
+        for key in remove_labels:
+            labels.pop(key, None)
+        check_labels(labels)
+        record.labels = labels
+        if expire_time is not None or clear_expire_time:
+            record.expire_time = expire_time
+            self._schedule_expiry(entry)
+        await self._store.put(record)
+        self._publish(EventType.UPDATED, entry)
+        return record.copy()
+
+    async def renew_lease(self, sandbox_id: str) -> float:
+        """Renews a lease and returns when it lapses. :raises NotFound: :raises InvalidState: it has none."""
+        entry = self._entry(sandbox_id)
+        lease = entry.record.spec.lifetime.lease_s
+        if lease is None:
+            raise InvalidState(f"sandbox {sandbox_id} was created without a lease", reason="NO_LEASE")
+        if entry.deleting is not None:
+            raise InvalidState(f"sandbox {sandbox_id} is being deleted", reason="SANDBOX_DELETING")
+        entry.record.expire_time = time.time() + lease
+        self._schedule_expiry(entry)
+        await self._store.put(entry.record)
+        return entry.record.expire_time
+
+    def _schedule_expiry(self, entry: Entry) -> None:
+        if entry.expiry is not None:
+            entry.expiry.cancel()
+            entry.expiry = None
+        if entry.record.expire_time is not None:
+            delay = max(0.0, entry.record.expire_time - time.time())
+            entry.expiry = asyncio.get_running_loop().call_later(delay, self._expire, entry)
+
+    def _expire(self, entry: Entry) -> None:
+        reason = "expired" if entry.record.spec.lifetime.lease_s is None else "lease lapsed"
+        self._start_delete(entry, reason)
+
+    # -- deleting ------------------------------------------------------------------------------------------------------
+
+    async def delete(self, sandbox_id: str, reason: str = "requested") -> None:
+        """Deletes a sandbox and returns when nothing is left; a delete that is under way is awaited. :raises NotFound:"""
+        await asyncio.shield(self._start_delete(self._entry(sandbox_id), reason))
+
+    def _start_delete(self, entry: Entry, reason: str) -> asyncio.Task[None]:
+        if entry.deleting is None:
+            entry.deleting = asyncio.create_task(self._delete(entry, reason), name=f"delete-{entry.record.id}")
+        return entry.deleting
+
+    async def _delete(self, entry: Entry, reason: str) -> None:
+        with step("delete"):
+            if entry.expiry is not None:
+                entry.expiry.cancel()
+            for task in (entry.creating, entry.monitor):
+                if task is not None and not task.done():
+                    task.cancel()
+                    await asyncio.wait({task})
+            entry.record.state = State.DELETING
+            self._publish(EventType.UPDATED, entry, reason)
+            try:
+                with contextlib.suppress(AgentError):  # a full disk must not keep anyone from deleting
+                    await self._store.put(entry.record)
+                await self._forget(entry, reason)
+            except BaseException as error:
+                entry.deleting = None  # the next delete tries again what is left
+                log.error("delete failed", sandbox_id=entry.record.id, error=str(error))
+                raise
+        DELETES.labels(reason).inc()
+        log.info("delete", sandbox_id=entry.record.id, reason=reason)
+
+    # -- starting and stopping -----------------------------------------------------------------------------------------
+
+    def adopt(self, record: Record, adopted: Machine) -> None:
+        """Takes over a sandbox that an earlier agent left running."""
+        entry = Entry(record, adopted)
+        self._entries[record.id] = entry
+        if record.spec.request_id:
+            self._by_request[record.spec.request_id] = entry
+        entry.monitor = asyncio.create_task(self._watch_over(entry), name=f"monitor-{record.id}")
+        self._schedule_expiry(entry)
+        self._publish(EventType.UPDATED, entry)
+
+    async def stop(self, *, keep: bool) -> None:
+        """Ends the manager: deletes every sandbox, or leaves those that run to the next agent."""
+        self.node.draining = True
+        pending = [entry for entry in self._entries.values() if not keep or entry.record.state is not State.RUNNING]
+        tasks = [self._start_delete(entry, "agent stopped") for entry in pending]
+        if tasks:
+            await asyncio.wait(tasks)
+        for entry in list(self._entries.values()):
+            if entry.expiry is not None:
+                entry.expiry.cancel()
+            if entry.monitor is not None:
+                entry.monitor.cancel()
+                await asyncio.wait({entry.monitor})
+            if entry.machine is not None:
+                await entry.machine.detach()

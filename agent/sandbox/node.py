@@ -1,0 +1,120 @@
+"""What the node has, has promised, and uses; and whether one more sandbox fits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from agent.config import Settings
+from agent.errors import ResourceExhausted
+from agent.model import SandboxSpec
+from agent.vmm.api import VmmInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """One kind of resource; see the message of the same name in node.proto."""
+
+    total: int
+    allocatable: int
+    allocated: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """The node now; CPU in thousandths, memory and disk in bytes."""
+
+    name: str
+    region: str
+    labels: dict[str, str]
+    vmm: VmmInfo
+    cpu: Resource
+    memory: Resource
+    disk: Resource
+    sandboxes: Resource
+    start_time: float
+    kernel: str
+    cpu_model: str
+    draining: bool
+
+
+class Node:
+    """Admission and facts. `specs` are those of all sandboxes that hold resources."""
+
+    def __init__(self, settings: Settings, vmm: VmmInfo) -> None:
+        self._settings = settings
+        self._vmm = vmm
+        self._start_time = time.time()
+        self._cpu_model = _cpu_model()
+        self.draining = False
+
+    def admit(self, wanted: SandboxSpec, specs: Iterable[SandboxSpec]) -> None:
+        """:raises ResourceExhausted: it does not fit; the message says what lacks and how much."""
+        held = list(specs)
+        info = self.describe(held)
+        lacking = [
+            f"{name}: {need} wanted, {max(0, resource.allocatable - resource.allocated)} left"
+            for name, need, resource in (
+                ("sandboxes", 1, info.sandboxes),
+                ("cpu_millis", wanted.vcpu_count * 1000, info.cpu),
+                ("memory_bytes", wanted.memory_bytes, info.memory),
+            )
+            if resource.allocated + need > resource.allocatable
+        ]
+        # Disks are sparse: what counts is that the host keeps its reserve.
+        if info.disk.total - info.disk.used < self._settings.node.reserved_disk_bytes:
+            lacking.append(f"disk: less than {self._settings.node.reserved_disk_bytes} bytes are free on the host")
+        if lacking:
+            raise ResourceExhausted(
+                f"this node has no room ({'; '.join(lacking)}); delete sandboxes or try another node",
+                reason="NODE_FULL",
+            )
+
+    def describe(self, specs: Iterable[SandboxSpec]) -> NodeInfo:
+        """Returns the node as it is now."""
+        held = list(specs)
+        node = self._settings.node
+        memory = psutil.virtual_memory()
+        cpus = os.cpu_count() or 1
+        cpu_total = cpus * 1000
+        usable = max(0, memory.total - node.reserved_memory_bytes)
+        return NodeInfo(
+            name=node.name,
+            region=node.region,
+            labels=dict(node.labels),
+            vmm=self._vmm,
+            cpu=Resource(
+                cpu_total, int(cpu_total * node.cpu_overcommit), sum(spec.vcpu_count for spec in held) * 1000,
+                int(psutil.cpu_percent() * cpus * 10),
+            ),
+            memory=Resource(
+                memory.total, int(usable * node.memory_overcommit), sum(spec.memory_bytes for spec in held),
+                memory.total - memory.available,
+            ),
+            disk=self._disk(sum(spec.disk_bytes for spec in held)),
+            sandboxes=Resource(node.max_sandboxes, node.max_sandboxes, len(held), len(held)),
+            start_time=self._start_time,
+            kernel=platform.release(),
+            cpu_model=self._cpu_model,
+            draining=self.draining,
+        )  # fmt: skip
+
+    def _disk(self, promised: int) -> Resource:
+        usage = shutil.disk_usage(self._settings.paths.state_dir)
+        allocatable = max(0, usage.total - self._settings.node.reserved_disk_bytes)
+        return Resource(usage.total, allocatable, promised, usage.total - usage.free)
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

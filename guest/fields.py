@@ -1,0 +1,64 @@
+"""Checked access to the fields of a request."""
+
+from __future__ import annotations
+
+import os
+
+from guest.user import User, lookup_user
+from guest.wire import CallError
+
+MAX_PATH_BYTES = 4095
+HOME = "/home/sandbox"
+_MAX_OFFSET = (1 << 63) - 1
+
+
+def path(req: dict[str, object], name: str = "path") -> str:
+    """Returns an absolute path; relative ones start at the home directory. :raises CallError: NUL, empty, too long."""
+    value = req.get(name)
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise CallError("INVALID", f"{name} must be a path without NUL")
+    if len(os.fsencode(value)) > MAX_PATH_BYTES:
+        raise CallError("INVALID", f"{name} is over {MAX_PATH_BYTES} bytes")
+    return value if value.startswith("/") else f"{HOME}/{value}"
+
+
+def number(req: dict[str, object], name: str, high: int = _MAX_OFFSET) -> int:
+    """Returns a number from 0 to `high`; absent is 0. :raises CallError:"""
+    value = req.get(name) or 0
+    if not isinstance(value, int) or not 0 <= value <= high:
+        raise CallError("INVALID", f"{name} must be a number from 0 to {high}")
+    return value
+
+
+def optional_number(req: dict[str, object], name: str, high: int = _MAX_OFFSET) -> int | None:
+    """Returns a number, or None where the field is absent or null. :raises CallError:"""
+    return None if req.get(name) is None else number(req, name, high)
+
+
+def mode(req: dict[str, object], default: int) -> int:
+    """Returns permission bits. :raises CallError:"""
+    value = optional_number(req, "mode", 0o7777)
+    return default if value is None else value
+
+
+class AsUser:
+    """Acts with the file-system rights of the request's user inside a `with` block. Never await in it: PID 1 is shared."""
+
+    __slots__ = ("user",)
+
+    def __init__(self, req: dict[str, object]) -> None:
+        name = req.get("user")
+        self.user: User | None = lookup_user(str(name)) if name else None
+
+    def __enter__(self) -> AsUser:
+        if self.user is not None and self.user.uid:
+            os.setgroups(self.user.groups)
+            os.setegid(self.user.gid)
+            os.seteuid(self.user.uid)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.user is not None and self.user.uid:
+            os.seteuid(0)
+            os.setegid(0)
+            os.setgroups([])

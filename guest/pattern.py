@@ -1,0 +1,91 @@
+"""Glob patterns over paths: `*` and `?` within a name, `[...]` sets, `**` across directories (glob(7), with globstar)."""
+
+from __future__ import annotations
+
+import re
+
+from guest.wire import CallError
+
+_MAX_LENGTH = 4095
+_MAX_STARS = 64  # each one is a loop of the matcher
+
+
+class Pattern:
+    """A compiled pattern; `fixed` is its leading part without wildcards, where a search may start."""
+
+    def __init__(self, text: str, *, hidden: bool) -> None:
+        if not text or "\0" in text or len(text) > _MAX_LENGTH or text.count("*") > _MAX_STARS:
+            raise CallError("INVALID", f"a pattern has 1 to {_MAX_LENGTH} characters, no NUL, at most {_MAX_STARS} stars")
+        names = [name for name in text.split("/") if name not in ("", ".")]
+        if ".." in names:
+            raise CallError("INVALID", "a pattern must not have .. in it")
+        fixed = []
+        for name in names:
+            if any(letter in name for letter in "*?["):
+                break
+            fixed.append(name)
+        self.fixed = "/".join(fixed if len(fixed) < len(names) else fixed[:-1])
+        self._names = [None if name == "**" else re.compile(_name_expression(name, hidden=hidden)) for name in names]
+        self._hidden = hidden
+
+    def matches(self, path: str) -> bool:
+        """Whether a path relative to the search's root matches. Takes time in proportion to names times pattern names."""
+        names = path.split("/") if path else []
+        reachable = {0}
+        for name in names:
+            reachable = self._after(reachable, name)
+            if not reachable:
+                return False
+        return len(self._names) in self._skip_stars(reachable)
+
+    def _skip_stars(self, places: set[int]) -> set[int]:
+        result = set(places)
+        for place in sorted(places):
+            at = place
+            while at < len(self._names) and self._names[at] is None:
+                at += 1
+                result.add(at)
+        return result
+
+    def _after(self, places: set[int], name: str) -> set[int]:
+        result = set()
+        for place in self._skip_stars(places):
+            if place == len(self._names):
+                continue
+            expression = self._names[place]
+            if expression is None:
+                if self._hidden or not name.startswith("."):
+                    result.add(place)
+            elif expression.fullmatch(name):
+                result.add(place + 1)
+        return result
+
+
+def _name_expression(name: str, *, hidden: bool) -> str:
+    """Returns a regular expression for one name; `*` never backtracks across another, since stars are merged."""
+    result = "" if hidden or name.startswith(".") else r"(?!\.)"
+    at = 0
+    while at < len(name):
+        letter = name[at]
+        at += 1
+        if letter == "*":
+            if not result.endswith(".*"):
+                result += ".*"
+        elif letter == "?":
+            result += "."
+        elif letter == "[" and "]" in name[at + 1 :]:
+            end = name.index("]", at + 1)
+            body = name[at:end].replace("\\", r"\\").replace("[", r"\[")
+            if body.startswith("!"):
+                body = "^" + body[1:]
+            elif body.startswith("^"):
+                body = "\\" + body
+            result += f"[{body}]"
+            at = end + 1
+        else:
+            result += re.escape(letter)
+    try:
+        re.compile(result)
+    except re.error as error:
+        raise CallError("INVALID", f"{name!r} is not a valid pattern: {error}") from None
+    return result

@@ -1,0 +1,169 @@
+"""The call fs.watch: changes below a path, by inotify(7)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import struct
+
+from guest import fields, reactor
+from guest.call import Call
+from guest.wire import CallError, Frame
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guest.call import Handler
+
+_MAX_WATCHES = 16384
+_MODIFY, _ATTRIB, _CLOSE_WRITE = 0x2, 0x4, 0x8
+_MOVED_FROM, _MOVED_TO, _CREATE, _DELETE, _DELETE_SELF, _MOVE_SELF = 0x40, 0x80, 0x100, 0x200, 0x400, 0x800
+_OVERFLOW, _IGNORED, _ISDIR, _DONT_FOLLOW = 0x4000, 0x8000, 0x40000000, 0x02000000
+_MASK = _MODIFY | _ATTRIB | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE | _DELETE_SELF | _MOVE_SELF
+_HEAD = struct.Struct("iIII")
+_RENAME_GRACE_S = 0.05  # how long the second half of a rename may take to arrive
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int, path: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return result
+
+
+class _Watcher:
+    """One inotify descriptor and the paths behind its watch descriptors."""
+
+    def __init__(self, root: str, *, recursive: bool) -> None:
+        self._root = root
+        self._recursive = recursive
+        self._paths: dict[int, str] = {}
+        self._moved: dict[int, tuple[str, bool]] = {}  # cookie -> where from
+        self.fd = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), root)
+
+    async def add(self, path: str, found: list[dict[str, object]] | None = None) -> None:
+        """Watches `path` and, if recursive, what is below; `found` gets a create event for each entry below it."""
+        self._add_one(path)
+        if not self._recursive or not stat.S_ISDIR(os.lstat(path).st_mode):
+            return
+        pending = [path]
+        while pending:
+            directory = pending.pop()
+            try:
+                with os.scandir(directory) as entries:
+                    for entry in entries:
+                        if found is not None:
+                            found.append({"type": "create", "path": entry.path})
+                        if entry.is_dir(follow_symlinks=False):
+                            self._add_one(entry.path)
+                            pending.append(entry.path)
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                continue
+            await reactor.checkpoint()
+
+    def _add_one(self, path: str) -> None:
+        if len(self._paths) >= _MAX_WATCHES:
+            raise CallError("EXHAUSTED", f"more than {_MAX_WATCHES} directories below {self._root}; watch fewer", "ENOSPC")
+        mask = _MASK if path == self._root else _MASK | _DONT_FOLLOW
+        self._paths[_checked(_libc.inotify_add_watch(self.fd, os.fsencode(path), mask), path)] = path
+
+    async def events(self, data: bytes) -> list[dict[str, object]]:
+        """Returns the events in `data`; directories that appeared are watched from now on."""
+        result: list[dict[str, object]] = []
+        at = 0
+        while at < len(data):
+            watch, mask, cookie, length = _HEAD.unpack_from(data, at)
+            name = os.fsdecode(data[at + _HEAD.size : at + _HEAD.size + length].rstrip(b"\0"))
+            at += _HEAD.size + length
+            if mask & _OVERFLOW:
+                result.append({"type": "overflow", "path": self._root})
+            elif watch in self._paths:
+                path = self._paths[watch]
+                await self._event(f"{path.rstrip('/')}/{name}" if name else path, watch, mask, cookie, result)
+        return result
+
+    async def _event(self, path: str, watch: int, mask: int, cookie: int, result: list[dict[str, object]]) -> None:
+        if mask & _IGNORED:
+            self._paths.pop(watch, None)
+        elif mask & (_DELETE_SELF | _MOVE_SELF):
+            if path == self._root:
+                result.append({"type": "remove", "path": path})
+        elif mask & _MOVED_FROM:
+            self._moved[cookie] = (path, bool(mask & _ISDIR))
+        elif mask & _MOVED_TO and cookie in self._moved:
+            old, is_directory = self._moved.pop(cookie)
+            if is_directory:
+                self._rename_below(old, path)
+            result.append({"type": "rename", "path": old, "new_path": path})
+        elif mask & (_CREATE | _MOVED_TO):
+            result.append({"type": "create", "path": path})
+            if mask & _ISDIR and self._recursive:
+                try:
+                    await self.add(path, result)
+                except FileNotFoundError:
+                    return
+        elif mask & _DELETE:
+            result.append({"type": "remove", "path": path})
+        elif mask & _MODIFY:
+            result.append({"type": "modify", "path": path})
+        elif mask & _ATTRIB:
+            result.append({"type": "attributes", "path": path})
+
+    def _rename_below(self, old: str, new: str) -> None:
+        for watch, path in self._paths.items():
+            if path == old or path.startswith(f"{old}/"):
+                self._paths[watch] = new + path[len(old) :]
+
+    def moved_away(self) -> list[dict[str, object]]:
+        """Returns a remove event for each rename whose second half did not come: it left the tree."""
+        gone, self._moved = self._moved, {}
+        return [{"type": "remove", "path": path} for path, _ in gone.values()]
+
+    @property
+    def waits_for_rename(self) -> bool:
+        """Whether the second half of a rename may still come."""
+        return bool(self._moved)
+
+
+async def _watch(call: Call) -> dict[str, object]:
+    watcher = _Watcher(fields.path(call.req), recursive=bool(call.req.get("recursive")))
+    reactor.register(watcher.fd)
+    try:
+        await watcher.add(fields.path(call.req))
+        await call.send_json(Frame.EVENT, {"ready": True})
+        while True:
+            try:
+                data = os.read(watcher.fd, 64 << 10)
+            except BlockingIOError:
+                if watcher.waits_for_rename:
+                    await reactor.sleep(_RENAME_GRACE_S)
+                    events = await _read_more(watcher)
+                else:
+                    await reactor.readable(watcher.fd)
+                    continue
+            else:
+                events = await watcher.events(data)
+            for event in events:
+                await call.send_json(Frame.EVENT, event)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise CallError("EXHAUSTED", "the guest's kernel allows no more watches", "ENOSPC") from None
+        raise
+    finally:
+        reactor.unregister(watcher.fd)
+        os.close(watcher.fd)
+
+
+async def _read_more(watcher: _Watcher) -> list[dict[str, object]]:
+    """Gives the second halves of renames a last chance, then counts the rest as gone."""
+    try:
+        events = await watcher.events(os.read(watcher.fd, 64 << 10))
+    except BlockingIOError:
+        events = []
+    return events + watcher.moved_away()
+
+
+OPS: dict[str, Handler] = {"fs.watch": _watch}
