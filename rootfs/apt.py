@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rootfs import digest
 from rootfs.command import run
 from rootfs.errors import BuildError
 
@@ -77,15 +78,15 @@ def parse_fields(paragraph: str) -> dict[str, str]:
 
 
 class Apt:
-    """Package lists of one suite, kept between builds in `folder`.
+    """Package lists of one suite of one mirror, kept between builds.
 
-    :param folder: created if missing; belongs to this object alone.
+    :param cache: the directory to keep them in.
     """
 
-    def __init__(self, folder: Path, mirror: Mirror, suite: str) -> None:
-        self._folder = folder
-        self._config = folder / "apt.conf"
+    def __init__(self, cache: Path, mirror: Mirror, suite: str) -> None:
         self.sources = mirror.sources(suite)
+        self._folder = folder = cache / f"apt-{digest.of_value(self.sources)[:8]}"
+        self._config = folder / "apt.conf"
         self.settings = _KEPT_SETTINGS.findall(run(["apt-config", "dump"]))
         for name in ("lists/partial", "cache/archives/partial", "etc/apt.conf.d", "etc/preferences.d", "downloads"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -123,13 +124,15 @@ class Apt:
         return {fields["Package"]: fields for fields in found}
 
     def download(self, package: str, version: str) -> Path:
-        """Returns the path of a package file, checked by apt against the signed lists; kept for the next build.
+        """Returns the path of a package file, checked by apt against the signed lists; kept until a newer one comes.
 
         :raises BuildError: it cannot be fetched.
         """
         folder = self._folder / "downloads"
         pattern = f"{package}_{version.replace(':', '%3a')}_*.deb"
         if not (found := sorted(folder.glob(pattern))):
+            for older in folder.glob(f"{package}_*.deb"):
+                older.unlink()
             self._apt("download", f"{package}={version}", cwd=folder)
             found = sorted(folder.glob(pattern))
         if not found:

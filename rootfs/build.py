@@ -68,7 +68,7 @@ class Builder:
         """
         require("mmdebstrap", "mkfs.erofs", "dpkg-deb", "tar", "zstd", "setpriv", "unshare")
         with locked(self._cache), locked(self._store.folder):
-            apt = Apt(self._cache / "apt", self._mirror, SUITE)
+            apt = Apt(self._cache, self._mirror, SUITE)
             if not _update(apt):
                 return self._offline(flavour)
             inputs = self._resolve(flavour, apt)
@@ -159,14 +159,14 @@ def guest_files(folder: Path) -> dict[str, Path]:
 
 def _update(apt: Apt) -> bool:
     """Refreshes the package lists; False if neither the mirror nor an earlier list can be had."""
-    with step("package lists: asking the mirror"):
-        try:
+    try:
+        with step("package lists: asking the mirror"):
             apt.update()
-        except BuildError as e:
-            if not apt.has_lists():
-                say(f"the mirror cannot be reached:\n{e}")
-                return False
-            say("the mirror cannot be reached: going on with the package lists of an earlier build")
+    except BuildError as e:
+        say(f"the package lists cannot be refreshed. {e}")
+        if not apt.has_lists():
+            return False
+        say("going on with the package lists of an earlier build")
     return True
 
 

@@ -86,7 +86,7 @@ def _path() -> str:
 
 
 def _describe(argv: Sequence[str | Path], done: subprocess.CompletedProcess[str]) -> str:
-    output = (done.stderr + done.stdout).strip()
+    output = done.stderr.strip() or done.stdout.strip()
     tail = "\n".join(f"    {line}" for line in output.splitlines()[-_TAIL_LINES:])
     hint = ""
     if "No space left on device" in output:

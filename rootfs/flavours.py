@@ -30,7 +30,10 @@ COMPILE = "-m compileall -q -f --invalidation-mode unchecked-hash"
 _PYTHON = 'chroot "$1" env -i PYTHONHASHSEED=0 /usr/bin/python3 -S'
 _COMPILE_LIBRARY = f"{_PYTHON} {COMPILE} /usr/lib/python3.13 /usr/lib/python3 /etc/python3.13"
 
-_TOOLS = ("bash", "ca-certificates", "coreutils", "curl", "iproute2", "python3", "sudo")
+# A sandbox is thrown away: the whole system is the user's, so `pip install` need not insist on a virtual environment.
+_FREE_PIP = r"""printf '[global]\nbreak-system-packages = true\n' >"$1/etc/pip.conf" """
+
+_TOOLS = ("bash", "ca-certificates", "coreutils", "curl", "iproute2", "mount", "python3", "sudo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ FLAVOURS: Mapping[str, Flavour] = {
                 "zip",
             ),
             min_memory_bytes=192 << 20,
+            hooks=(_COMPILE_LIBRARY, _FREE_PIP),
             npm_tools=(_DENO,),
         ),
     )

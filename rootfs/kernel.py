@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,4 @@ def _one(tree: Path, *patterns: str) -> Path:
 def _remove_older(kept: Path) -> None:
     for path in kept.parent.glob("kernel-*"):
         if path != kept:
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+            shutil.rmtree(path)
