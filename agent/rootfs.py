@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from agent.errors import AgentError, AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound, ResourceExhausted
+from agent.sparse import NO_SPACE, copy_sparse
 
 _SCHEMA = 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -35,10 +36,7 @@ _ENTRY_SUFFIX = "-" + "[0-9a-f]" * 12
 MIN_DISK_BYTES = 16 << 20
 MAX_DISK_BYTES = 16 << 40
 _BLOCK_BYTES = 4096
-_COPY_BYTES = 1 << 20
 _TEMPLATES_KEPT = 32
-_FICLONE = 0x40049409  # ioctl_ficlone(2)
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 # A sandbox's disk is thrown away with it, so nothing is spent on surviving a crash: no journal, no checksums, no backup
 # superblocks but two. Unwritten inode tables stay holes, so the default number of inodes costs nothing.
@@ -364,55 +362,8 @@ def run_mkfs(path: Path) -> None:
         raise HostError(f"mkfs.ext4 failed with status {done.returncode}: {done.stderr.strip()[-500:]}")
 
 
-def copy_sparse(source: Path, target: Path) -> None:
-    """Copies a file, holes staying holes; by reference where the file system can (ioctl_ficlone(2)).
-
-    :raises FileExistsError: `target` exists.
-    :raises OSError: it failed; `target` is removed.
-    """
-    with source.open("rb") as reader:
-        out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            if not _clone(reader.fileno(), out):
-                _copy_extents(reader.fileno(), out)
-        except BaseException:
-            target.unlink()
-            raise
-        finally:
-            os.close(out)
-
-
-def _clone(source: int, target: int) -> bool:
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError as e:
-        if e.errno in _NO_SPACE:
-            raise
-        return False
-    return True
-
-
-def _copy_extents(source: int, target: int) -> None:
-    size = os.fstat(source).st_size
-    os.ftruncate(target, size)
-    start = end = 0
-    while end < size:
-        try:
-            start = os.lseek(source, end, os.SEEK_DATA)
-        except OSError as e:
-            if e.errno == errno.ENXIO:  # nothing but a hole up to the end
-                return
-            raise
-        end = os.lseek(source, start, os.SEEK_HOLE)
-        while start < end:
-            piece = os.pread(source, min(end - start, _COPY_BYTES), start)
-            if not piece:
-                raise OSError(errno.EIO, "the source became shorter while it was copied")
-            start += os.pwrite(target, piece, start)
-
-
 def _disk_error(path: Path, error: OSError) -> AgentError:
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         return ResourceExhausted(
             f"the host's disk is full: cannot make {path}; free space or delete sandboxes", reason="DISK_FULL"
         )

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from agent import rootfs
+from agent import rootfs, sparse
 from agent.errors import AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound, ResourceExhausted
-from agent.rootfs import DiskMaker, ImageStore, copy_sparse
+from agent.rootfs import DiskMaker, ImageStore
+from agent.sparse import copy_sparse
 
 MIB = 1 << 20
 
@@ -193,7 +194,7 @@ def extents(path: Path) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("clones", [True, False])
 def test_copies_have_the_same_bytes_and_holes(tmp_path: Path, clones: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not clones:
-        monkeypatch.setattr(rootfs, "_clone", lambda source, target: False)
+        monkeypatch.setattr(sparse, "_clone", lambda source, target: False)
     source, target = tmp_path / "source", tmp_path / "target"
     with source.open("wb") as file:
         file.truncate(64 * MIB)
@@ -272,7 +273,7 @@ async def test_a_failed_copy_leaves_no_file(
 ) -> None:
     maker = DiskMaker(tmp_path / "templates")
     await maker.make_disk(tmp_path / "first.raw", 16 * MIB)
-    monkeypatch.setattr(rootfs, "_clone", lambda source, target: False)
+    monkeypatch.setattr(sparse, "_clone", lambda source, target: False)
     monkeypatch.setattr(os, "pwrite", failing(number))
     with pytest.raises(error):
         await maker.make_disk(tmp_path / "disk.raw", 16 * MIB)
@@ -289,7 +290,7 @@ async def test_a_failed_format_leaves_no_template(tmp_path: Path, monkeypatch: p
 async def test_a_cancelled_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maker = DiskMaker(tmp_path / "templates")
     started, go = threading.Event(), threading.Event()
-    real = rootfs.copy_sparse
+    real = copy_sparse
 
     def slow(source: Path, target: Path) -> None:
         started.set()

@@ -155,21 +155,8 @@ def test_initramfs_loads_what_it_holds(tree: Path, monkeypatch: pytest.MonkeyPat
     assert b"@" not in archive[archive.index(b"#!/bin/busybox") : archive.index(b'fail "cannot start')]
 
 
-def test_cpio_is_read_by_cpio_readers(tmp_path: Path) -> None:
-    if shutil.which("cpio") is None and shutil.which("bsdtar") is None:
-        pytest.skip("neither cpio nor bsdtar is installed")
-    out = CpioWriter()
-    out.folder("a")
-    out.file("a/odd", b"12345", 0o755)
-    out.symlink("a/link", "odd")
-    argv = ["cpio", "-idm", "--quiet"] if shutil.which("cpio") else ["bsdtar", "-xf", "-"]
-    subprocess.run(argv, input=out.finish(), cwd=tmp_path, check=True)
-    assert (tmp_path / "a/link").read_bytes() == b"12345"
-    assert (tmp_path / "a/odd").stat().st_mode & 0o777 == 0o755
-
-
 def test_cpio_layout() -> None:
-    """By hand, from buffer-format.rst, for machines without a cpio reader."""
+    """Offsets from the kernel's buffer-format.rst; that the kernel reads it is shown by every VM test."""
     out = CpioWriter()
     out.file("x", b"hello", 0o600)
     data = out.finish()
