@@ -39,7 +39,7 @@ async def _observed(method: str, context: grpc.aio.ServicerContext[Any, Any]) ->
             log.debug("rpc", code=code.name, ms=round(seconds * 1000, 2))
 
 
-class Interceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Wraps the four kinds of handlers."""
 
     async def intercept_service(
