@@ -82,7 +82,7 @@ class ImageSettings:
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Where the API listens. An empty `unix_socket` means `<run_dir>/sandboxd.sock`; an empty `tcp_address` means no TCP."""
+    """Where the API listens. Empty `unix_socket`: `<run_dir>/sandboxd.sock`; empty `tcp_address`: no TCP."""
 
     unix_socket: str = ""
     unix_allow_uids: tuple[int, ...] = ()

@@ -19,7 +19,7 @@ from agent.sandbox.machine import Host
 from agent.sandbox.manager import Manager
 from agent.sandbox.node import Node
 from agent.sandbox.reconcile import reconcile
-from agent.sandbox.store import Store, lock_state_dir
+from agent.sandbox.store import Store, lock_directory
 from agent.telemetry import log
 from agent.vmm.accelerator import AcceleratorProbe
 from agent.vmm.api import VmmOptions
@@ -55,7 +55,7 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
     paths = Paths.of(settings)
     for directory in (paths.run_dir, paths.state_dir):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    lock = lock_state_dir(paths.lock)
+    locks = [lock_directory(paths.lock), lock_directory(paths.run_lock)]
     store = Store(paths.database)
     try:
         records = await store.open()
@@ -73,7 +73,8 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
             await manager.stop(keep=settings.sandbox.on_stop == "keep")
     finally:
         await store.aclose()
-        os.close(lock)
+        for lock in locks:
+            os.close(lock)
 
 
 async def run(settings: Settings) -> None:
@@ -89,6 +90,7 @@ async def run(settings: Settings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes must not end sandboxes
     async with agent(settings) as server:
         log.info("ready", socket=str(server.socket_path), tcp_port=server.tcp_port)
         notify("READY=1")

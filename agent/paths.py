@@ -26,6 +26,11 @@ class Paths:
         return self.state_dir / "agent.lock"
 
     @property
+    def run_lock(self) -> Path:
+        """Held by the one agent that owns the run directory: it removes what it does not know there."""
+        return self.run_dir / "agent.lock"
+
+    @property
     def database(self) -> Path:
         """The node's state."""
         return self.state_dir / "state.db"

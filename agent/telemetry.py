@@ -30,8 +30,9 @@ PHASE_SECONDS = Histogram(
     buckets=_BUCKETS, registry=registry,
 )  # fmt: skip
 RPC_SECONDS = Histogram(
-    "sandboxd_rpc_seconds", "Time of RPCs until their last byte", ["method", "code"], buckets=_BUCKETS, registry=registry
-)
+    "sandboxd_rpc_seconds", "Time of RPCs until their last byte", ["method", "code"],
+    buckets=_BUCKETS, registry=registry,
+)  # fmt: skip
 SANDBOXES = Gauge("sandboxd_sandboxes", "Sandboxes by state", ["state"], registry=registry)
 CREATES = Counter("sandboxd_creates", "CreateSandbox by outcome", ["outcome"], registry=registry)
 DELETES = Counter("sandboxd_deletes", "Deleted sandboxes by reason", ["reason"], registry=registry)

@@ -160,7 +160,7 @@ def guest_float(values: Mapping[str, Any], name: str) -> float:
 
 
 def guest_text(values: Mapping[str, Any], name: str) -> str:
-    """Returns the text `name`; bytes that are not UTF-8 (surrogates) are replaced. :raises GuestUnreachable: no text."""
+    """Returns the text `name`; what is not UTF-8 (surrogates) is replaced. :raises GuestUnreachable: no text."""
     value = values.get(name)
     if not isinstance(value, str):
         raise _bad(name)
@@ -169,7 +169,12 @@ def guest_text(values: Mapping[str, Any], name: str) -> str:
 
 def printable(text: str) -> str:
     """Returns text that protobuf can carry: what was not UTF-8 in the guest becomes U+FFFD."""
-    return text.encode(errors="surrogateescape").decode(errors="replace") if not text.isascii() else text
+    if text.isascii():
+        return text
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="replace")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        return text.encode(errors="replace").decode()
 
 
 def exit_message(values: Mapping[str, Any]) -> process_pb2.Exit:

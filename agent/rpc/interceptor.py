@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -75,9 +75,11 @@ def _unary(name: str, inner: Any) -> Handler:
 
 
 def _streaming(name: str, inner: Any) -> Handler:
-    async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        async with _observed(name, context):
-            async for response in inner(request, context):
-                yield response
+    # Not a generator itself: grpc drops a generator whose client left in the middle of a message, and its cleanup would
+    # then run later, in another task and another context.
+    async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async with _observed(name, context), aclosing(inner(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
 
     return handle

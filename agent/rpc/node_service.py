@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
@@ -11,12 +12,14 @@ import grpc
 
 from agent.errors import InvalidSpec, InvalidState
 from agent.rpc import convert
+from agent.sandbox.events import WatcherTooSlowError
 from agent.sandbox.manager import Manager
 from sandboxd.v1 import node_pb2 as pb
 from sandboxd.v1 import node_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _MAX_INTERVAL_S = 3600
+_SETTLE_S = 0.05  # one message for changes that come together
 _VERSION = version("sandboxd")
 
 
@@ -50,11 +53,13 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             while True:
                 changed.clear()
                 yield await self._node()
-                await asyncio.wait({asyncio.ensure_future(changed.wait()), listener}, timeout=interval,
-                                   return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
-                changed.set()  # ends the waiter of this round
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), interval)
+                await asyncio.sleep(_SETTLE_S)
         finally:
             listener.cancel()
+            with contextlib.suppress(asyncio.CancelledError, WatcherTooSlowError):
+                await listener
 
 
 class ImageService(node_pb2_grpc.ImageServiceServicer):

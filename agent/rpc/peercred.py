@@ -1,14 +1,15 @@
 """The unix socket of the API, with the credentials of whoever connects (SO_PEERCRED of unix(7)).
 
-gRPC for Python can neither show nor check them. So the public socket is ours: a connection from an allowed user is relayed
-to gRPC's own socket, in a directory that only the agent can enter, and our end is bound to an abstract name with the user
-and PID in it, which gRPC reports as the peer of each call.
+gRPC for Python can neither show nor check them. So the public socket is ours: a connection from an allowed user is
+relayed to gRPC's own socket, in a directory that only the agent can enter, and our end is bound to an abstract name
+with the user and PID in it, which gRPC reports as the peer of each call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import socket
@@ -20,6 +21,8 @@ from agent.telemetry import log
 
 _BUFFER_BYTES = 256 << 10
 _CREDENTIALS = struct.Struct("3i")
+_SO_PEERGROUPS = 59  # asm-generic/socket.h; Python has no name for it
+_MAX_OPTION_BYTES = 1024  # of Python's getsockopt: 256 groups
 
 
 class PeerSocket:
@@ -59,13 +62,15 @@ class PeerSocket:
                 log.warning("cannot accept", error=str(error))
                 await asyncio.sleep(0.1)
                 continue
-            pid, uid, gid = _CREDENTIALS.unpack(
-                peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            )
-            if uid in self._uids or gid in self._gids:
+            try:
+                pid, uid, groups = credentials(peer)
+            except OSError:  # it is gone already
+                peer.close()
+                continue
+            if uid in self._uids or not groups.isdisjoint(self._gids):
                 self._spawn(self._serve(peer, pid, uid))
             else:
-                log.warning("refused a peer", uid=uid, gid=gid, pid=pid)
+                log.warning("refused a peer", uid=uid, pid=pid)
                 peer.close()
 
     async def _serve(self, peer: socket.socket, pid: int, uid: int) -> None:
@@ -89,6 +94,23 @@ class PeerSocket:
             self._listener.close()
             self._listener = None
             self._public.unlink(missing_ok=True)
+
+
+def credentials(peer: socket.socket) -> tuple[int, int, set[int]]:
+    """Returns (pid, uid, groups) of the process that connected, as they were then.
+
+    The groups are the effective one and, unless there are more than 256, the supplementary ones.
+
+    :raises OSError: the peer is gone.
+    """
+    pid, uid, gid = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    try:
+        packed = peer.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_OPTION_BYTES)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        packed = b""
+    return pid, uid, {gid, *struct.unpack(f"{len(packed) // 4}I", packed)}
 
 
 async def _pump(source: socket.socket, target: socket.socket) -> None:

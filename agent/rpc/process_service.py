@@ -46,7 +46,9 @@ def spec_fields(spec: pb.ProcessSpec) -> dict[str, object]:
     if not 1 <= len(argv) <= _MAX_ARGS or not argv[0]:
         raise InvalidSpec(f"argv has {len(argv)} words; give a program and at most {_MAX_ARGS - 1} arguments")
     if sum(len(word.encode()) + 1 for word in argv) > _MAX_ARG_BYTES or any("\0" in word for word in argv):
-        raise InvalidSpec(f"argv is over {_MAX_ARG_BYTES} bytes or has NUL in it; pass the data by standard input or a file")
+        raise InvalidSpec(
+            f"argv is over {_MAX_ARG_BYTES} bytes or has NUL in it; pass the data by standard input or a file"
+        )
     check_env(spec.env)
     if not 0 <= spec.replay_bytes <= _MAX_REPLAY_BYTES:
         raise InvalidSpec(f"replay_bytes is {spec.replay_bytes}; it must be from 0 to {_MAX_REPLAY_BYTES}")
@@ -151,7 +153,7 @@ async def _relay(
     """Yields the guest's frames as messages while the client's messages go to the guest."""
     feeder = asyncio.create_task(_feed(stream, requests))
     try:
-        while (frame := await stream.recv()) is not None:
+        while (frame := await _receive(stream, feeder)) is not None:
             kind, value = frame
             if kind is Frame.STDOUT:
                 _OUT.inc(len(value))
@@ -163,12 +165,20 @@ async def _relay(
                 yield _started(value, response)
             elif kind is Frame.RESULT:
                 yield response(exit=convert.exit_message(convert.guest_dict(value, "exit")))
-            if feeder.done() and not feeder.cancelled() and (error := feeder.exception()) is not None:
-                raise error
     finally:
         feeder.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await feeder
+
+
+async def _receive(stream: CallStream, feeder: asyncio.Task[None]) -> tuple[Frame, Any] | None:
+    """Returns the next frame. A call that the feeder gave up ends with the feeder's reason."""
+    try:
+        return await stream.recv()
+    except GuestUnreachable:
+        if feeder.done() and (error := feeder.exception()) is not None:
+            raise error from None
+        raise
 
 
 def _started(value: dict[str, Any], response: type[pb.ExecResponse] | type[pb.AttachResponse]) -> Any:

@@ -103,7 +103,7 @@ class ApiServer:
             elif ip_address(host).is_loopback:
                 self.tcp_port = self._server.add_insecure_port(api.tcp_address)
             else:
-                raise ConfigError(f"api.tcp_address {api.tcp_address} is not loopback: without TLS nothing else is served")
+                raise ConfigError(f"api.tcp_address {api.tcp_address} is not loopback; set api.tls_* for mutual TLS")
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"cannot listen on api.tcp_address {host}:{port}: {error}") from error
 
@@ -119,5 +119,5 @@ def _tls(api: ApiSettings) -> grpc.ServerCredentials:
     try:
         key, cert, ca = (Path(path).read_bytes() for path in (api.tls_key, api.tls_cert, api.tls_client_ca))
     except OSError as error:
-        raise ConfigError(f"cannot read {error.filename}: {error.strerror}; mutual TLS needs all of api.tls_*") from error
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}; TLS needs all of api.tls_*") from error
     return grpc.ssl_server_credentials([(key, cert)], root_certificates=ca, require_client_auth=True)

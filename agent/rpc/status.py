@@ -11,11 +11,15 @@ from grpc_status import rpc_status
 
 from agent import errors
 from agent.errors import AgentError
-from agent.sandbox.events import WatcherTooSlow
+from agent.rpc.convert import printable
+from agent.sandbox.events import WatcherTooSlowError
 from agent.telemetry import ERRORS, log
 
 DOMAIN = "sandboxd"
-_MAX_MESSAGE = 8000  # headers of HTTP/2 are limited; consoles are long
+# The status travels twice in the trailers, once percent-encoded, and clients refuse trailers over 16 KiB.
+_MAX_MESSAGE = 3000
+_MAX_REASONS = 200
+_reasons: set[str] = set()
 
 CODES: dict[type[AgentError], grpc.StatusCode] = {
     errors.InvalidSpec: grpc.StatusCode.INVALID_ARGUMENT,
@@ -29,7 +33,7 @@ CODES: dict[type[AgentError], grpc.StatusCode] = {
     errors.GuestUnreachable: grpc.StatusCode.UNAVAILABLE,
     errors.VmmError: grpc.StatusCode.INTERNAL,
     errors.HostError: grpc.StatusCode.INTERNAL,
-    WatcherTooSlow: grpc.StatusCode.OUT_OF_RANGE,
+    WatcherTooSlowError: grpc.StatusCode.OUT_OF_RANGE,
 }
 
 
@@ -49,12 +53,28 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, grpc.Status]:
         error = AgentError(
             f"internal error, incident {incident}: look for it in the agent's log", reason="INTERNAL", incident=incident
         )
-    ERRORS.labels(error.reason).inc()
+    ERRORS.labels(_label(error.reason)).inc()
     code = code_of(error)
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    metadata = {key: printable(value) for key, value in error.metadata.items()}
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
     detail = any_pb2.Any()
     detail.Pack(info)
     number: int = code.value[0]
     return code, rpc_status.to_status(
-        status_pb2.Status(code=number, message=error.message[:_MAX_MESSAGE], details=[detail])
+        status_pb2.Status(code=number, message=_shortened(printable(error.message)), details=[detail])
     )
+
+
+def _shortened(text: str) -> str:
+    """Keeps the beginning, which says what happened, and the end, which holds the last console lines."""
+    if len(text) <= _MAX_MESSAGE:
+        return text
+    return f"{text[: _MAX_MESSAGE // 2]} ... {text[-_MAX_MESSAGE // 2 :]}"
+
+
+def _label(reason: str) -> str:
+    """Returns the reason as a metric's label: guests may invent words, and every label costs memory for ever."""
+    if reason not in _reasons and len(_reasons) >= _MAX_REASONS:
+        return "OTHER"
+    _reasons.add(reason)
+    return reason

@@ -1,4 +1,4 @@
-"""Tells watchers what happens to sandboxes. A watcher that does not keep up is told so and ended; it never slows the node."""
+"""Tells watchers what happens to sandboxes. One that does not keep up is told so and ended; it never slows the node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _MAX_QUEUED = 1024
 
 
-class WatcherTooSlow(AgentError):
+class WatcherTooSlowError(AgentError):
     """The watcher did not read its events; it must begin again with a new snapshot."""
 
     default_reason = "WATCHER_TOO_SLOW"
@@ -69,7 +69,7 @@ class Events:
                     watcher.too_slow = True
 
     async def watch(self, present: Iterable[Record], wanted: Callable[[Record], bool]) -> AsyncIterator[Event]:
-        """Yields a SNAPSHOT of each present sandbox, SYNCED, then every event. :raises WatcherTooSlow:"""
+        """Yields a SNAPSHOT of each present sandbox, SYNCED, then every event. :raises WatcherTooSlowError:"""
         with self._registered(wanted) as watcher:
             now = time.time()
             for record in [record.copy() for record in present if wanted(record)]:
@@ -77,7 +77,7 @@ class Events:
             yield Event(EventType.SYNCED, None, now)
             while True:
                 if watcher.too_slow and watcher.queue.empty():
-                    raise WatcherTooSlow("events were lost because they were not read in time; watch again")
+                    raise WatcherTooSlowError("events were lost because they were not read in time; watch again")
                 yield await watcher.queue.get()
 
     @contextmanager

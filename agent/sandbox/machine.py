@@ -8,10 +8,11 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -85,9 +86,10 @@ async def boot(host: Host, record: Record, image: Image, save: Callable[[], Awai
     async with AsyncExitStack() as stack:
         with step("disk"):
             await _make_directories(host, record, stack)
-            await host.disks.make_disk(host.paths.disk(record.id), record.spec.disk_bytes)
+            await _finish(host.disks.make_disk(host.paths.disk(record.id), record.spec.disk_bytes))
         with step("netns"):
-            await stack.enter_async_context(netns.namespace(record.id))
+            stack.push_async_callback(netns.remove, record.id)
+            await _finish(netns.make(record.id))
         with step("vmm.start"):
             vm = await host.driver.start(_vm_spec(host, record, image))
             stack.push_async_callback(vm.stop)
@@ -104,6 +106,18 @@ async def boot(host: Host, record: Record, image: Image, save: Callable[[], Awai
             raise
         return Machine(vm, channel, stack.pop_all())
     raise AssertionError("unreachable: nothing above suppresses exceptions")
+
+
+async def _finish(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits work that a thread carries out, to its end even if cancelled: its removal must come after it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # retrieved: the cancellation is what counts
+        raise
 
 
 async def adopt(host: Host, record: Record) -> Machine | None:
@@ -143,6 +157,14 @@ def kill_strays(host: Host, sandbox_id: str) -> int:
     return len(strays)
 
 
+async def remove(host: Host, sandbox_id: str) -> int:
+    """Removes all that a sandbox has on this host, by its name alone; returns how many processes it ended."""
+    strays = await asyncio.to_thread(kill_strays, host, sandbox_id)
+    async with AsyncExitStack() as stack:
+        push_removal(host, sandbox_id, stack)
+    return strays
+
+
 def push_removal(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
     """Makes `stack` remove all that a sandbox has on the host besides its VM; absence is success."""
     for path in (host.paths.sandbox_run(sandbox_id), host.paths.sandbox_state(sandbox_id)):
@@ -151,8 +173,12 @@ def push_removal(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
 
 
 def _remove_tree(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    try:
         shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise HostError(f"cannot remove {path}: {error.strerror}; remove it by hand", reason="REMOVE_FAILED") from error
 
 
 async def _make_directories(host: Host, record: Record, stack: AsyncExitStack) -> None:

@@ -1,8 +1,8 @@
 """All sandboxes of this node: create, look up, change, delete. The only module that decides.
 
 Lifecycle work runs in tasks that the manager owns: a caller that leaves does not cancel it. A create that fails leaves
-nothing, not even a record; a sandbox that dies after it was RUNNING stays as FAILED, with its last console lines, until it
-is deleted.
+nothing, not even a record; a sandbox that dies after it was RUNNING stays as FAILED, with its last console lines, until
+it is deleted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from agent.channel.channel import Channel
@@ -23,7 +23,7 @@ from agent.sandbox.events import Event, Events, EventType
 from agent.sandbox.machine import Host, Machine
 from agent.sandbox.node import Node, NodeInfo
 from agent.sandbox.record import Record
-from agent.sandbox.spec import check_labels
+from agent.sandbox.spec import MAX_LIFETIME_S, check_labels
 from agent.sandbox.store import Store
 from agent.telemetry import CREATES, DELETES, SANDBOXES, collect_phases, log, step, tracer
 
@@ -38,7 +38,7 @@ class Entry:
     deleting: asyncio.Task[None] | None = None
     monitor: asyncio.Task[None] | None = None
     expiry: asyncio.TimerHandle | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    half_removed: bool = False
 
 
 class Manager:
@@ -122,8 +122,19 @@ class Manager:
                 reason="REQUEST_ID_REUSED",
             )
         if entry.creating is not None:
-            await asyncio.shield(entry.creating)
+            await self._created(entry, entry.creating)
         return entry.record.copy()
+
+    async def _created(self, entry: Entry, creating: asyncio.Task[None]) -> None:
+        """Awaits a create; the caller's own cancellation leaves it alone, a delete is told to the caller."""
+        try:
+            await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            if not creating.cancelled():
+                raise
+            raise InvalidState(
+                f"sandbox {entry.record.id} was deleted while it was being created", reason="SANDBOX_DELETED"
+            ) from None
 
     def _begin(self, spec: SandboxSpec) -> Entry:
         image = self.images.get(spec.image)
@@ -178,7 +189,10 @@ class Manager:
         """Removes what is left of a sandbox, then its record: the last step, so that a crash before it is repaired."""
         if entry.machine is not None:
             built, entry.machine = entry.machine, None
+            entry.half_removed = True  # unless what follows says otherwise
             await built.aclose()
+        elif entry.half_removed:
+            await machine.remove(self._host, entry.record.id)
         await self._store.delete(entry.record.id)
         self._entries.pop(entry.record.id, None)
         if self._by_request.get(entry.record.spec.request_id) is entry:
@@ -234,13 +248,20 @@ class Manager:
         self, sandbox_id: str, *, expire_time: float | None, clear_expire_time: bool,
         set_labels: Mapping[str, str], remove_labels: Iterable[str],
     ) -> Record:  # fmt: skip
-        """Changes expire time and labels. :raises NotFound: :raises InvalidSpec: :raises InvalidState: it has a lease."""
+        """Changes expire time and labels.
+
+        :raises NotFound:
+        :raises InvalidSpec:
+        :raises InvalidState: it has a lease, or is being deleted.
+        """
         entry = self._entry(sandbox_id)
         record = entry.record
+        if entry.deleting is not None:
+            raise InvalidState(f"sandbox {sandbox_id} is being deleted", reason="SANDBOX_DELETING")
         if (expire_time is not None or clear_expire_time) and record.spec.lifetime.lease_s is not None:
             raise InvalidState("a sandbox with a lease lives by KeepAlive; its expire time cannot be set")
-        if expire_time is not None and expire_time <= time.time():
-            raise InvalidSpec("expire_time is in the past; delete the sandbox instead")
+        if expire_time is not None and not 0 < expire_time - time.time() <= MAX_LIFETIME_S:
+            raise InvalidSpec("expire_time must be in the future, at most ten years away; to end a sandbox, delete it")
         labels = {**record.labels, **set_labels}
         for key in remove_labels:
             labels.pop(key, None)
@@ -281,7 +302,7 @@ class Manager:
     # -- deleting ------------------------------------------------------------------------------------------------------
 
     async def delete(self, sandbox_id: str, reason: str = "requested") -> None:
-        """Deletes a sandbox and returns when nothing is left; a delete that is under way is awaited. :raises NotFound:"""
+        """Deletes a sandbox and returns when nothing is left; a delete under way is awaited. :raises NotFound:"""
         await asyncio.shield(self._start_delete(self._entry(sandbox_id), reason))
 
     def _start_delete(self, entry: Entry, reason: str) -> asyncio.Task[None]:

@@ -1,7 +1,13 @@
-"""What a starting agent does with what an earlier one left: adopts what lives, finishes what was half done, removes the rest."""
+"""What a starting agent does with what an earlier one left: adopts what lives, removes what was half done or unknown.
+
+Sandboxes are settled side by side, since each may wait for its guest.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -14,30 +20,40 @@ from agent.sandbox.record import Record
 from agent.sandbox.store import Store
 from agent.telemetry import RECONCILED, log
 
+_AT_ONCE = 16
+
 
 async def reconcile(host: Host, manager: Manager, store: Store, records: list[Record]) -> None:
-    """Brings the host and the records into agreement. Never fails for one sandbox's sake; counts are metrics and log."""
-    counts = {"adopted": 0, "ended": 0, "orphaned": 0, "failed": 0}
-    for record in records:
-        try:
-            kind = await _settle(host, manager, store, record)
-        except AgentError as error:
-            kind = "failed"
-            log.error("cannot settle what an earlier agent left", sandbox_id=record.id, error=error.message)
-        counts[kind] += 1
-    known = {record.id for record in records}
-    for sandbox_id in sorted(_found(host) - known):
-        machine.kill_strays(host, sandbox_id)
-        async with AsyncExitStack() as stack:
-            machine.push_removal(host, sandbox_id, stack)
-        counts["orphaned"] += 1
+    """Brings host and records into agreement. Never fails for one sandbox's sake; counts are metrics and log."""
+    room = asyncio.Semaphore(_AT_ONCE)
+
+    async def settle(sandbox_id: str, work: Awaitable[str]) -> str:
+        async with room:
+            try:
+                return await work
+            except AgentError as error:
+                log.error("cannot settle what an earlier agent left", sandbox_id=sandbox_id, error=error.message)
+                return "failed"
+
+    orphans = sorted(_found(host) - {record.id for record in records})
+    kinds = await asyncio.gather(
+        *(settle(record.id, _settle(host, manager, store, record)) for record in records),
+        *(settle(sandbox_id, _remove_orphan(host, sandbox_id)) for sandbox_id in orphans),
+    )
+    counts = Counter(kinds)
     for kind, count in counts.items():
         RECONCILED.labels(kind).inc(count)
-    if any(counts.values()):
+    if counts:
         log.info("reconciled", **counts)
 
 
+async def _remove_orphan(host: Host, sandbox_id: str) -> str:
+    await machine.remove(host, sandbox_id)
+    return "orphaned"
+
+
 async def _settle(host: Host, manager: Manager, store: Store, record: Record) -> str:
+    """Returns what became of a recorded sandbox; one that is gone loses its record only after its resources."""
     if record.state is State.RUNNING:
         adopted = await machine.adopt(host, record)
         if adopted is not None:
@@ -52,11 +68,10 @@ async def _settle(host: Host, manager: Manager, store: Store, record: Record) ->
 async def _end(host: Host, record: Record) -> None:
     """Removes a sandbox that was never to run on: it was being made, had failed, or was being deleted."""
     async with AsyncExitStack() as stack:
-        machine.push_removal(host, record.id, stack)
+        stack.push_async_callback(machine.remove, host, record.id)
         vm = await host.driver.adopt(record.id, host.paths.sandbox_run(record.id), record.token)
         if vm is not None:
             await vm.stop()
-        machine.kill_strays(host, record.id)
 
 
 def _found(host: Host) -> set[str]:

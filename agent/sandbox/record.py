@@ -43,7 +43,7 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str) -> Record:
-        """Returns a record that `to_json` gave. :raises ValueError: :raises KeyError: :raises TypeError: it is not one."""
+        """Returns a record that `to_json` gave. :raises ValueError, KeyError, TypeError: it is not one."""
         values: dict[str, Any] = json.loads(text)
         spec = values.pop("spec")
         lifetime = Lifetime(**spec.pop("lifetime"))

@@ -24,7 +24,7 @@ _REQUEST_ID = re.compile(r"[a-zA-Z0-9._-]{1,128}")
 def check_env(env: Mapping[str, str]) -> None:
     """:raises InvalidSpec: too many variables, too many bytes, or names that no shell can set."""
     if len(env) > MAX_ENV_VARIABLES:
-        raise InvalidSpec(f"env has {len(env)} variables; at most {MAX_ENV_VARIABLES} are allowed: write a file instead")
+        raise InvalidSpec(f"env has {len(env)} variables; at most {MAX_ENV_VARIABLES} are allowed: write a file")
     size = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
     if size > MAX_ENV_BYTES:
         raise InvalidSpec(f"env has {size} bytes; at most {MAX_ENV_BYTES} are allowed: write a file instead")

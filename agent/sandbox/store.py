@@ -1,12 +1,13 @@
 """The node's state in SQLite: one row per sandbox, written before anything of it is made.
 
-WAL with synchronous=NORMAL survives any crash of the agent; only a crash of the host can lose the last commits, and that
-ends the VMs, too. All statements run in one thread of their own.
+WAL with synchronous=NORMAL survives any crash of the agent; only a crash of the host can lose the last commits, and
+that ends the VMs, too. All statements run in one thread of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import sqlite3
@@ -25,8 +26,8 @@ _SCHEMA_VERSION = 1
 _SCHEMA = "CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID"
 
 
-def lock_state_dir(path: Path) -> int:
-    """Returns a descriptor that holds the lock of the state directory until it is closed.
+def lock_directory(path: Path) -> int:
+    """Returns a descriptor that holds the lock of a directory, the file `path` in it, until it is closed.
 
     :raises InvalidState: another agent holds it.
     """
@@ -63,11 +64,14 @@ class Store:
         except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise HostError(f"cannot open {self._path}: {error}", reason="STATE_UNAVAILABLE") from error
-            aside = self._path.with_name(f"{self._path.name}.damaged-{int(time.time())}")
-            self._path.replace(aside)
-            for suffix in ("-wal", "-shm"):
-                Path(f"{self._path}{suffix}").unlink(missing_ok=True)
-            log.error("state file is damaged and was set aside", path=str(aside), error=str(error))
+            if self._db is not None:
+                self._db.close()
+            aside = f"{self._path}.damaged-{time.time_ns()}"
+            for suffix in ("", "-wal"):
+                with contextlib.suppress(FileNotFoundError):
+                    Path(f"{self._path}{suffix}").rename(f"{aside}{suffix}")
+            Path(f"{self._path}-shm").unlink(missing_ok=True)
+            log.error("state file is damaged and was set aside", path=aside, error=str(error))
             return self._load()
 
     def _load(self) -> list[Record]:
