@@ -188,9 +188,7 @@ def _started(value: dict[str, Any], response: type[pb.ExecResponse] | type[pb.At
     return message
 
 
-async def _feed(
-    stream: CallStream, requests: AsyncIterator[pb.ExecRequest] | AsyncIterator[pb.AttachRequest]
-) -> None:
+async def _feed(stream: CallStream, requests: AsyncIterator[pb.ExecRequest] | AsyncIterator[pb.AttachRequest]) -> None:
     """Carries the client's messages to the guest. The end of the client's stream is the end of input."""
     ended = False
     try:

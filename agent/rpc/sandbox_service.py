@@ -80,9 +80,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         ]
         page = found[:size]
         token = _page_token(page[-1]) if len(found) > size else ""
-        return pb.ListSandboxesResponse(
-            sandboxes=[self._message(record) for record in page], next_page_token=token
-        )
+        return pb.ListSandboxesResponse(sandboxes=[self._message(record) for record in page], next_page_token=token)
 
     async def UpdateSandbox(self, request: pb.UpdateSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
         """See sandbox.proto."""

@@ -77,9 +77,7 @@ class ApiServer:
         node_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(manager), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [service.full_name for module in _MODULES for service in module.DESCRIPTOR.services_by_name.values()]
-        reflection.enable_server_reflection(
-            [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
-        )
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
 
     async def start(self) -> None:
         """Begins to serve. :raises ConfigError: bad addresses or certificates. :raises OSError: the socket's path."""

@@ -103,6 +103,7 @@ async def boot(host: Host, record: Record, image: Image, save: Callable[[], Awai
                 await _configure(channel, record)
         except AgentError as error:
             error.message += console_note(vm)
+            error.args = (error.message,)
             raise
         return Machine(vm, channel, stack.pop_all())
     raise AssertionError("unreachable: nothing above suppresses exceptions")
@@ -236,7 +237,7 @@ async def connect(vm: Vm, *, fresh: bool, timeout_s: float) -> Channel:
 def vmm_ended(exit_info: ExitInfo) -> VmmError:
     """Returns the error for a VM that ended by itself."""
     said = f": {exit_info.stderr_tail}" if exit_info.stderr_tail else ""
-    return VmmError(f"the virtual machine {exit_info.describe()}{said}", reason="VMM_ENDED")
+    return VmmError(f"the virtual machine is gone ({exit_info.describe()}){said}", reason="VMM_ENDED")
 
 
 async def _dial(vm: Vm, *, fresh: bool) -> Channel:

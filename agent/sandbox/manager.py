@@ -347,10 +347,10 @@ class Manager:
         """Ends the manager: deletes every sandbox, or leaves those that run to the next agent."""
         self.node.draining = True
         pending = [entry for entry in self._entries.values() if not keep or entry.record.state is not State.RUNNING]
-        tasks = [self._start_delete(entry, "agent stopped") for entry in pending]
-        if tasks:
-            await asyncio.wait(tasks)
-        for entry in list(self._entries.values()):
+        # One that cannot be deleted is logged, and settled by the next agent.
+        await asyncio.gather(*(self._start_delete(entry, "agent stopped") for entry in pending), return_exceptions=True)
+        left, self._entries = self._entries, {}
+        for entry in left.values():
             if entry.expiry is not None:
                 entry.expiry.cancel()
             if entry.monitor is not None:

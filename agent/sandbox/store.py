@@ -113,5 +113,6 @@ class Store:
     async def aclose(self) -> None:
         """Closes the database. Idempotent."""
         if self._db is not None:
-            await self._run(self._db.close)
+            db, self._db = self._db, None
+            await self._run(db.close)
         self._thread.shutdown(wait=False)

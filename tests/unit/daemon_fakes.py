@@ -1,0 +1,236 @@
+"""A host without virtual machines: what the manager drives, in memory, with faults on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from agent.channel.channel import Channel
+from agent.config import NodeSettings, PathSettings, SandboxSettings, Settings
+from agent.errors import GuestUnreachable, HostError, NotFound
+from agent.model import Lifetime, SandboxSpec, State
+from agent.net import netns
+from agent.paths import Paths
+from agent.rootfs import Artefact, DiskMaker, Image, ImageStore
+from agent.sandbox import machine
+from agent.sandbox.machine import Host
+from agent.sandbox.manager import Manager
+from agent.sandbox.node import Node
+from agent.sandbox.record import Record
+from agent.sandbox.store import Store
+from agent.vmm.api import ExitInfo, Vm, VmmInfo, VmSpec
+
+MIB = 1 << 20
+PHASES = ("disk", "netns", "vmm.start", "dial", "configure")
+VMM = VmmInfo("fake", "1.0", "tcg", "it is a fake")
+
+
+class World:
+    """What exists on the fake host, and what goes wrong there: `faults` raise at a phase, `hangs` wait there."""
+
+    def __init__(self) -> None:
+        self.namespaces: set[str] = set()
+        self.vms: dict[str, FakeVm] = {}
+        self.channels: list[FakeChannel] = []
+        self.faults: dict[str, Exception] = {}
+        self.hangs: set[str] = set()
+        self.reached: dict[str, asyncio.Event] = {phase: asyncio.Event() for phase in PHASES}
+        self.remove_faults = 0
+        self.starts = 0
+
+    async def pass_through(self, phase: str) -> None:
+        self.reached[phase].set()
+        if phase in self.faults:
+            raise self.faults[phase]
+        if phase in self.hangs:
+            await asyncio.Event().wait()
+
+    async def make_namespace(self, name: str) -> None:
+        self.namespaces.add(name)
+        await asyncio.sleep(0.001 if "netns" in self.hangs else 0)
+        if "netns" in self.faults:
+            self.namespaces.discard(name)
+        self.reached["netns"].set()
+        if "netns" in self.faults:
+            raise self.faults["netns"]
+
+    async def remove_namespace(self, name: str) -> None:
+        if self.remove_faults:
+            self.remove_faults -= 1
+            raise HostError("busy")
+        self.namespaces.discard(name)
+
+
+class FakeVm:
+    """A VM that lives until it is stopped or `die` is called."""
+
+    def __init__(self, world: World, sandbox_id: str) -> None:
+        self.world = world
+        self.id = sandbox_id
+        self.ended: asyncio.Future[ExitInfo] = asyncio.get_running_loop().create_future()
+        world.vms[sandbox_id] = self
+
+    @property
+    def pid(self) -> int:
+        return 1
+
+    @property
+    def resume_token(self) -> Mapping[str, str]:
+        return {"vm": self.id}
+
+    async def dial(self) -> Any:
+        await self.world.pass_through("dial")
+        return self
+
+    async def wait(self) -> ExitInfo:
+        return await asyncio.shield(self.ended)
+
+    async def stop(self) -> None:
+        self.die()
+
+    def die(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(ExitInfo(None, 9, ""))
+        self.world.vms.pop(self.id, None)
+
+    def console_tail(self, limit_bytes: int) -> bytes:
+        return b"Kernel panic - not syncing\x1b[0m\n"[-limit_bytes:]
+
+
+class FakeChannel:
+    """A guest that answers `sys.*` calls."""
+
+    def __init__(self, vm: FakeVm) -> None:
+        self.vm = vm
+        self.lost: asyncio.Future[GuestUnreachable] = asyncio.get_running_loop().create_future()
+        self.calls: list[tuple[str, dict[str, object]]] = []
+        vm.world.channels.append(self)
+
+    @classmethod
+    async def open(cls, vm: FakeVm, *, fresh: bool = True) -> FakeChannel:
+        return cls(vm)
+
+    async def call(self, op: str, /, **fields: object) -> dict[str, Any]:
+        self.calls.append((op, fields))
+        if op == "sys.configure":
+            await self.vm.world.pass_through("configure")
+            return {"phases": []}
+        return {"configured": True}
+
+    async def aclose(self) -> None:
+        if not self.lost.done():
+            self.lost.set_result(GuestUnreachable("closed"))
+
+
+class FakeDriver:
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    async def probe(self) -> VmmInfo:
+        return VMM
+
+    async def start(self, spec: VmSpec) -> Vm:
+        await self.world.pass_through("vmm.start")
+        self.world.starts += 1
+        return FakeVm(self.world, spec.id)
+
+    async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> Vm | None:
+        return self.world.vms.get(token.get("vm", ""))
+
+
+class FakeDisks:
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    async def make_disk(self, path: Path, size_bytes: int) -> None:
+        self.world.reached["disk"].set()
+        if "disk" in self.world.faults:
+            raise self.world.faults["disk"]
+        if "disk" in self.world.hangs:
+            await asyncio.sleep(0.01)  # a thread: it ends by itself, whoever is cancelled
+        await asyncio.to_thread(path.write_bytes, b"")
+
+
+class FakeImages:
+    """One image, called minimal."""
+
+    def get(self, name: str) -> Image:
+        if name != "minimal":
+            raise NotFound(f"no image {name}", reason="IMAGE_NOT_FOUND")
+        part = Artefact(Path("/image/part"), "0" * 64, 1)
+        return Image(
+            "minimal", "0" * 64, "0" * 64, "2026-01-01T00:00:00Z", Path("/image"), part, "6.12", part, part, "erofs",
+            64 * MIB, (), {},
+        )  # fmt: skip
+
+    def list(self) -> list[Image]:
+        return [self.get("minimal")]
+
+
+@dataclasses.dataclass
+class Bench:
+    """A manager over a fake host."""
+
+    world: World
+    host: Host
+    manager: Manager
+    store: Store
+
+    def left(self) -> list[str]:
+        """What is on the host now: must be empty once all sandboxes are gone."""
+        directories = [
+            str(path) for root in (self.host.paths.sandboxes_run, self.host.paths.sandboxes_state)
+            if root.exists() for path in root.iterdir()
+        ]  # fmt: skip
+        return [*directories, *self.world.namespaces, *self.world.vms]
+
+
+def spec(**fields: Any) -> SandboxSpec:
+    """A small sandbox."""
+    values: dict[str, Any] = {"image": "minimal", "vcpu_count": 1, "memory_bytes": 64 * MIB, "disk_bytes": 16 * MIB}
+    return SandboxSpec(**{**values, "lifetime": Lifetime(), **fields})
+
+
+def record(**fields: Any) -> Record:
+    """A record as the store would hold it."""
+    values: dict[str, Any] = {
+        "id": "sbx-0000000000000000", "spec": spec(), "state": State.RUNNING, "create_time": 1.0,
+        "token": {"vm": "sbx-0000000000000000"},
+    }  # fmt: skip
+    return Record(**{**values, **fields})
+
+
+def settings(directory: Path, **sandbox: Any) -> Settings:
+    """Settings below `directory`."""
+    return Settings(
+        node=NodeSettings(name="node", max_sandboxes=10, reserved_memory_bytes=0, reserved_disk_bytes=0),
+        paths=PathSettings(run_dir=directory / "run", state_dir=directory / "state"),
+        sandbox=SandboxSettings(**{"boot_timeout_s": 1.0, "relink_timeout_s": 0.05, **sandbox}),
+    )
+
+
+@asynccontextmanager
+async def bench(directory: Path, monkeypatch: pytest.MonkeyPatch, **sandbox: Any) -> AsyncIterator[Bench]:
+    """Yields a manager over an empty fake host."""
+    world = World()
+    monkeypatch.setattr(netns, "make", world.make_namespace)
+    monkeypatch.setattr(netns, "remove", world.remove_namespace)
+    monkeypatch.setattr(machine, "Channel", cast("type[Channel]", FakeChannel))
+    chosen = settings(directory, **sandbox)
+    chosen.paths.state_dir.mkdir(parents=True)
+    host = Host(chosen, Paths.of(chosen), FakeDriver(world), cast("DiskMaker", FakeDisks(world)))
+    store = Store(host.paths.database)
+    await store.open()
+    manager = Manager(host, cast("ImageStore", FakeImages()), Node(chosen, VMM), store)
+    try:
+        yield Bench(world, host, manager, store)
+    finally:
+        world.remove_faults = 0
+        await manager.stop(keep=False)
+        await store.aclose()
