@@ -1,0 +1,64 @@
+export PATH := justfile_directory() / ".tools/bin:" + env("PATH")
+export UV_PYTHON := "/usr/bin/python3"
+export UV_PYTHON_DOWNLOADS := "never"
+export UV_NATIVE_TLS := "1"
+export UV_SYSTEM_CERTS := "1"
+
+python := ".venv/bin/python"
+images := "/var/lib/sandboxd/images"
+
+# Show the recipes
+default:
+    @just --list
+
+# Make the Python environment as locked
+setup:
+    uv sync --frozen --quiet
+
+# Generate the package sandboxd from proto/
+proto: setup
+    {{ python }} hatch_build.py
+
+# Build an image (minimal, default) unless its inputs are unchanged
+image name="minimal": setup
+    {{ python }} -m rootfs build {{ name }}
+
+# Create a microVM over gRPC, run `ls -lh /` in it, and delete it
+demo: proto image
+    {{ python }} -m tests.demo
+
+# Run the daemon in the foreground
+run *ARGS: proto image
+    .venv/bin/sandboxd {{ ARGS }}
+
+# Check style and the direction of imports
+lint: proto
+    .venv/bin/ruff check .
+    .venv/bin/lint-imports
+
+# Check types
+type: proto
+    .venv/bin/mypy
+
+# Run the tests that need no root and no VM
+unit *ARGS: proto
+    {{ python }} -m pytest -m "not vm" {{ ARGS }}
+
+# Check everything and run all tests, VMs included
+test *ARGS: lint type image
+    {{ python }} -m pytest {{ ARGS }}
+
+# All checks but the VM tests
+check: lint type unit
+
+# Measure: just bench exec stream files [--json]
+bench *ARGS: proto image
+    @{{ python }} -m tests.bench {{ ARGS }}
+
+# Say what this host has, lacks, and what will be used
+doctor: proto
+    .venv/bin/sandboxctl doctor
+
+# Remove what setup, proto and the tools made (images stay)
+clean:
+    rm -rf .venv sandboxd build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

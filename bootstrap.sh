@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Makes this machine (Debian 12 or 13, as root) able to build, test and run sandboxd, then runs the recipes that are named:
+#
+#     ./bootstrap.sh            only installs
+#     ./bootstrap.sh demo       installs, then `just demo`
+#
+# Run it as often as you like: what is there already is left alone. apt, pip and uv honour their usual environment and
+# configuration files; the mirror for backports is the one that this machine's apt already uses.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+UV_VERSION=0.9.11
+JUST_VERSION=1.43.1
+TOOLS="$PWD/.tools"
+
+say() { printf 'bootstrap: %s\n' "$*" >&2; }
+fail() { say "$*"; exit 1; }
+
+check_machine() {
+    [ "$(id -u)" = 0 ] || fail "must run as root (it installs packages, and sandboxd makes network namespaces): sudo ./bootstrap.sh $*"
+    [ -r /etc/os-release ] || fail "this is not Debian: /etc/os-release is missing"
+    # shellcheck source=/dev/null
+    . /etc/os-release
+    [ "${ID:-}" = debian ] || fail "needs Debian 12 or 13; this is ${PRETTY_NAME:-unknown}"
+    case "${VERSION_CODENAME:-}" in
+        bookworm | trixie) ;;
+        *) fail "needs Debian 12 (bookworm) or 13 (trixie); this is ${PRETTY_NAME:-unknown}" ;;
+    esac
+}
+
+# Prints the packages among the arguments that are not installed.
+missing() {
+    local name
+    for name in "$@"; do
+        [ "$(dpkg-query -W -f '${db:Status-Status}' "$name" 2>/dev/null)" = installed ] || printf '%s\n' "$name"
+    done
+}
+
+qemu_is_recent() {
+    local version
+    version=$(dpkg-query -W -f '${db:Status-Status} ${Version}' qemu-system-x86 2>/dev/null) || return 1
+    [ "${version%% *}" = installed ] && dpkg --compare-versions "${version#* }" ge 1:10
+}
+
+update_lists() {
+    say "refreshing package lists"
+    apt-get -q=2 update || fail "apt-get update failed: is the network up, and are apt's sources right?"
+}
+
+install() {
+    DEBIAN_FRONTEND=noninteractive apt-get -q=2 -y -o Dpkg::Use-Pty=0 install --no-install-recommends "$@" >/dev/null ||
+        fail "apt-get could not install: $*"
+}
+
+# Debian 12's own QEMU is 7.2; the releases that sandboxd is measured with come from its backports.
+ensure_backports() {
+    [ "$VERSION_CODENAME" = bookworm ] || return 0
+    if apt-get indextargets --format '$(RELEASE)' | grep -qx bookworm-backports; then return 0; fi
+    local mirror
+    mirror=$(apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' | sed -n 's/^bookworm //p' | head -n 1)
+    [ -n "$mirror" ] || fail "apt has no source for bookworm, so the mirror for bookworm-backports is unknown"
+    say "adding bookworm-backports from the mirror in use"
+    cat > /etc/apt/sources.list.d/sandboxd-backports.sources <<SOURCES
+Types: deb
+URIs: $mirror
+Suites: bookworm-backports
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+SOURCES
+}
+
+install_packages() {
+    local wanted absent
+    wanted=(ca-certificates debian-archive-keyring python3 python3-venv iproute2 nftables e2fsprogs erofs-utils mmdebstrap
+        zstd openssh-client procps)
+    mapfile -t absent < <(missing "${wanted[@]}")
+    if [ ${#absent[@]} -eq 0 ] && qemu_is_recent; then return 0; fi
+    if ! qemu_is_recent; then ensure_backports; fi
+    update_lists
+    if [ ${#absent[@]} -gt 0 ]; then
+        say "installing ${absent[*]}"
+        install "${absent[@]}"
+    fi
+    if ! qemu_is_recent; then
+        say "installing QEMU"
+        if [ "$VERSION_CODENAME" = bookworm ]; then
+            install -t bookworm-backports qemu-system-x86
+        else
+            install qemu-system-x86
+        fi
+    fi
+}
+
+install_tools() {
+    local stamp="$TOOLS/.uv-$UV_VERSION-just-$JUST_VERSION"
+    if [ ! -e "$stamp" ]; then
+        say "installing uv and just"
+        rm -rf "$TOOLS"
+        /usr/bin/python3 -m venv "$TOOLS"
+        "$TOOLS/bin/python" -m pip -q install --disable-pip-version-check "uv==$UV_VERSION" "rust-just==$JUST_VERSION" ||
+            fail "pip could not install uv and just: is the network up, and pip's index configured?"
+        touch "$stamp"
+    fi
+    export PATH="$TOOLS/bin:$PATH"
+    # uv then trusts the certificates that this system trusts, as apt and pip do.
+    export UV_NATIVE_TLS=1 UV_SYSTEM_CERTS=1
+}
+
+check_machine "$@"
+install_packages
+install_tools
+if [ $# -gt 0 ]; then exec just "$@"; fi
+say "ready; recipes: $TOOLS/bin/just --list"
