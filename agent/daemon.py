@@ -55,9 +55,11 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
     paths = Paths.of(settings)
     for directory in (paths.run_dir, paths.state_dir):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    locks = [lock_directory(paths.lock), lock_directory(paths.run_lock)]
     store = Store(paths.database)
+    locks: list[int] = []
     try:
+        for path in (paths.lock, paths.run_lock):
+            locks.append(lock_directory(path))
         records = await store.open()
         images = ImageStore(settings.images.images_dir)
         driver = _driver(settings, images)

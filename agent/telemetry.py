@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
 
 import structlog
 from opentelemetry import trace
@@ -54,13 +56,18 @@ def setup(logs: LogSettings, metrics: MetricsSettings, tracing: TracingSettings,
     """Turns logging on, and metrics and tracing where they are configured. :raises OSError: the port is taken."""
     _setup_logs(logs)
     if metrics.address:
-        host, port = split_address(metrics.address, "metrics.address")
-        start_http_server(port, host, registry)
+        serve_metrics(metrics.address)
     if tracing.otlp_endpoint:
         provider = TracerProvider(resource=Resource.create({"service.name": "sandboxd", "host.name": node}))
         exporter = OTLPSpanExporter(endpoint=tracing.otlp_endpoint, insecure=tracing.otlp_endpoint.startswith("http:"))
         provider.add_span_processor(BatchSpanProcessor(exporter))
         trace.set_tracer_provider(provider)
+
+
+def serve_metrics(address: str) -> tuple[WSGIServer, Thread]:
+    """Serves the metrics at host:port in a thread of its own; returns its server and thread. :raises OSError:"""
+    host, port = split_address(address, "metrics.address")
+    return start_http_server(port, host, registry)
 
 
 def _setup_logs(logs: LogSettings) -> None:

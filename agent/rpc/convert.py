@@ -46,6 +46,11 @@ def timestamp_ns(nanoseconds: int) -> Timestamp:
     return Timestamp(seconds=seconds, nanos=nanos)
 
 
+def seconds(message: Timestamp) -> float:
+    """Returns seconds since 1970, of a time outside of protobuf's own range, too: the caller checks it."""
+    return message.seconds + message.nanos / 1e9
+
+
 def duration(seconds: float) -> Duration:
     """Returns a duration, exact to the microsecond."""
     result = Duration()
@@ -57,9 +62,9 @@ def lifetime_from(message: sandbox_pb2.Lifetime) -> Lifetime:
     """Returns the lifetime that a message asks for."""
     kind = message.WhichOneof("kind")
     if kind == "duration":
-        return Lifetime(duration_s=message.duration.ToMicroseconds() / 1e6)
+        return Lifetime(duration_s=message.duration.seconds + message.duration.nanos / 1e9)
     if kind == "lease":
-        return Lifetime(lease_s=message.lease.ToMicroseconds() / 1e6)
+        return Lifetime(lease_s=message.lease.seconds + message.lease.nanos / 1e9)
     return Lifetime()
 
 

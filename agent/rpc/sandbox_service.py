@@ -86,7 +86,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         """See sandbox.proto."""
         record = await self._manager.update(
             request.id,
-            expire_time=request.expire_time.ToMicroseconds() / 1e6 if request.HasField("expire_time") else None,
+            expire_time=convert.seconds(request.expire_time) if request.HasField("expire_time") else None,
             clear_expire_time=request.clear_expire_time,
             set_labels=request.set_labels,
             remove_labels=request.remove_labels,

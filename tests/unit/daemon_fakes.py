@@ -25,6 +25,7 @@ from agent.sandbox.node import Node
 from agent.sandbox.record import Record
 from agent.sandbox.store import Store
 from agent.vmm.api import ExitInfo, Vm, VmmInfo, VmSpec
+from guest.wire import Frame
 
 MIB = 1 << 20
 PHASES = ("disk", "netns", "vmm.start", "dial", "configure")
@@ -38,6 +39,9 @@ class World:
         self.namespaces: set[str] = set()
         self.vms: dict[str, FakeVm] = {}
         self.channels: list[FakeChannel] = []
+        self.answers: dict[str, dict[str, Any]] = {}
+        self.script: list[Any] = []
+        self.streams: list[FakeStream] = []
         self.faults: dict[str, Exception] = {}
         self.hangs: set[str] = set()
         self.reached: dict[str, asyncio.Event] = {phase: asyncio.Event() for phase in PHASES}
@@ -121,11 +125,63 @@ class FakeChannel:
         if op == "sys.configure":
             await self.vm.world.pass_through("configure")
             return {"phases": []}
-        return {"configured": True}
+        return self.vm.world.answers.get(op, {"configured": True})
+
+    @asynccontextmanager
+    async def stream(self, op: str, /, **fields: object) -> AsyncIterator[FakeStream]:
+        self.calls.append((op, fields))
+        made = FakeStream(list(self.vm.world.script))
+        self.vm.world.streams.append(made)
+        try:
+            yield made
+        finally:
+            made.end()
 
     async def aclose(self) -> None:
         if not self.lost.done():
             self.lost.set_result(GuestUnreachable("closed"))
+
+
+class FakeStream:
+    """A call whose answers are a script: frames, errors to raise, or a number of frames to wait for from the client."""
+
+    def __init__(self, script: list[Any]) -> None:
+        self.script = script
+        self.sent: list[tuple[str, Any]] = []
+        self.changed = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    async def recv(self) -> Any:
+        if not self.script:
+            return None
+        step = self.script.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        if isinstance(step, int):
+            while len(self.sent) < step:
+                if self.ended.is_set():
+                    raise GuestUnreachable("the guest ended the call without an answer")
+                self.changed.clear()
+                await self.changed.wait()
+            return await self.recv()
+        return step
+
+    def _note(self, kind: str, value: Any) -> None:
+        self.sent.append((kind, value))
+        self.changed.set()
+
+    async def send(self, kind: Frame, data: bytes) -> None:
+        self._note(kind.name, data)
+
+    async def send_json(self, value: dict[str, object]) -> None:
+        self._note("EVENT", value)
+
+    async def send_eof(self) -> None:
+        self._note("EOF", b"")
+
+    def end(self) -> None:
+        self.ended.set()
+        self.changed.set()
 
 
 class FakeDriver:

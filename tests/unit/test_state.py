@@ -76,7 +76,7 @@ async def test_a_damaged_file_is_set_aside_not_emptied(tmp_path: Path, damage: s
     assert await store.open() == []
     await store.put(record())
     await store.aclose()
-    (aside,) = [found for found in tmp_path.glob("state.db.damaged-*") if not found.name.endswith(("-wal", "-shm"))]
+    (aside,) = [found for found in tmp_path.glob("state.db.damaged-*") if not found.name.endswith(("-wal", "-shm"))]  # noqa: ASYNC240
     assert aside.read_bytes()[100:] == before[100:]  # SQLite may note the journal mode in its header
 
 
