@@ -9,8 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-UV_VERSION=0.9.11
-JUST_VERSION=1.43.1
+UV_VERSION=0.13.9
+JUST_VERSION=1.59.0
 TOOLS="$PWD/.tools"
 
 say() { printf 'bootstrap: %s\n' "$*" >&2; }

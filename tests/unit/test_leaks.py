@@ -1,0 +1,69 @@
+"""The leak check finds what it should, quickly, and removes it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import leaks
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace, so it needs root")
+
+
+def test_finds_and_ends_a_process() -> None:
+    before = leaks.snapshot()
+    process = subprocess.Popen(["sleep", "60"])
+    left = leaks.wait_for_leaks(before, grace_s=0)
+    leaks.clean(left)
+    process.returncode = -9  # reaped by the clean-up
+    assert [pid for pid, _name in left.processes] == [process.pid]
+    assert not leaks.snapshot().since(before).describe()
+
+
+def test_finds_a_zombie() -> None:
+    before = leaks.snapshot()
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    left = leaks.wait_for_leaks(before, grace_s=0)
+    process.wait()
+    assert left.describe() == [f"process {process.pid} (true)"]
+
+
+def test_waits_for_what_ends_by_itself() -> None:
+    before = leaks.snapshot()
+    process = subprocess.Popen(["sleep", "0.1"])
+    threading.Thread(target=process.wait).start()
+    assert not leaks.wait_for_leaks(before).describe()
+
+
+def test_finds_and_removes_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks, "TEMPORARY", tmp_path)
+    before = leaks.snapshot()
+    (tmp_path / "sbx-left" / "deep").mkdir(parents=True)
+    left = leaks.wait_for_leaks(before, grace_s=0)
+    leaks.clean(left)
+    assert left.describe() == [f"directory {tmp_path}/sbx-left"]
+    assert not (tmp_path / "sbx-left").exists()
+
+
+@needs_root
+def test_finds_and_removes_a_namespace() -> None:
+    before = leaks.snapshot()
+    subprocess.run(["ip", "netns", "add", "sbx-leaktest"], check=True)
+    left = leaks.wait_for_leaks(before, grace_s=0)
+    leaks.clean(left)
+    assert "network namespace sbx-leaktest" in left.describe()
+    assert not leaks.snapshot().since(before).describe()
+
+
+def test_is_cheap() -> None:
+    rounds = 20
+    start = time.perf_counter()
+    for _ in range(rounds):
+        leaks.snapshot()
+    assert (time.perf_counter() - start) / rounds < 0.02
