@@ -71,8 +71,8 @@ SOURCES
 
 install_packages() {
     local wanted absent
-    wanted=(ca-certificates debian-archive-keyring python3 python3-venv iproute2 nftables e2fsprogs erofs-utils mmdebstrap
-        zstd openssh-client procps)
+    wanted=(ca-certificates debian-archive-keyring python3 python3-venv iproute2 e2fsprogs erofs-utils mmdebstrap openssl
+        xz-utils zstd)
     mapfile -t absent < <(missing "${wanted[@]}")
     if [ ${#absent[@]} -eq 0 ] && qemu_is_recent; then return 0; fi
     if ! qemu_is_recent; then ensure_backports; fi

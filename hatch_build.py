@@ -1,4 +1,4 @@
-"""Generates the package `sandboxd` from proto/ whenever a wheel (or an editable install) is built; nothing of it is committed.
+"""Generates the package `sandboxd` from proto/ whenever a wheel or an editable install is built; none of it is committed.
 
 `python hatch_build.py` does the same in a checkout: that is `just proto`.
 """
@@ -21,6 +21,9 @@ def generate(root: Path) -> None:
     sources = sorted(str(path.relative_to(root / "proto")) for path in (root / "proto").rglob("*.proto"))
     out = [f"--python_out={root}", f"--grpc_python_out={root}"]
     if find_spec("mypy_protobuf") is not None:
+        # The plugins lie beside the interpreter, which need not be in PATH.
+        scripts = Path(sys.executable).parent
+        out += [f"--plugin={name}={scripts / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
         out += [f"--mypy_out=quiet:{root}", f"--mypy_grpc_out=quiet:{root}"]
     include = str(files("grpc_tools") / "_proto")
     if protoc.main(["protoc", f"--proto_path={root / 'proto'}", f"--proto_path={include}", *out, *sources]) != 0:
