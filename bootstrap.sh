@@ -12,6 +12,7 @@ cd "$(dirname "$0")"
 UV_VERSION=0.13.9
 JUST_VERSION=1.59.0
 TOOLS="$PWD/.tools"
+VSOCK_TOOLS="${SANDBOXD_PATHS__TOOLS_DIR:-/var/lib/sandboxd/tools}"
 
 say() { printf 'bootstrap: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -47,17 +48,23 @@ update_lists() {
     apt-get -q=2 update || fail "apt-get update failed: is the network up, and are apt's sources right?"
 }
 
-install() {
+install_debs() {
     DEBIAN_FRONTEND=noninteractive apt-get -q=2 -y -o Dpkg::Use-Pty=0 install --no-install-recommends "$@" >/dev/null ||
         fail "apt-get could not install: $*"
+}
+
+# Prints the mirror of this machine's own release.
+own_mirror() {
+    apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' |
+        awk -v release="$VERSION_CODENAME" '$1 == release && !seen++ { print $2 }'
 }
 
 # Debian 12's own QEMU is 7.2; the releases that sandboxd is measured with come from its backports.
 ensure_backports() {
     [ "$VERSION_CODENAME" = bookworm ] || return 0
-    if apt-get indextargets --format '$(RELEASE)' | grep -qx bookworm-backports; then return 0; fi
+    if apt-get indextargets --format '$(RELEASE)' | grep -x bookworm-backports >/dev/null; then return 0; fi
     local mirror
-    mirror=$(apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' | sed -n 's/^bookworm //p' | head -n 1)
+    mirror=$(own_mirror)
     [ -n "$mirror" ] || fail "apt has no source for bookworm, so the mirror for bookworm-backports is unknown"
     say "adding bookworm-backports from the mirror in use"
     cat > /etc/apt/sources.list.d/sandboxd-backports.sources <<SOURCES
@@ -79,16 +86,37 @@ install_packages() {
     update_lists
     if [ ${#absent[@]} -gt 0 ]; then
         say "installing ${absent[*]}"
-        install "${absent[@]}"
+        install_debs "${absent[@]}"
     fi
     if ! qemu_is_recent; then
         say "installing QEMU"
         if [ "$VERSION_CODENAME" = bookworm ]; then
-            install -t bookworm-backports qemu-system-x86
+            install_debs -t bookworm-backports qemu-system-x86
         else
-            install qemu-system-x86
+            install_debs qemu-system-x86
         fi
     fi
+}
+
+# The AF_VSOCK backend for hosts without /dev/vhost-vsock is in no stable release yet, but its binary runs on them. So it is
+# fetched (and its signature checked) through lists of its own, and unpacked, not installed: apt's own state stays as it is.
+install_vsock_backend() {
+    [ ! -x "$VSOCK_TOOLS/vhost-device-vsock" ] || return 0
+    local mirror work options
+    mirror=$(own_mirror)
+    work=$(mktemp -d)
+    mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/unpacked" "$VSOCK_TOOLS"
+    printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s unstable main\n' "$mirror" > "$work/sources.list"
+    options=(-q=2 -o Dir::Etc::sourcelist="$work/sources.list" -o Dir::Etc::sourceparts=/dev/null
+        -o Dir::State::lists="$work/lists" -o Dir::Cache="$work/cache" -o APT::Sandbox::User=root)
+    say "fetching vhost-device-vsock"
+    if [ -n "$mirror" ] && apt-get "${options[@]}" update && (cd "$work" && apt-get "${options[@]}" download vhost-device-vsock) &&
+        dpkg-deb -x "$work"/vhost-device-vsock_*.deb "$work/unpacked"; then
+        install -m 755 "$work/unpacked/usr/bin/vhost-device-vsock" "$VSOCK_TOOLS/"
+    else
+        say "vhost-device-vsock is not to be had; the vsock link (not the default) and its tests need it or /dev/vhost-vsock"
+    fi
+    rm -rf "$work"
 }
 
 install_tools() {
@@ -108,6 +136,7 @@ install_tools() {
 
 check_machine "$@"
 install_packages
+install_vsock_backend
 install_tools
 if [ $# -gt 0 ]; then exec just "$@"; fi
 say "ready; recipes: $TOOLS/bin/just --list"
