@@ -34,6 +34,7 @@ run *ARGS: proto image
 # Check style and the direction of imports
 lint: proto
     .venv/bin/ruff check .
+    .venv/bin/ruff format --check --quiet .
     .venv/bin/lint-imports
 
 # Check types

@@ -1,4 +1,5 @@
-"""Generates the package `sandboxd` from proto/ whenever a wheel or an editable install is built; none of it is committed.
+"""Generates the package `sandboxd` from proto/ whenever a wheel or an editable install is built; none of it is
+committed.
 
 `python hatch_build.py` does the same in a checkout: that is `just proto`.
 """

@@ -1,4 +1,6 @@
-"""The words that all of the agent shares: identifiers, specifications, states. Frozen values, no behaviour but their own."""
+"""The words that all of the agent shares: identifiers, specifications, states. Frozen values, no behaviour but their
+own.
+"""
 
 from __future__ import annotations
 

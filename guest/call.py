@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     Handler = Callable[["Call"], Awaitable[dict[str, object]]]
 
 HEADROOM = HEADER_BYTES + wire.HEAD_BYTES
-# The largest write that virtio_console takes at once is 32 KiB (port_fops_write in the kernel's drivers/char/virtio_console.c);
-# each one costs an exit to the VMM, so data frames fill it.
+# The largest write that virtio_console takes at once is 32 KiB (port_fops_write in the kernel's
+# drivers/char/virtio_console.c); each one costs an exit to the VMM, so data frames fill it.
 CHUNK_BYTES = (32 << 10) - HEADROOM
 CallAbandoned = Cancelled  # raised in a handler, at its await, when the host gave up the call
 
@@ -143,5 +143,8 @@ class Call:
         operation = self.req.get("op")
         handler = handlers.get(operation) if isinstance(operation, str) else None
         if handler is None:
-            raise CallError("UNSUPPORTED", f"unknown operation {json.dumps(operation)[:100]}; the guest's code is older than the agent")
+            raise CallError(
+                "UNSUPPORTED",
+                f"unknown operation {json.dumps(operation)[:100]}; the guest's code is older than the agent",
+            )
         return await handler(self)

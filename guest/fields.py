@@ -42,7 +42,9 @@ def mode(req: dict[str, object], default: int) -> int:
 
 
 class AsUser:
-    """Acts with the file-system rights of the request's user inside a `with` block. Never await in it: PID 1 is shared."""
+    """Acts with the file-system rights of the request's user inside a `with` block. Never await in it: PID 1 is
+    shared.
+    """
 
     __slots__ = ("user",)
 

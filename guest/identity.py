@@ -90,7 +90,9 @@ class Identity:
         self._failed = ""
 
     async def configure(self, call: Call) -> dict[str, object]:
-        """sys.configure: returns {"phases": [[name, milliseconds], ...]}; a phase that failed leaves the guest unusable."""
+        """sys.configure: returns {"phases": [[name, milliseconds], ...]}; a phase that failed leaves the guest
+        unusable.
+        """
         if self.configured or self._failed:
             raise CallError("STATE", f"the sandbox is configured already {self._failed}".rstrip(), "CONFIGURED")
         env = parse_env(call.req.get("env") or {})

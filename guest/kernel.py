@@ -1,4 +1,6 @@
-"""The system calls that Python's standard library lacks: mount(2), umount2(2), reboot(2), and RNDADDENTROPY of random(4)."""
+"""The system calls that Python's standard library lacks: mount(2), umount2(2), reboot(2), and RNDADDENTROPY of
+random(4).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ def _check(result: int, what: str) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
-    """Mounts as mount(2) does. :raises OSError:"""
+    """Mounts a file system, with the arguments of mount(2). :raises OSError:"""
     _check(
         _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode()),
         f"mount {target}",

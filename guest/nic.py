@@ -1,4 +1,6 @@
-"""Gives network interfaces their addresses and routes, by the ioctls of netdevice(7), ipv6(7) and route(8's SIOCADDRT)."""
+"""Gives network interfaces their addresses and routes, by the ioctls of netdevice(7), ipv6(7) and route(8's
+SIOCADDRT).
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def configure_ipv4(interface: str, cidr: str, gateway: str) -> None:
         if gateway:
             any_address = _sockaddr_in("0.0.0.0")  # noqa: S104  the default route, not a listener
             # struct rtentry: pad, destination, gateway, mask, flags, and fields that stay zero (120 bytes on 64 bit)
-            route = struct.pack("@L16s16s16sH", 0, any_address, _sockaddr_in(gateway), any_address, _RTF_UP | _RTF_GATEWAY)
+            route = struct.pack(
+                "@L16s16s16sH", 0, any_address, _sockaddr_in(gateway), any_address, _RTF_UP | _RTF_GATEWAY
+            )
             fcntl.ioctl(sock, _SIOCADDRT, route.ljust(120, b"\0"))
 
 
@@ -58,7 +62,9 @@ def configure_ipv6(interface: str, cidr: str, gateway: str) -> None:
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
         name = struct.pack("16s16x8x", interface.encode())
         index = struct.unpack("16si20x", fcntl.ioctl(sock, _SIOCGIFINDEX, name))[1]
-        fcntl.ioctl(sock, _SIOCSIFADDR, struct.pack("=16sIi", socket.inet_pton(socket.AF_INET6, address), int(prefix), index))
+        fcntl.ioctl(
+            sock, _SIOCSIFADDR, struct.pack("=16sIi", socket.inet_pton(socket.AF_INET6, address), int(prefix), index)
+        )
         if gateway:
             # struct in6_rtmsg of linux/ipv6_route.h
             route = struct.pack(

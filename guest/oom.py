@@ -1,4 +1,6 @@
-"""Tells a SIGKILL by the kernel's out-of-memory killer from any other, by reading the kernel's log (/dev/kmsg, kmsg(4))."""
+"""Tells a SIGKILL by the kernel's out-of-memory killer from any other, by reading the kernel's log (/dev/kmsg,
+kmsg(4)).
+"""
 
 from __future__ import annotations
 

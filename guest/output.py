@@ -48,7 +48,9 @@ class OutputLog:
         self._grown.wake()
 
     def finish(self) -> None:
-        """Says that readers need not wait for more. The log may grow later all the same (a child of the process writes)."""
+        """Says that readers need not wait for more. The log may grow later all the same (a child of the process
+        writes).
+        """
         self.finished = True
         self._grown.wake()
 

@@ -1,4 +1,6 @@
-"""Glob patterns over paths: `*` and `?` within a name, `[...]` sets, `**` across directories (glob(7), with globstar)."""
+"""Glob patterns over paths: `*` and `?` within a name, `[...]` sets, `**` across directories (glob(7), with
+globstar).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ class Pattern:
 
     def __init__(self, text: str, *, hidden: bool) -> None:
         if not text or "\0" in text or len(text) > _MAX_LENGTH or text.count("*") > _MAX_STARS:
-            raise CallError("INVALID", f"a pattern has 1 to {_MAX_LENGTH} characters, no NUL, at most {_MAX_STARS} stars")
+            raise CallError(
+                "INVALID", f"a pattern has 1 to {_MAX_LENGTH} characters, no NUL, at most {_MAX_STARS} stars"
+            )
         names = [name for name in text.split("/") if name not in ("", ".")]
         if ".." in names:
             raise CallError("INVALID", "a pattern must not have .. in it")
@@ -29,7 +33,9 @@ class Pattern:
         self._hidden = hidden
 
     def matches(self, path: str) -> bool:
-        """Whether a path relative to the search's root matches. Takes time in proportion to names times pattern names."""
+        """Whether a path relative to the search's root matches. Takes time in proportion to names times pattern
+        names.
+        """
         names = path.split("/") if path else []
         reachable = {0}
         for name in names:

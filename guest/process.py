@@ -1,7 +1,7 @@
 """Processes that the host started, and the one reaper of the guest.
 
-PID 1 inherits every orphan, so `Registry.reap` alone calls waitpid(2), for any child, and hands each status to its owner;
-nothing else in the guest may wait for a child, or statuses are lost.
+PID 1 inherits every orphan, so `Registry.reap` alone calls waitpid(2), for any child, and hands each status to its
+owner; nothing else in the guest may wait for a child, or statuses are lost.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ class Process:
         self.close_stdin()
 
     async def write_stdin(self, data: bytes) -> None:
-        """Writes to standard input, waiting for the process to read; bytes for a closed input are dropped, as by a shell."""
+        """Writes to standard input, waiting for the process to read; bytes for a closed input are dropped, as by a
+        shell.
+        """
         view = memoryview(data)
         while view and self._stdin >= 0:
             try:
@@ -175,7 +177,9 @@ class Registry:
         """Returns the process with this number. :raises CallError: there is none."""
         process = self.by_number.get(number) if isinstance(number, int) else None
         if process is None:
-            raise CallError("NOT_FOUND", f"no process {number!r} in this sandbox; list the processes to see which there are")
+            raise CallError(
+                "NOT_FOUND", f"no process {number!r} in this sandbox; list the processes to see which there are"
+            )
         return process
 
     def start(self, argv: list[str], env: dict[str, str], cwd: str, user: User, stdio: Stdio, replay: int) -> Process:

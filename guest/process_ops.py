@@ -44,7 +44,9 @@ def _integer(value: object, low: int, high: int, what: str) -> int:
 
 
 def parse_signal(value: object) -> int:
-    """Returns the number of a signal given as "SIGTERM", "TERM", "15" or 15. :raises CallError: there is no such signal."""
+    """Returns the number of a signal given as "SIGTERM", "TERM", "15" or 15. :raises CallError: there is no such
+    signal.
+    """
     text = str(value).upper()
     if text.isdecimal():
         number = int(text) if len(text) < 4 else 0
@@ -120,7 +122,9 @@ class ProcessOps:
 
     async def attach(self, call: Call) -> dict[str, object]:
         """proc.attach: replays output that is kept, follows the process, takes its input, ends with its exit."""
-        return await self._attach(call, self.registry.get(call.req.get("id")), replay=call.req.get("replay") is not False)
+        return await self._attach(
+            call, self.registry.get(call.req.get("id")), replay=call.req.get("replay") is not False
+        )
 
     async def _attach(self, call: Call, process: Process, *, replay: bool) -> dict[str, object]:
         reader, dropped = process.log.open_reader(replay=replay)

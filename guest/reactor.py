@@ -1,8 +1,8 @@
 """A scheduler for coroutines on one epoll descriptor: what PID 1 of the guest runs on.
 
-asyncio would do, but in a VM without hardware help its import takes most of a second and every event several times as long;
-an exec has to get through here in well under a millisecond. So this is the least that async functions need: tasks, file
-descriptors, timers, signals between tasks. Single-threaded; one `Reactor` per process.
+asyncio would do, but in a VM without hardware help its import takes most of a second and every event several times as
+long; an exec has to get through here in well under a millisecond. So this is the least that async functions need:
+tasks, file descriptors, timers, signals between tasks. Single-threaded; one `Reactor` per process.
 
 Descriptors are registered once and edge-triggered (epoll(7)): try the system call first, and only after EAGAIN await
 `readable` or `writable`. A wake-up may be spurious.
@@ -27,7 +27,9 @@ _WRITE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 
 
 class Cancelled(BaseException):
-    """Raised inside a task that is cancelled, at its next await. Not an Exception: `except Exception` lets it through."""
+    """Raised inside a task that is cancelled, at its next await. Not an Exception: `except Exception` lets it
+    through.
+    """
 
 
 class Task:
@@ -154,7 +156,9 @@ async def writable(fd: int) -> None:
 
 
 def poke(fd: int) -> None:
-    """Makes `readable(fd)` return, so that its waiter tries once more. Harmless for a descriptor that is not watched."""
+    """Makes `readable(fd)` return, so that its waiter tries once more. Harmless for a descriptor that is not
+    watched.
+    """
     descriptor = _descriptors.get(fd)
     if descriptor is not None:
         descriptor.read_ready = True
@@ -162,7 +166,9 @@ def poke(fd: int) -> None:
 
 
 def poke_writer(fd: int) -> None:
-    """Makes `writable(fd)` return, so that its waiter looks once more. Harmless for a descriptor that is not watched."""
+    """Makes `writable(fd)` return, so that its waiter looks once more. Harmless for a descriptor that is not
+    watched.
+    """
     descriptor = _descriptors.get(fd)
     if descriptor is not None:
         descriptor.write_ready = True
@@ -277,8 +283,6 @@ def _on_signal(number: int, _frame: object) -> None:
 
 def _start_signal_pipe() -> None:
     """A signal must interrupt epoll_wait: Python restarts it (PEP 475), but the wake-up descriptor makes it return."""
-
-
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     register(read_end)

@@ -1,4 +1,6 @@
-"""The file systems of the guest: what PID 1 mounts at boot, and the writable root that a sandbox gets when it is configured."""
+"""The file systems of the guest: what PID 1 mounts at boot, and the writable root that a sandbox gets when it is
+configured.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from guest import kernel
 from guest.kernel import MS_MOVE, MS_NOATIME, MS_NODEV, MS_NOEXEC, MS_NOSUID
 
 _SAFE = MS_NOSUID | MS_NODEV | MS_NOEXEC
-_MOVED = ("/dev", "/proc", "/sys", "/run", "/tmp")  # noqa: S108  the guest's own /tmp
+_MOVED = ("/dev", "/proc", "/sys", "/run", "/tmp")
 
 
 def mount_boot_file_systems() -> None:
@@ -16,11 +18,11 @@ def mount_boot_file_systems() -> None:
     kernel.mount("proc", "/proc", "proc", _SAFE)
     kernel.mount("sysfs", "/sys", "sysfs", _SAFE)
     kernel.mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
-    kernel.mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")  # noqa: S108
-    for directory in ("/dev/pts", "/dev/shm"):  # noqa: S108
+    kernel.mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+    for directory in ("/dev/pts", "/dev/shm"):
         os.makedirs(directory, exist_ok=True)
     kernel.mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "gid=5,mode=620,ptmxmode=666")
-    kernel.mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")  # noqa: S108
+    kernel.mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
     for name, target in (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
         if not os.path.lexists(f"/dev/{name}"):
             os.symlink(target, f"/dev/{name}")
@@ -39,10 +41,11 @@ def find_disk(serial: str) -> str:
 
 
 def mount_writable_root(device: str) -> None:
-    """Makes `/` an overlay of the read-only root and the ext4 file system on `device`, for PID 1 and all that it starts.
+    """Makes `/` an overlay of the read-only root and the ext4 file system on `device`, for PID 1 and all that it
+    starts.
 
-    Mounts cannot be replaced in place: the overlay is mounted aside, the other file systems move into it, it moves to `/`,
-    and PID 1 enters it (as switch_root(8) does). :raises OSError:
+    Mounts cannot be replaced in place: the overlay is mounted aside, the other file systems move into it, it moves to
+    `/`, and PID 1 enters it (as switch_root(8) does). :raises OSError:
     """
     kernel.mount(device, "/overlay", "ext4", MS_NOATIME, "discard")
     for directory in ("/overlay/upper", "/overlay/work"):

@@ -1,9 +1,9 @@
 """Starts one program: looks it up, gives it descriptors, a user, a directory, a terminal.
 
-posix_spawn(3) is used because it does not copy the address space of PID 1, and reports a failing exec as an error. It can
-neither change the user nor the directory, so PID 1, which is single-threaded, becomes that user in that directory for the
-length of the call: credentials and directory are inherited, and execve(2) makes the effective user id the saved one, so
-that nothing of root stays in the child.
+posix_spawn(3) is used because it does not copy the address space of PID 1, and reports a failing exec as an error. It
+can neither change the user nor the directory, so PID 1, which is single-threaded, becomes that user in that directory
+for the length of the call: credentials and directory are inherited, and execve(2) makes the effective user id the saved
+one, so that nothing of root stays in the child.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def resize_terminal(master: int, rows: int, cols: int) -> None:
 def start(argv: list[str], env: dict[str, str], cwd: str, user: User, stdio: Stdio) -> int:
     """Starts `argv` as leader of its own session and process group, and returns its PID.
 
-    :raises CallError: EXEC_NOT_FOUND (a shell's 127), EXEC_NOT_EXECUTABLE (126), CWD_INVALID, or the errno of the kernel.
+    :raises CallError: EXEC_NOT_FOUND (a shell's 127), EXEC_NOT_EXECUTABLE (126), CWD_INVALID, or the errno of the
+    kernel.
     """
     actions: list[tuple[int, ...] | tuple[int, int, str, int, int]]
     if stdio.tty_path:
@@ -110,7 +111,9 @@ def start(argv: list[str], env: dict[str, str], cwd: str, user: User, stdio: Std
         try:
             os.chdir(cwd)
         except OSError as error:
-            raise CallError("STATE", f"cannot enter the working directory {cwd}: {error.strerror}", "CWD_INVALID") from None
+            raise CallError(
+                "STATE", f"cannot enter the working directory {cwd}: {error.strerror}", "CWD_INVALID"
+            ) from None
         path = find_program(argv[0], env.get("PATH", DEFAULT_PATH))
         try:
             return os.posix_spawn(
@@ -152,7 +155,9 @@ def find_program(name: str, path: str) -> str:
             return candidate
         found = found or candidate
     if found:
-        raise CallError("STATE", f"{found}: is not an executable file (as in a shell's status 126)", "EXEC_NOT_EXECUTABLE")
+        raise CallError(
+            "STATE", f"{found}: is not an executable file (as in a shell's status 126)", "EXEC_NOT_EXECUTABLE"
+        )
     where = "no such file" if "/" in name else f"not found in PATH {path}"
     raise CallError("STATE", f"{name}: {where} (as in a shell's status 127)", "EXEC_NOT_FOUND")
 
@@ -164,4 +169,6 @@ def _exec_error(path: str, error: OSError) -> CallError:
         return CallError("STATE", f"{path}: cannot be executed: {error.strerror}", "EXEC_NOT_EXECUTABLE")
     if error.errno == errno.E2BIG:
         return CallError("INVALID", f"{path}: arguments and environment are too long for the kernel", "E2BIG")
-    return CallError("EXHAUSTED", f"{path}: cannot be started: {error.strerror}", errno.errorcode.get(error.errno or 0, ""))
+    return CallError(
+        "EXHAUSTED", f"{path}: cannot be started: {error.strerror}", errno.errorcode.get(error.errno or 0, "")
+    )

@@ -79,7 +79,9 @@ async def _list(call: Call) -> dict[str, object]:
 
 
 async def _tree(root: str, max_depth: int, *, follow: bool) -> AsyncIterator[tuple[str, int]]:
-    """Yields (path, depth) below `root`, parents first, siblings by name; directories met twice are not entered again."""
+    """Yields (path, depth) below `root`, parents first, siblings by name; directories met twice are not entered
+    again.
+    """
     stack = [(root, 0, frozenset[tuple[int, int]]())]
     while stack:
         path, depth, above = stack.pop()
@@ -108,7 +110,9 @@ async def _walk(call: Call) -> dict[str, object]:
     depth = fields.optional_number(call.req, "max_depth", 1 << 31)
     os.lstat(root)
     pages = _Pages(call)
-    async for path, _ in _tree(root, min(_MAX_DEPTH, _MAX_DEPTH if depth is None else depth), follow=bool(call.req.get("follow"))):
+    async for path, _ in _tree(
+        root, min(_MAX_DEPTH, _MAX_DEPTH if depth is None else depth), follow=bool(call.req.get("follow"))
+    ):
         await pages.add(path)
     await pages.flush()
     return {}

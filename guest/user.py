@@ -54,7 +54,9 @@ def _find(text: str) -> User:
     if text.isdecimal() and int(text) < 1 << 32:
         number = int(text)
         return User(text, number, number, [number], "/", "/bin/sh")
-    raise CallError("STATE", f"no user {text[:64]!r} in this image; use a name from /etc/passwd or a number", "USER_UNKNOWN")
+    raise CallError(
+        "STATE", f"no user {text[:64]!r} in this image; use a name from /etc/passwd or a number", "USER_UNKNOWN"
+    )
 
 
 def _groups(name: str, gid: int) -> list[int]:

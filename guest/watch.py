@@ -66,7 +66,9 @@ class _Watcher:
 
     def _add_one(self, path: str) -> None:
         if len(self._paths) >= _MAX_WATCHES:
-            raise CallError("EXHAUSTED", f"more than {_MAX_WATCHES} directories below {self._root}; watch fewer", "ENOSPC")
+            raise CallError(
+                "EXHAUSTED", f"more than {_MAX_WATCHES} directories below {self._root}; watch fewer", "ENOSPC"
+            )
         mask = _MASK if path == self._root else _MASK | _DONT_FOLLOW
         self._paths[_checked(_libc.inotify_add_watch(self.fd, os.fsencode(path), mask), path)] = path
 

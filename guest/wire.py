@@ -5,9 +5,9 @@ Used by both sides, standard library only. A frame is a 5-byte head and its payl
     0        1               5
     | type u8 | length u32 BE | payload (length bytes) |
 
-The caller's first frame is REQUEST: a JSON object with "op". Then each side sends frames as the operation defines, and the
-guest ends its side with exactly one RESULT (JSON object) or ERROR (JSON {"code", "message", "errno"?}). EOF says that a
-side will send no more data frames. Closing or resetting the stream earlier abandons the call.
+The caller's first frame is REQUEST: a JSON object with "op". Then each side sends frames as the operation defines, and
+the guest ends its side with exactly one RESULT (JSON object) or ERROR (JSON {"code", "message", "errno"?}). EOF says
+that a side will send no more data frames. Closing or resetting the stream earlier abandons the call.
 
 Every length is checked before anything is allocated; a frame that breaks a limit ends the link, since a peer that sends
 one is broken or hostile.
@@ -44,9 +44,7 @@ class Frame(IntEnum):
 
 
 JSON_FRAMES = frozenset({Frame.REQUEST, Frame.RESULT, Frame.ERROR, Frame.EVENT})
-_LIMITS = tuple(
-    MAX_JSON_BYTES if kind in JSON_FRAMES else 0 if kind is Frame.EOF else MAX_DATA_BYTES for kind in Frame
-)
+_LIMITS = tuple(MAX_JSON_BYTES if kind in JSON_FRAMES else 0 if kind is Frame.EOF else MAX_DATA_BYTES for kind in Frame)
 
 
 class WireError(Exception):
@@ -106,8 +104,8 @@ def parse_json(payload: bytes | bytearray | memoryview) -> dict[str, object]:
 class FrameReader:
     """Cuts the bytes of one yamux stream into frames.
 
-    Data frames are handed out in whatever pieces have arrived, so that nothing larger than a stream's window is ever held;
-    JSON frames are handed out whole, collected outside of the window up to their limit.
+    Data frames are handed out in whatever pieces have arrived, so that nothing larger than a stream's window is ever
+    held; JSON frames are handed out whole, collected outside of the window up to their limit.
     """
 
     __slots__ = ("_json", "_kind", "_left", "_stream")
@@ -158,10 +156,11 @@ class FrameReader:
         return kind, payload
 
 
-# A link may be dropped and dialled again at any byte, so a session starts with a handshake that neither side can mistake
-# for the rest of an older session: the host sends SYNC_REQUEST and a random nonce until the guest answers SYNC_REPLY and
-# the same nonce. Whatever comes before is thrown away. The zeros end a frame of the older session that the guest may be
-# in the middle of (a header of zeros is a protocol error, which makes the guest look for the handshake again).
+# A link may be dropped and dialled again at any byte, so a session starts with a handshake that neither side can
+# mistake for the rest of an older session: the host sends SYNC_REQUEST and a random nonce until the guest answers
+# SYNC_REPLY and the same nonce. Whatever comes before is thrown away. The zeros end a frame of the older session that
+# the guest may be in the middle of (a header of zeros is a protocol error, which makes the guest look for the handshake
+# again).
 SYNC_REQUEST = b"\xffsandboxd-hello\xff"
 SYNC_REPLY = b"\xffsandboxd-ready\xff"
 NONCE_BYTES = 16

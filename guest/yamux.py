@@ -35,8 +35,8 @@ def _nothing() -> None:
 class Stream:
     """One stream of a session. Not thread-safe, like the session.
 
-    `on_readable` is called when `inbox`, `remote_closed` or `was_reset` changed; `on_writable` when `send_credit` grew or
-    the stream was reset. Bytes in `inbox` count against the window until `consume` says that they are taken.
+    `on_readable` is called when `inbox`, `remote_closed` or `was_reset` changed; `on_writable` when `send_credit` grew
+    or the stream was reset. Bytes in `inbox` count against the window until `consume` says that they are taken.
     """
 
     __slots__ = (
@@ -71,7 +71,9 @@ class Stream:
             self.session.forget_if_done(self)
 
     def send_in_place(self, buffer: bytearray, size: int) -> None:
-        """Sends `buffer[HEADER_BYTES:HEADER_BYTES + size]`; the header is put into the room before it, nothing is copied."""
+        """Sends `buffer[HEADER_BYTES:HEADER_BYTES + size]`; the header is put into the room before it, nothing is
+        copied.
+        """
         HEADER.pack_into(buffer, 0, 0, DATA, self._take_credit(size), self.id, size)
         self.session.write(memoryview(buffer)[: HEADER_BYTES + size])
 
@@ -90,7 +92,9 @@ class Stream:
             self._consumed = 0
 
     def widen(self, window: int) -> None:
-        """Lets the peer send up to `window` bytes ahead; must not shrink. The first frame of a stream may be this one."""
+        """Lets the peer send up to `window` bytes ahead; must not shrink. The first frame of a stream may be this
+        one.
+        """
         extra = min(window, MAX_WINDOW) - self._window
         if extra > 0 and not self.remote_closed and not self.was_reset:
             self._window += extra

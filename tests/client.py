@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
@@ -48,7 +49,7 @@ class Client:
         self.images = node_pb2_grpc.ImageServiceStub(channel)
 
     @asynccontextmanager
-    async def sandbox(self, **fields: object) -> AsyncIterator[sandbox_pb2.Sandbox]:
+    async def sandbox(self, **fields: Any) -> AsyncIterator[sandbox_pb2.Sandbox]:
         """A sandbox that is deleted in the end."""
         request = sandbox_pb2.CreateSandboxRequest(**{"memory_bytes": 256 * MIB, **fields})
         created = await self.sandboxes.CreateSandbox(request)
@@ -57,7 +58,7 @@ class Client:
         finally:
             await self.sandboxes.DeleteSandbox(sandbox_pb2.DeleteSandboxRequest(id=created.id, allow_missing=True))
 
-    async def run(self, sandbox_id: str, *argv: str, stdin: bytes | None = None, **fields: object) -> Result:
+    async def run(self, sandbox_id: str, *argv: str, stdin: bytes | None = None, **fields: Any) -> Result:
         """Runs a command to its end."""
         kind = process_pb2.ProcessSpec.STDIN_NULL if stdin is None else process_pb2.ProcessSpec.STDIN_PIPE
         spec = process_pb2.ProcessSpec(argv=argv, stdin=kind, **fields)
@@ -78,8 +79,8 @@ class Client:
 
 def reason(error: grpc.aio.AioRpcError) -> str:
     """Returns the ErrorInfo reason of a failed call."""
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # has what a grpc.Call has
     info = error_details_pb2.ErrorInfo()
     assert status is not None
     assert status.details[0].Unpack(info)
-    return info.reason
+    return str(info.reason)

@@ -128,7 +128,9 @@ class Channel:
             try:
                 await stream.start({"op": op, **fields})
             except WireError as error:
-                raise InvalidSpec(f"the request is too large: {error}; make it smaller", reason="REQUEST_TOO_LARGE") from None
+                raise InvalidSpec(
+                    f"the request is too large: {error}; make it smaller", reason="REQUEST_TOO_LARGE"
+                ) from None
             yield stream
         finally:
             stream.end()

@@ -36,7 +36,7 @@ class LinkProtocol(asyncio.BufferedProtocol):
         self._transport = transport
         transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Called by asyncio: one buffer is enough, since every payload is copied to its stream at once."""
         return self._view
 

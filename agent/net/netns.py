@@ -1,7 +1,7 @@
 """One network namespace per sandbox: loopback, one tap for the VM, and no way out.
 
-The process must not fork (gRPC does not survive it) and must not change its own namespace, so a throwaway thread enters a
-fresh one (namespaces belong to threads, setns(2)), makes the tap there, and pins the namespace under /run/netns as
+The process must not fork (gRPC does not survive it) and must not change its own namespace, so a throwaway thread enters
+a fresh one (namespaces belong to threads, setns(2)), makes the tap there, and pins the namespace under /run/netns as
 ip-netns(8) does. Opened later with `nsenter --net` or setns by whoever starts the VMM.
 """
 

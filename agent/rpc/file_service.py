@@ -75,8 +75,8 @@ def info(values: dict[str, Any]) -> pb.FileInfo:
         uid=_id(values, "uid"), gid=_id(values, "gid"),
         modify_time=_time(values, "mtime_ns"), access_time=_time(values, "atime_ns"),
         change_time=_time(values, "ctime_ns"), link_count=convert.guest_int(values, "nlink"),
-        inode=convert.guest_int(values, "ino", 0, (1 << 64) - 1), device=convert.guest_int(values, "dev", 0, (1 << 64) - 1),
-        blocks=convert.guest_int(values, "blocks"),
+        inode=convert.guest_int(values, "ino", 0, (1 << 64) - 1),
+        device=convert.guest_int(values, "dev", 0, (1 << 64) - 1), blocks=convert.guest_int(values, "blocks"),
     )  # fmt: skip
     if kind == pb.FileInfo.TYPE_SYMLINK:
         message.link_target = convert.guest_text(values, "target")
@@ -242,7 +242,8 @@ class FileService(file_pb2_grpc.FileServiceServicer):
         result = await self._call(
             request.sandbox_id, "fs.mktemp",
             directory=path(request.directory or "/tmp", "directory"),  # noqa: S108  the guest's
-            prefix=request.prefix, suffix=request.suffix, make_directory=request.make_directory, user=request.user or None,
+            prefix=request.prefix, suffix=request.suffix, make_directory=request.make_directory,
+            user=request.user or None,
         )  # fmt: skip
         return pb.MakeTempResponse(path=convert.guest_text(result, "path"))
 

@@ -54,7 +54,10 @@ class AcceleratorProbe:
             accelerator, reason = "kvm", "a guest kernel boots on this host's KVM"
         else:
             accelerator = "tcg"
-            reason = f"{_KVM} opens, but a guest kernel does not reach its first program on it (tried for up to {_DEADLINE_S:g} s)"
+            reason = (
+                f"{_KVM} opens, but a guest kernel does not reach its first program on it "
+                f"(tried for up to {_DEADLINE_S:g} s)"
+            )
         self._cache_dir.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps({"accelerator": accelerator, "reason": reason}))

@@ -1,7 +1,7 @@
 """What a virtual machine monitor must offer: the interface that `sandbox/` drives, and every driver implements.
 
-A driver knows one VMM (its argv, its control protocol). It decides nothing: sizes, paths, namespaces and order come from
-the caller as plain values, and a failed start leaves no process, socket or file behind.
+A driver knows one VMM (its argv, its control protocol). It decides nothing: sizes, paths, namespaces and order come
+from the caller as plain values, and a failed start leaves no process, socket or file behind.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class VmmInfo:
 
 @dataclass(frozen=True, slots=True)
 class ExitInfo:
-    """How a VMM process ended: exactly one of `exit_code` and `signal` is set; both are None if it was not our child."""
+    """How a VMM process ended: exactly one of `exit_code` and `signal` is set; both are None if it was not our
+    child.
+    """
 
     exit_code: int | None
     signal: int | None

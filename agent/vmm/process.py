@@ -1,4 +1,6 @@
-"""A VMM process: started inside a network namespace, watched through its pidfd, found again after an agent's restart."""
+"""A VMM process: started inside a network namespace, watched through its pidfd, found again after an agent's
+restart.
+"""
 
 from __future__ import annotations
 

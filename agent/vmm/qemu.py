@@ -160,8 +160,7 @@ class QemuDriver:
             for sock in listeners.values():
                 sock.close()  # QEMU alone listens now: its death closes what is connected
             console = Console(spec.run_dir, spec.console_limit_bytes)
-            vm = QemuVm(spec.run_dir, spec.link, process, backend, console)
-            await _run(vm, process, console, spec.run_dir)
+            await _run(process, console, spec.run_dir)
         except BaseException:
             if process is not None:
                 await asyncio.shield(asyncio.ensure_future(process.kill()))
@@ -171,7 +170,7 @@ class QemuDriver:
                 sock.close()
                 (spec.run_dir / f"{name}.sock").unlink(missing_ok=True)
             raise
-        return vm
+        return QemuVm(spec.run_dir, spec.link, process, backend, console)
 
     def _argv(
         self, spec: VmSpec, accelerator: str, backend: VmmProcess | None, listeners: Mapping[str, socket.socket]
@@ -188,7 +187,7 @@ class QemuDriver:
             *self._options.extra_args,
         ]
 
-    async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> QemuVm | None:
+    async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> QemuVm | None:  # noqa: ARG002
         """Finds a VM that an earlier agent started."""
         try:
             process = _adopt(token, "", run_dir / "vmm.log")
@@ -211,7 +210,7 @@ def _adopt(token: Mapping[str, str], prefix: str, stderr_path: Path) -> VmmProce
     return processes.adopt(pid, started, stderr_path)
 
 
-async def _run(vm: QemuVm, process: VmmProcess, console: Console, run_dir: Path) -> None:
+async def _run(process: VmmProcess, console: Console, run_dir: Path) -> None:
     """Connects the console, then lets the paused VM run. :raises VmmError: QEMU ended instead; with what it said."""
     try:
         console.attach(await sockets.connect(run_dir / "console.sock"))

@@ -1,7 +1,7 @@
 """From a VM's specification to QEMU's command line: pure, so that every word of it is tested without QEMU.
 
-q35 is the base: microvm restores a little faster, but its cold boots hung now and then. Everything that a Linux guest on
-virtio does not need is left out, since each device costs time at boot and attack surface for ever.
+q35 is the base: microvm restores a little faster, but its cold boots hung now and then. Everything that a Linux guest
+on virtio does not need is left out, since each device costs time at boot and attack surface for ever.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 
 
 def value(text: object) -> str:
-    """Returns `text` as a value inside a comma-separated option (a comma is doubled). :raises InvalidSpec: control codes."""
+    """Returns `text` as a value inside a comma-separated option (a comma is doubled). :raises InvalidSpec: control
+    codes.
+    """
     word = str(text)
     if any(ord(letter) < 32 for letter in word):
         raise InvalidSpec(f"{word!r} cannot be given to QEMU: it has control characters")
@@ -51,9 +53,10 @@ def device_args(spec: VmSpec, link_fd: int | None, console_fd: int, qmp_fd: int,
     args = ["-kernel", str(spec.kernel), "-initrd", str(spec.initramfs), "-append", spec.cmdline]
     for disk in spec.disks:
         node = value(disk.serial)
-        mode = "read-only=on" if disk.read_only else "read-only=off,discard=unmap,detect-zeroes=unmap"
+        access = f"read-only={'on' if disk.read_only else 'off'}"
+        mode = access if disk.read_only else f"{access},discard=unmap,detect-zeroes=unmap"
         cache = "" if disk.read_only else ",cache.no-flush=on"  # the disk dies with its sandbox
-        args += ["-blockdev", f"driver=file,node-name=f-{node},filename={value(disk.path)},{mode.split(',')[0]}"]
+        args += ["-blockdev", f"driver=file,node-name=f-{node},filename={value(disk.path)},{access}"]
         args += ["-blockdev", f"driver=raw,node-name=d-{node},file=f-{node},{mode}{cache}"]
         args += ["-device", f"virtio-blk-pci,drive=d-{node},serial={node}"]
     if spec.nic is not None:

@@ -1,4 +1,6 @@
-"""Unix sockets that a VMM is given ready-made: they can be connected to before it has looked at them, so nobody polls."""
+"""Unix sockets that a VMM is given ready-made: they can be connected to before it has looked at them, so nobody
+polls.
+"""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def start_daemon(directory: Path, **settings: str) -> Daemon:
     with (directory / "log").open("ab") as log:
         process = subprocess.Popen([sys.executable, "-m", "agent"], env=env, stderr=log, stdout=log)
     daemon = Daemon(directory, process, env)
-    deadline = READY_TIMEOUT_S
+    deadline = float(READY_TIMEOUT_S)
     while not daemon.socket.exists():
         try:
             process.wait(0.05)

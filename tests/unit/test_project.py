@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RECIPES = "setup proto image demo run lint type test bench doctor clean check".split()
+RECIPES = ["setup", "proto", "image", "demo", "run", "lint", "type", "test", "bench", "doctor", "clean", "check"]
 # Written in pieces so that this file does not contain what it looks for.
-REGISTRY_HOST = re.compile(r"\b(?:deb\.debian|security\.debian|snapshot\.debian|pypi|pythonhosted|npmjs)\.(?:org|com)\b")
+REGISTRY_HOST = re.compile(
+    r"\b(?:deb\.debian|security\.debian|snapshot\.debian|pypi|pythonhosted|npmjs)\.(?:org|com)\b"
+)
 
 
 def _tracked() -> list[str]:
