@@ -21,7 +21,7 @@ proto: setup
 
 # Build an image (minimal, default) unless its inputs are unchanged
 image name="minimal": setup
-    {{ python }} -m rootfs build {{ name }}
+    {{ python }} -m rootfs build {{ name }} >&2
 
 # Create a microVM over gRPC, run `ls -lh /` in it, and delete it
 demo: proto image

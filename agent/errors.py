@@ -6,12 +6,14 @@
     |-- AlreadyExists        the name, id or path is taken
     |-- InvalidState         right request, wrong moment (AIP-216)
     |-- ResourceExhausted    the node has no room for it now
+        |-- NodeDraining     the node takes no sandboxes any more
     |-- PermissionDenied     the caller may not, or the guest's kernel says EACCES/EPERM
     |-- DeadlineExceeded     it did not answer in time
     |-- GuestError           the guest answered, and what it did failed
     |-- GuestUnreachable     the link to the guest is gone or talks nonsense
     |-- VmmError             the virtual machine monitor failed
     |-- HostError            a resource of the host could not be made or removed
+        |-- ImageDamaged     an image on the host is not what its manifest states
 
 `reason` is the machine-readable word of google.rpc.ErrorInfo (AIP-193); the message says what to do. `agent.rpc.status`
 holds the one table from these types to gRPC status codes.
@@ -69,6 +71,12 @@ class ResourceExhausted(AgentError):
     default_reason = "RESOURCE_EXHAUSTED"
 
 
+class NodeDraining(ResourceExhausted):
+    """The node is stopping; another one may have room."""
+
+    default_reason = "NODE_DRAINING"
+
+
 class PermissionDenied(AgentError):
     """The caller may not do this."""
 
@@ -103,3 +111,9 @@ class HostError(AgentError):
     """A host resource (namespace, tap, disk, directory) could not be made or removed."""
 
     default_reason = "HOST_ERROR"
+
+
+class ImageDamaged(HostError):
+    """A file of an image, or its manifest, is not what the build left; it must be built again."""
+
+    default_reason = "IMAGE_DAMAGED"

@@ -24,7 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from agent.errors import AgentError, AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound, ResourceExhausted
+from agent.errors import (
+    AgentError,
+    AlreadyExists,
+    HostError,
+    ImageDamaged,
+    InvalidSpec,
+    InvalidState,
+    NotFound,
+    ResourceExhausted,
+)
 from agent.sparse import NO_SPACE, copy_sparse
 
 _SCHEMA = 1
@@ -263,12 +272,10 @@ def _count(value: object) -> int:
     return value
 
 
-def _damaged(path: Path, why: str) -> HostError:
+def _damaged(path: Path, why: str) -> ImageDamaged:
     name = path.name.rsplit("-", 1)[0]
-    return HostError(
-        f"the image in {path} is damaged: {why}; build it again with `sandboxctl image build {name}`",
-        reason="IMAGE_DAMAGED",
-        image=name,
+    return ImageDamaged(
+        f"the image in {path} is damaged: {why}; build it again with `sandboxctl image build {name}`", image=name
     )
 
 

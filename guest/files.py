@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 
 from guest import fields, reactor
 from guest.call import CHUNK_BYTES, HEADROOM, Call
 from guest.fields import AsUser
 from guest.trees import OPS as TREE_OPS
-from guest.trees import describe
+from guest.trees import describe, require_regular
 from guest.watch import OPS as WATCH_OPS
 from guest.wire import CallError, Frame
 
@@ -22,22 +20,13 @@ _TURN_BYTES = 1 << 20  # after so many bytes other calls get their turn
 _MAX_TEMP_TRIES = 100
 
 
-def _require_regular(fd: int, path: str) -> None:
-    """A read from a pipe, a terminal or a device could block PID 1 for ever."""
-    kind = os.fstat(fd).st_mode
-    if stat.S_ISDIR(kind):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    if not stat.S_ISREG(kind):
-        raise CallError("STATE", f"{path}: is not a regular file; read it with a process such as cat", "NOT_REGULAR")
-
-
 async def _read(call: Call) -> dict[str, object]:
     path = fields.path(call.req)
     offset, length = fields.number(call.req, "offset"), fields.number(call.req, "length")
     with AsUser(call.req):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        _require_regular(fd, path)
+        require_regular(fd, path)
         buffer = bytearray(HEADROOM + CHUNK_BYTES)
         view = memoryview(buffer)[HEADROOM:]
         total = 0
@@ -78,7 +67,7 @@ def _open_for_writing(call: Call, path: str) -> int:
         existed = os.path.lexists(path)
         fd = os.open(path, opening, mode)
     try:
-        _require_regular(fd, path)
+        require_regular(fd, path)
         if not existed:
             os.fchmod(fd, mode)  # exact: the umask is for programs
         if flags & os.O_TRUNC:

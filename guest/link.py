@@ -40,7 +40,7 @@ class Link:
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._buffer = bytearray(_READ_BYTES)
-        self._tasks: dict[int, Task] = {}
+        self._tasks: set[Task] = set()  # by identity: the next host uses the same stream ids before all of these ended
         self._closed = False
         reactor.register(fd)
         self._writer = reactor.spawn(self._write_queue())
@@ -139,7 +139,7 @@ class Link:
                 data = await self._read()
         finally:
             session.abandon()
-            for task in list(self._tasks.values()):
+            for task in list(self._tasks):
                 task.cancel()
             self._queue.clear()
             self._queued_bytes = 0
@@ -170,7 +170,7 @@ class Link:
     def _accept(self, stream: Stream) -> None:
         call = Call(stream, self)
         task = reactor.spawn(call.answer(self._handlers))
-        self._tasks[stream.id] = task
+        self._tasks.add(task)
         wake_reader = stream.on_readable
 
         def on_readable() -> None:
@@ -179,7 +179,7 @@ class Link:
             wake_reader()
 
         def on_done(task: Task) -> None:
-            del self._tasks[stream.id]
+            self._tasks.discard(task)
             if task.failure is not None and not isinstance(task.failure, CallAbandoned):
                 print(f"call failed: {task.failure!r}", file=sys.stderr, flush=True)
             if task.failure is not None and not self._closed:

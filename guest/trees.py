@@ -42,6 +42,15 @@ def describe(path: str, facts: os.stat_result) -> dict[str, object]:
     return info
 
 
+def require_regular(fd: int, path: str) -> None:
+    """:raises CallError: reading or writing it could block PID 1 for ever (a pipe, a terminal, a device)."""
+    kind = os.fstat(fd).st_mode
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(kind):
+        raise CallError("STATE", f"{path}: is not a regular file; use a process such as cat for it", "NOT_REGULAR")
+
+
 class _Pages:
     """Sends entries in pages."""
 
@@ -204,6 +213,7 @@ async def _copy(call: Call) -> dict[str, object]:
             directories.append((copy, entry))
         elif stat.S_ISLNK(entry.st_mode):
             os.symlink(os.readlink(path), copy)
+            _copy_facts(copy, entry)
         elif stat.S_ISREG(entry.st_mode):
             await _copy_file(path, copy)
     for copy, entry in reversed(directories):  # last, since filling a directory changes its times
@@ -212,14 +222,17 @@ async def _copy(call: Call) -> dict[str, object]:
 
 
 async def _copy_file(source: str, target: str) -> None:
-    """Copies data extents, mode and times; holes stay holes."""
-    reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    """Copies data extents, mode and times; holes stay holes. Non-blocking: a pipe or device must not stop PID 1."""
+    reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
+        require_regular(reading, source)
         facts = os.fstat(reading)
-        writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
         try:
+            require_regular(writing, target)
             if os.path.samestat(facts, os.fstat(writing)):
                 raise CallError("INVALID", f"{source} and {target} are the same file")
+            os.ftruncate(writing, 0)  # only now: they are two files
             await _copy_data(reading, writing, facts.st_size)
         finally:
             os.close(writing)
@@ -248,9 +261,11 @@ async def _copy_data(reading: int, writing: int, size: int) -> None:
 
 
 def _copy_facts(path: str, facts: os.stat_result) -> None:
-    os.chown(path, facts.st_uid, facts.st_gid)
-    os.chmod(path, stat.S_IMODE(facts.st_mode))
-    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    follow = not stat.S_ISLNK(facts.st_mode)
+    os.chown(path, facts.st_uid, facts.st_gid, follow_symlinks=follow)
+    if follow:  # a symbolic link has no mode of its own
+        os.chmod(path, stat.S_IMODE(facts.st_mode))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns), follow_symlinks=follow)
 
 
 OPS: dict[str, Handler] = {

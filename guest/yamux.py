@@ -175,8 +175,16 @@ class Session:
         return stream
 
     def first_flags(self, stream_id: int) -> int:
-        """Returns SYN or ACK if the next frame of this stream is its first from this side, otherwise 0."""
-        return self._greetings.pop(stream_id, 0)
+        """Returns SYN or ACK if the next frame of this stream is its first from this side, otherwise 0.
+
+        Streams reach the peer in the order of their ids: older ones that have sent nothing yet are opened first.
+        """
+        flags = self._greetings.pop(stream_id, 0)
+        if flags == SYN:
+            for older in [other for other in self._greetings if other < stream_id and self._greetings[other] == SYN]:
+                del self._greetings[older]
+                self.write(HEADER.pack(0, WINDOW_UPDATE, SYN, older, 0))
+        return flags
 
     def forget_if_done(self, stream: Stream) -> None:
         """Drops a stream that ended in both directions; its unread bytes stay with whoever holds it."""

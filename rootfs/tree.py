@@ -104,6 +104,8 @@ def add_user(tree: Path) -> None:
     _append(tree / "etc/group", f"sandbox:x:{USER_ID}:")
     _append(tree / "etc/shadow", "sandbox:*:20000:0:99999:7:::")
     _append(tree / "etc/gshadow", "sandbox:!::")
+    for name in ("shadow", "gshadow"):  # made here where no package has made them: not for everybody to read
+        (tree / "etc" / name).chmod(0o640)
     (tree / _HOME).mkdir(parents=True)
     (tree / "home/app").symlink_to("sandbox")
 

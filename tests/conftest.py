@@ -24,6 +24,11 @@ def _why_no_vm() -> str | None:
     return None
 
 
+def pytest_configure() -> None:
+    """Marks all that this run will start, for the leak check."""
+    os.environ[leaks.MARK] = str(os.getpid())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests of VMs where no VM can run, and says why."""
     reason = _why_no_vm()

@@ -17,8 +17,10 @@ PREFIX = "sbx-"
 NETNS_DIR = Path("/run/netns")
 NET_DIR = Path("/sys/class/net")
 TEMPORARY = Path("/tmp")
-# The kernel keeps fifteen bytes of a process's name.
-COMMANDS = ("qemu-system", "vhost-device-v", "sandboxd")
+# The kernel keeps fifteen bytes of a process's name; a VMM carries that of its sandbox.
+COMMANDS = ("qemu-system", PREFIX, "vhost-device-v", "sandboxd")
+# In the environment of all that a test run starts; its value is the run's PID.
+MARK = "TEST_RUN_PID"
 # What ends on its own: a killed process is reaped, a cancelled task's directory goes.
 GRACE_S = 3.0
 _MNT_DETACH = 2
@@ -73,6 +75,14 @@ def _process(pid: int) -> tuple[str, int, str] | None:
     return name, int(parent), state
 
 
+def _is_of_this_run(pid: int) -> bool:
+    """Whether a process has our mark in its environment: nobody else's virtual machine is ours to end."""
+    try:
+        return f"{MARK}={os.getpid()}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
+        return False
+
+
 def _processes() -> frozenset[tuple[int, str]]:
     """Returns the VMMs and daemons that we started and our own children; zombies of ours are leaks, too."""
     known = {int(entry): _process(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()}
@@ -82,7 +92,7 @@ def _processes() -> frozenset[tuple[int, str]]:
         if facts is None or pid == me:
             continue
         name, parent, state = facts
-        if parent == me or (name.startswith(COMMANDS) and state != "Z"):
+        if parent == me or (name.startswith(COMMANDS) and state != "Z" and _is_of_this_run(pid)):
             found.add((pid, name))
     return frozenset(found)
 

@@ -33,14 +33,15 @@ async def handshake(sock: socket.socket, *, fresh: bool) -> bytes:
     nonce = os.urandom(wire.NONCE_BYTES)
     received = bytearray()
     noise = 0
-    word = wire.SYNC_REQUEST + nonce
-    await _send(loop, sock, word)
     reading = loop.create_task(loop.sock_recv(sock, 64 << 10))
     try:
+        await loop.sock_sendall(sock, wire.SYNC_REQUEST + nonce)
         while True:
             done, _ = await asyncio.wait({reading}, timeout=None if fresh else _RESYNC_INTERVAL_S)
             if not done:
-                await _send(loop, sock, bytes(wire.SYNC_FLUSH_BYTES) + word)
+                # The flush ends the session of a guest that has read the first word, so its answer must not count.
+                nonce = os.urandom(wire.NONCE_BYTES)
+                await loop.sock_sendall(sock, bytes(wire.SYNC_FLUSH_BYTES) + wire.SYNC_REQUEST + nonce)
                 fresh = True  # once is enough: from now on the guest waits for the word
                 continue
             data = reading.result()
@@ -59,10 +60,6 @@ async def handshake(sock: socket.socket, *, fresh: bool) -> bytes:
         reading.cancel()
         with contextlib.suppress(asyncio.CancelledError, OSError):
             await reading
-
-
-async def _send(loop: asyncio.AbstractEventLoop, sock: socket.socket, data: bytes) -> None:
-    await loop.sock_sendall(sock, data)
 
 
 class Channel:

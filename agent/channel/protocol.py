@@ -67,7 +67,7 @@ class LinkProtocol(asyncio.BufferedProtocol):
 
     async def drained(self) -> None:
         """Returns when more may be sent."""
-        if not self._writable.is_set():
+        while not self._writable.is_set():  # others that waited may have filled it again
             await self._writable.wait()
 
     def fail(self, reason: str) -> None:

@@ -141,7 +141,10 @@ class CallStream:
             raise GuestUnreachable(f"the guest broke the protocol: {error}") from None
         if kind in (Frame.RESULT, Frame.ERROR):
             self._finished = True
-            self._stream.close()
+            if self._stream.remote_closed:
+                self._stream.close()
+            else:
+                self._stream.reset()  # the answer ends the guest's side, too: nobody would read what it goes on to send
         if kind == Frame.ERROR:
             raise from_guest(value)
         return Frame(kind), value

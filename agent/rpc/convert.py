@@ -72,7 +72,7 @@ def sandbox(record: Record, region: str) -> sandbox_pb2.Sandbox:
     """Returns the message of a sandbox."""
     spec = record.spec
     message = sandbox_pb2.Sandbox(
-        id=record.id, state=STATES[record.state], image=spec.image, image_digest=record.image_digest,
+        id=record.id, state=STATES[record.state], image=spec.image, image_digest=f"sha256:{record.image_digest}",
         vcpus=spec.vcpu_count, memory_bytes=spec.memory_bytes, disk_bytes=spec.disk_bytes, labels=record.labels,
         create_time=timestamp(record.create_time), error=record.error, vmm=record.vmm, region=region,
         phases=[sandbox_pb2.Phase(name=name, duration=duration(seconds)) for name, seconds in record.phases],

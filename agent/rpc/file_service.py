@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.channel.stream import CallStream
 from agent.errors import GuestUnreachable, InvalidSpec
@@ -60,6 +61,13 @@ def _mode(value: int) -> int:
     if not 0 <= value <= 0o7777:
         raise InvalidSpec(f"mode is {value:#o}; it must be from 0 to 07777")
     return value
+
+
+def _nanoseconds(value: Timestamp) -> int:
+    try:
+        return value.ToNanoseconds()
+    except ValueError as error:
+        raise InvalidSpec(f"the time is not valid: {error}") from None
 
 
 def info(values: dict[str, Any]) -> pb.FileInfo:
@@ -226,8 +234,8 @@ class FileService(file_pb2_grpc.FileServiceServicer):
         """See file.proto."""
         await self._call(
             request.sandbox_id, "fs.utime", path=path(request.path),
-            atime_ns=request.access_time.ToNanoseconds() if request.HasField("access_time") else None,
-            mtime_ns=request.modify_time.ToNanoseconds() if request.HasField("modify_time") else None,
+            atime_ns=_nanoseconds(request.access_time) if request.HasField("access_time") else None,
+            mtime_ns=_nanoseconds(request.modify_time) if request.HasField("modify_time") else None,
         )  # fmt: skip
         return pb.SetTimesResponse()
 

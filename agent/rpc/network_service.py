@@ -48,6 +48,8 @@ class NetworkService(network_pb2_grpc.NetworkServiceServicer):
                         yield pb.DialResponse(data=frame[1])
                     elif frame[0] is Frame.EVENT:
                         yield pb.DialResponse()
+                    elif frame[0] is Frame.EOF:
+                        yield pb.DialResponse(eof=True)
             finally:
                 feeder.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

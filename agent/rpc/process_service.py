@@ -86,9 +86,10 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
             raise InvalidSpec("the first message must carry start")
         fields = spec_fields(first.start.spec)
         channel = await self._manager.channel(first.start.sandbox_id)
-        async with channel.stream("proc.exec", detach=first.start.detach_on_disconnect, **fields) as stream:
+        detach = first.start.detach_on_disconnect
+        async with channel.stream("proc.exec", detach=detach, **fields) as stream:
             PROCESSES.inc()
-            async for response in _relay(stream, request_iterator, pb.ExecResponse):
+            async for response in _relay(stream, request_iterator, pb.ExecResponse, end_is_eof=not detach):
                 yield response
 
     async def Attach(  # noqa: N802
@@ -101,7 +102,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         channel = await self._manager.channel(first.open.sandbox_id)
         replay = not first.open.no_replay
         async with channel.stream("proc.attach", id=first.open.process_id, replay=replay) as stream:
-            async for response in _relay(stream, request_iterator, pb.AttachResponse):
+            async for response in _relay(stream, request_iterator, pb.AttachResponse, end_is_eof=False):
                 yield response
 
     async def SendSignal(self, request: pb.SendSignalRequest, context: Context) -> pb.SendSignalResponse:  # noqa: N802
@@ -149,9 +150,11 @@ async def _relay(
     stream: CallStream,
     requests: AsyncIterator[pb.ExecRequest] | AsyncIterator[pb.AttachRequest],
     response: type[pb.ExecResponse] | type[pb.AttachResponse],
+    *,
+    end_is_eof: bool,
 ) -> AsyncIterator[Any]:
     """Yields the guest's frames as messages while the client's messages go to the guest."""
-    feeder = asyncio.create_task(_feed(stream, requests))
+    feeder = asyncio.create_task(_feed(stream, requests, end_is_eof=end_is_eof))
     try:
         while (frame := await _receive(stream, feeder)) is not None:
             kind, value = frame
@@ -188,8 +191,14 @@ def _started(value: dict[str, Any], response: type[pb.ExecResponse] | type[pb.At
     return message
 
 
-async def _feed(stream: CallStream, requests: AsyncIterator[pb.ExecRequest] | AsyncIterator[pb.AttachRequest]) -> None:
-    """Carries the client's messages to the guest. The end of the client's stream is the end of input."""
+async def _feed(
+    stream: CallStream, requests: AsyncIterator[pb.ExecRequest] | AsyncIterator[pb.AttachRequest], *, end_is_eof: bool
+) -> None:
+    """Carries the client's messages to the guest.
+
+    :param end_is_eof: the end of the client's stream is the end of input, too. gRPC shows a client that is gone in the
+        same way, so this is not for processes that outlive their clients.
+    """
     ended = False
     try:
         async for request in requests:
@@ -204,7 +213,7 @@ async def _feed(stream: CallStream, requests: AsyncIterator[pb.ExecRequest] | As
                 await stream.send_json({"resize": _size(request.resize)})
             elif kind == "signal":
                 await stream.send_json({"signal": request.signal[:32]})
-        if not ended:
+        if end_is_eof and not ended:
             await stream.send_eof()
     except GuestUnreachable:
         return  # the receiving side reports it

@@ -140,7 +140,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             await asyncio.sleep(_CONSOLE_POLL_S)
             try:
                 now = self._manager.console(request.id, limit)
-                ended = self._manager.get(request.id).state is not State.RUNNING
+                ended = self._manager.get(request.id).state not in (State.CREATING, State.RUNNING)
             except NotFound:
                 return
             if new := _appended(seen, now):

@@ -27,12 +27,14 @@ CODES: dict[type[AgentError], grpc.StatusCode] = {
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.InvalidState: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.NodeDraining: grpc.StatusCode.UNAVAILABLE,
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.GuestError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.GuestUnreachable: grpc.StatusCode.UNAVAILABLE,
     errors.VmmError: grpc.StatusCode.INTERNAL,
     errors.HostError: grpc.StatusCode.INTERNAL,
+    errors.ImageDamaged: grpc.StatusCode.DATA_LOSS,
     WatcherTooSlowError: grpc.StatusCode.OUT_OF_RANGE,
 }
 

@@ -28,7 +28,7 @@ from agent.telemetry import log, step
 from agent.vmm.api import DiskSpec, Driver, ExitInfo, LinkKind, NicSpec, Vm, VmSpec
 
 _REDIAL_S = 0.05
-_CONSOLE_TAIL_BYTES = 2000
+_CONSOLE_TAIL_BYTES = 4000  # a panic says why before its registers and call trace
 _KERNEL_ARGS = (
     "console=ttyS0 quiet loglevel=4 panic=-1 no_timer_check tsc=reliable random.trust_cpu=on 8250.nr_uarts=1 "
     # The crypto self-tests and synchronous RCU are the two largest waits of a boot without hardware help.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.channel.channel import Channel
-from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, NotFound, ResourceExhausted
+from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, NodeDraining, NotFound
 from agent.model import SandboxSpec, State, is_sandbox_id, new_sandbox_id
 from agent.rootfs import Image, ImageStore
 from agent.sandbox import machine
@@ -143,7 +143,7 @@ class Manager:
                 f"memory_bytes is {spec.memory_bytes}; image {spec.image} needs at least {image.min_memory_bytes}"
             )
         if self.node.draining:
-            raise ResourceExhausted("this node is draining and takes no sandboxes; try another", reason="NODE_DRAINING")
+            raise NodeDraining("this node is draining and takes no sandboxes; try another")
         self.node.admit(spec, self._held())
         now = time.time()
         duration = spec.lifetime.duration_s or spec.lifetime.lease_s
@@ -171,7 +171,9 @@ class Manager:
                 record.vmm = f"{info.name} {info.version} ({info.accelerator})"
                 record.phases = phases
                 record.move(State.RUNNING)
-                await self._store.put(record)
+                if record.spec.lifetime.lease_s is not None:  # nobody could renew it during the boot
+                    record.expire_time = time.time() + record.spec.lifetime.lease_s
+            await self._store.put(record)  # with all of its phases
             outcome = "ok"
             entry.monitor = asyncio.create_task(self._watch_over(entry), name=f"monitor-{record.id}")
             self._schedule_expiry(entry)

@@ -46,7 +46,7 @@ class AcceleratorProbe:
 
     async def _tried(self, binary: str, version: str) -> tuple[str, str]:
         cache = self._cache_dir / f"kvm-{self._key(version)}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             verdict = json.loads(cache.read_text())
             return str(verdict["accelerator"]), str(verdict["reason"])
         reached = await self._boots(binary)
@@ -93,5 +93,5 @@ class AcceleratorProbe:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
-            await child.wait()
+            await child.communicate()  # wait() alone never returns where the pipe is full
         return False

@@ -38,15 +38,19 @@ class Console:
                 self._append(data)
 
     def _append(self, data: bytes) -> None:
+        data = data[-2 * self._half_bytes :]
+        for start in range(0, len(data), self._half_bytes):
+            self._append_piece(data[start : start + self._half_bytes])
+        self.grown.set()
+
+    def _append_piece(self, data: bytes) -> None:
         if self._size + len(data) > self._half_bytes:
             self._file.close()
             self._path.replace(self._old_path)
             self._file = self._path.open("ab", buffering=0)
             self._size = 0
-            data = data[-self._half_bytes :]
         self._file.write(data)
         self._size += len(data)
-        self.grown.set()
 
     def tail(self, limit_bytes: int) -> bytes:
         """Returns the last bytes, at most `limit_bytes`; after `aclose`, too."""

@@ -36,10 +36,10 @@ class VmmProcess:
 
     def __init__(self, pid: int, stderr_path: Path, *, is_child: bool) -> None:
         self.pid = pid
-        self.start_time = start_time(pid)
         self._stderr_path = stderr_path
         self._is_child = is_child
         self._pidfd = os.pidfd_open(pid)
+        self.start_time = start_time(pid)  # only now: the other way round, it could be that of an earlier process
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[ExitInfo] = self._loop.create_future()
         self._loop.add_reader(self._pidfd, self._on_exit)
@@ -77,6 +77,12 @@ class VmmProcess:
         """Returns once the process has ended; cancellation leaves it alone."""
         return await asyncio.shield(self._ended)
 
+    def forget(self) -> None:
+        """Stops watching the process and leaves it alone; this object is of no more use."""
+        if self.alive:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+
     async def kill(self) -> None:
         """Ensures that the process is gone (SIGKILL). Idempotent."""
         if self.alive:
@@ -93,8 +99,10 @@ def adopt(pid: int, started: int, stderr_path: Path) -> VmmProcess | None:
         process = VmmProcess(pid, stderr_path, is_child=False)
     except OSError:
         return None
-    # The PID may have changed hands between the two looks.
-    return process if process.start_time == started else None
+    if process.start_time == started:
+        return process
+    process.forget()  # the PID changed hands between the two looks
+    return None
 
 
 async def spawn(
@@ -111,7 +119,7 @@ async def spawn(
         # Namespaces belong to threads, and a child starts in its parent thread's: no helper program is needed.
         try:
             pid = _spawn_here(argv, netns, stderr_path, pass_fds)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  handed to the caller, who waits for it
             loop.call_soon_threadsafe(started.set_exception, error)
         else:
             loop.call_soon_threadsafe(started.set_result, pid)
@@ -120,7 +128,7 @@ async def spawn(
     try:
         # Shielded: a cancelled caller would lose the PID of a process that is about to exist.
         pid = await _uncancelled(started)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a word
         raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
     return VmmProcess(pid, stderr_path, is_child=True)
 
@@ -131,7 +139,9 @@ async def _uncancelled(future: asyncio.Future[int]) -> int:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         if not future.cancelled():
-            await asyncio.wait({future})
+            while not future.done():  # however often the caller is cancelled
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({future})
             if future.exception() is None:
                 _kill_and_reap(future.result())
         raise

@@ -23,6 +23,7 @@ from agent.vmm.qmp import Qmp
 LINK_PORT = 1024
 _MIN_VERSION = (8, 2)  # migration to a file, which templates need
 _BINARY = "qemu-system-x86_64"
+_VERSION_TIMEOUT_S = 10.0
 _SOCKETS = ("link", "console", "qmp")
 _DRIVER_OK = "VIRTIO_CONFIG_S_DRIVER_OK"
 _CONSOLE_FOR_ADOPTED_BYTES = 1 << 20
@@ -238,11 +239,7 @@ async def find_qemu(configured: str) -> tuple[str, str]:
             f"{_BINARY} is not installed: run `./bootstrap.sh setup`, or set vmm.binary", reason="VMM_MISSING"
         )
     try:
-        child = await asyncio.create_subprocess_exec(
-            binary, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
-        )
-        async with asyncio.timeout(10):
-            output, _ = await child.communicate()
+        output = await _version_text(binary)
     except (OSError, TimeoutError) as error:
         raise VmmError(f"{binary} cannot be run: {error}; check vmm.binary", reason="VMM_MISSING") from error
     match = re.search(rb"version (\d+)\.(\d+)\.(\d+)", output)
@@ -256,3 +253,18 @@ async def find_qemu(configured: str) -> tuple[str, str]:
             reason="VMM_UNSUPPORTED",
         )
     return binary, f"{major}.{minor}.{patch}"
+
+
+async def _version_text(binary: str) -> bytes:
+    child = await asyncio.create_subprocess_exec(
+        binary, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(_VERSION_TIMEOUT_S):
+            output, _ = await child.communicate()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await child.communicate()
+        raise
+    return output

@@ -12,7 +12,7 @@ from agent.vmm.api import LinkKind, VmSpec
 GUEST_CID = 3
 SERIAL_PORT_NAME = "org.sandboxd.link"
 # Five-level page tables make every TLB miss of the emulator a fifth longer, and no guest here has 128 TiB.
-_TCG_CPU = "max,la57=off"
+_TCG_CPU = "max,la57=off,erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off"
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from agent.errors import VmmError
 
 _MAX_LINE_BYTES = 4 << 20
+_MAX_TEXT = 1000
 _DEFAULT_TIMEOUT_S = 10.0
 
 
@@ -19,6 +20,7 @@ class Qmp:
         self._reader = reader
         self._writer = writer
         self._lock = asyncio.Lock()
+        self._last_id = 0
 
     @classmethod
     async def connect(cls, path: str, timeout_s: float = _DEFAULT_TIMEOUT_S) -> Qmp:
@@ -50,24 +52,30 @@ class Qmp:
             request["arguments"] = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
             async with asyncio.timeout(timeout_s), self._lock:
+                self._last_id += 1
+                request["id"] = self._last_id
                 self._writer.write(json.dumps(request).encode() + b"\n")
                 await self._writer.drain()
                 while True:
                     reply = await self._read()
+                    if reply.get("id") != self._last_id:
+                        continue  # an event, or the late answer to a command that was given up
                     if "return" in reply:
                         return reply["return"]
                     if "error" in reply:
-                        raise VmmError(f"QEMU refused {command}: {reply['error'].get('desc')}", reason="QMP_REFUSED")
-        except TimeoutError as error:
-            raise VmmError(f"QEMU did not answer {command} within {timeout_s:g} s", reason="QMP_TIMEOUT") from error
-        except OSError as error:
-            raise VmmError(f"QEMU is gone: {error}", reason="QMP_FAILED") from error
+                        error = reply["error"]
+                        text = error.get("desc") if isinstance(error, dict) else error
+                        raise VmmError(f"QEMU refused {command}: {str(text)[:_MAX_TEXT]}", reason="QMP_REFUSED")
+        except TimeoutError as late:
+            raise VmmError(f"QEMU did not answer {command} within {timeout_s:g} s", reason="QMP_TIMEOUT") from late
+        except OSError as gone:
+            raise VmmError(f"QEMU is gone: {gone}", reason="QMP_FAILED") from gone
 
     async def _read(self) -> dict[str, Any]:
         try:
             line = await self._reader.readline()
             value = json.loads(line) if line else None
-        except ValueError as error:  # an over-long line, or not JSON
+        except (ValueError, RecursionError) as error:  # an over-long line, or not JSON
             raise VmmError(f"QEMU's control socket sent garbage: {error}", reason="QMP_FAILED") from error
         except OSError as error:
             raise VmmError(f"QEMU is gone: {error}", reason="QMP_FAILED") from error

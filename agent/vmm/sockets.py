@@ -35,6 +35,7 @@ async def connect(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         await asyncio.get_running_loop().sock_connect(sock, str(path))
+        sock.getpeername()  # asyncio takes EAGAIN, which is a full queue here (connect(2)), for a connection
     except BaseException as error:
         sock.close()
         if isinstance(error, OSError):

@@ -1,76 +1,21 @@
-"""A real daemon per test session, and a client to it."""
+"""A real daemon per test session, a client to it, and a sandbox per module."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from tests.client import Client
-
-READY_TIMEOUT_S = 60
-
-
-@dataclass
-class Daemon:
-    """A running `sandboxd` of our own."""
-
-    directory: Path
-    process: subprocess.Popen[bytes]
-    env: dict[str, str]
-
-    @property
-    def socket(self) -> Path:
-        return self.directory / "run" / "sandboxd.sock"
-
-    @property
-    def address(self) -> str:
-        return f"unix:{self.socket}"
-
-    @property
-    def log(self) -> str:
-        return (self.directory / "log").read_text()
-
-    def stop(self) -> int:
-        self.process.terminate()
-        return self.process.wait(60)
-
-
-def start_daemon(directory: Path, **settings: str) -> Daemon:
-    """Starts a daemon with its own directories; settings as `section__key`. Returns once it is ready."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SANDBOXD_")}
-    defaults = {
-        "paths__run_dir": str(directory / "run"),
-        "paths__state_dir": str(directory / "state"),
-        "node__reserved_memory_bytes": "256MiB",
-        "log__level": "debug",
-    }
-    env |= {f"SANDBOXD_{name.upper()}": value for name, value in {**defaults, **settings}.items()}
-    images = os.environ.get("SANDBOXD_IMAGES__IMAGES_DIR")
-    if images:
-        env["SANDBOXD_IMAGES__IMAGES_DIR"] = images
-    with (directory / "log").open("ab") as log:
-        process = subprocess.Popen([sys.executable, "-m", "agent"], env=env, stderr=log, stdout=log)
-    daemon = Daemon(directory, process, env)
-    deadline = float(READY_TIMEOUT_S)
-    while not daemon.socket.exists():
-        try:
-            process.wait(0.05)
-        except subprocess.TimeoutExpired:
-            deadline -= 0.05
-            assert deadline > 0, daemon.log
-        else:
-            raise AssertionError(f"sandboxd ended: {daemon.log}")
-    return daemon
+from sandboxd.v1 import sandbox_pb2, sandbox_pb2_grpc
+from tests.client import MIB, Client
+from tests.daemon import Daemon, start_daemon
+from tests.files import HOME, Files
 
 
 @pytest.fixture
@@ -96,3 +41,28 @@ async def client(daemon: Daemon) -> AsyncIterator[Client]:
         yield Client(channel)
         # Cancelled calls end on the server a moment after they end here.
         await asyncio.sleep(0)
+
+
+@pytest.fixture(scope="module")
+def sandbox_fields() -> dict[str, Any]:
+    """What the module's sandbox is made with; a module that wants more overrides it."""
+    return {"memory_bytes": 256 * MIB}
+
+
+@pytest.fixture(scope="module")
+def sandbox(daemon: Daemon, sandbox_fields: dict[str, Any]) -> Iterator[sandbox_pb2.Sandbox]:
+    """One sandbox for all tests of a module that leave it as it was: a boot takes seconds under emulation."""
+    with grpc.insecure_channel(daemon.address) as channel:
+        stub = sandbox_pb2_grpc.SandboxServiceStub(channel)
+        created = stub.CreateSandbox(sandbox_pb2.CreateSandboxRequest(**sandbox_fields))
+        try:
+            yield created
+        finally:
+            stub.DeleteSandbox(sandbox_pb2.DeleteSandboxRequest(id=created.id, allow_missing=True))
+
+
+@pytest.fixture
+async def files(client: Client, sandbox: sandbox_pb2.Sandbox) -> AsyncIterator[Files]:
+    """The files of a sandbox, in a home directory that is empty again for each test."""
+    yield Files(client, sandbox)
+    await client.run(sandbox.id, "sh", "-c", f"rm -rf {HOME} && mkdir {HOME} && chown 1000:1000 {HOME}", user="root")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -23,6 +25,27 @@ def test_finds_and_ends_a_process() -> None:
     process.returncode = -9  # reaped by the clean-up
     assert [pid for pid, _name in left.processes] == [process.pid]
     assert not leaks.snapshot().since(before).describe()
+
+
+def test_finds_a_process_of_this_run_that_is_nobody_s_child(tmp_path: Path) -> None:
+    """A VMM outlives a daemon that is killed; it carries its sandbox's name, as this program does."""
+    program = tmp_path / f"{leaks.PREFIX}0123"
+    shutil.copy("/bin/sleep", program)
+    before = leaks.snapshot()
+    start = ["sh", "-c", f"{program} 60 >/dev/null & echo $!"]
+    ours = int(subprocess.run(start, capture_output=True, check=True).stdout)
+    stranger = int(subprocess.run(start, capture_output=True, check=True, env={}).stdout)
+    try:
+        left = leaks.wait_for_leaks(before, grace_s=0)
+        assert left.describe() == [f"process {ours} ({program.name})"]
+        leaks.clean(left)
+        assert Path(f"/proc/{stranger}").exists()
+    finally:
+        os.kill(stranger, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while leaks.snapshot().since(before).describe() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert leaks.snapshot().since(before).describe() == []
 
 
 def test_finds_a_zombie() -> None:

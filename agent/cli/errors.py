@@ -1,0 +1,88 @@
+"""Errors as the command line prints them: one line on stderr, or one JSON object with --json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from agent.cli import options
+from agent.cli.text import printable_lines
+from agent.errors import AgentError
+
+if TYPE_CHECKING:
+    import grpc
+
+    from sandboxd.v1.process_pb2 import Exit
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+START_IT = "start it with `sandboxd`, or give --address"
+
+
+class CliError(AgentError):
+    """The command cannot go on; the process ends with `status`."""
+
+    default_reason = "COMMAND_FAILED"
+
+    def __init__(self, message: str, *, reason: str | None = None, status: int = 1, **metadata: str) -> None:
+        super().__init__(message, reason=reason, **metadata)
+        self.status = status
+
+
+def unreachable(address: str, why: str) -> CliError:
+    """Returns the error for a daemon that is not there."""
+    return CliError(f"no sandboxd answers at {address} ({why}): {START_IT}", reason="DAEMON_UNREACHABLE")
+
+
+def from_rpc(error: grpc.aio.AioRpcError, address: str) -> CliError:
+    """Returns the error of a failed call, with the reason of its ErrorInfo (see agent/rpc/status.py)."""
+    from google.rpc import error_details_pb2
+    from grpc_status import rpc_status
+
+    code, message = error.code().name, error.details() or ""
+    try:
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # has what a grpc.Call has
+    except ValueError:
+        status = None
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details if status is not None else ():
+        if detail.Unpack(info):
+            return CliError(message, reason=info.reason, **{"code": code, **dict(info.metadata)})
+    if code == "UNAVAILABLE":
+        return unreachable(address, message.partition("\n")[0])
+    return CliError(message or "the call failed", reason=code, code=code)
+
+
+def warn(message: str) -> None:
+    """Prints a line on stderr that is no failure of the command; with --json as an object."""
+    if options.current().json:
+        sys.stderr.write(json.dumps({"warning": message}) + "\n")
+    else:
+        sys.stderr.write(f"sandboxctl: {printable_lines(message)}\n")
+    sys.stderr.flush()
+
+
+def complain(error: AgentError) -> None:
+    """Prints an error on stderr: `sandboxctl: MESSAGE (REASON)`, or {"error": {...}} with --json."""
+    if options.current().json:
+        body: dict[str, Any] = {"message": error.message, "reason": error.reason, "metadata": error.metadata}
+        sys.stderr.write(json.dumps({"error": body}) + "\n")
+    else:
+        sys.stderr.write(f"sandboxctl: {printable_lines(error.message)} ({error.reason})\n")
+    sys.stderr.flush()
+
+
+def status_of(error: AgentError) -> int:
+    """Returns the exit status for an error: 2 for wrong settings as `sandboxd` has it, else 1 or the error's own."""
+    from agent.config import ConfigError
+
+    if isinstance(error, ConfigError):
+        return 2
+    return error.status if isinstance(error, CliError) else 1
+
+
+def exit_status(ended: Exit) -> int:
+    """Returns the exit status for how a process ended, as a shell has it; says so if memory was lacking."""
+    if ended.oom_killed:
+        warn("the process was killed: the sandbox has no memory left; create it with a larger --memory")
+    return 128 + ended.signal_number if ended.signal_number else ended.exit_code

@@ -1,0 +1,78 @@
+"""`node` and `version`: the daemon and its machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agent.cli import output, text
+from agent.cli.connect import connected
+from agent.cli.errors import CliError
+
+if TYPE_CHECKING:
+    from sandboxd.v1.node_pb2 import Node, Resource
+
+
+async def node(
+    watch: Annotated[bool, typer.Option("--watch", help="Print it again on every change, until Ctrl-C.")] = False,
+) -> None:
+    """Show what the node is, has, and has promised to sandboxes."""
+    from sandboxd.v1 import node_pb2
+
+    async with connected() as api:
+        if not watch:
+            _show(await api.nodes.GetNode(node_pb2.GetNodeRequest()))
+            return
+        async for message in api.nodes.WatchNode(node_pb2.WatchNodeRequest()):
+            _show(message)
+
+
+def _show(node: Node) -> None:
+    if output.json_wanted():
+        output.emit(output.to_json(node))
+        return
+    state = output.enum_word(node.DESCRIPTOR.fields_by_name["state"].enum_type, node.state)
+    facts = [
+        ("name", f"{node.name} (region {node.region})"), ("state", f"{state} {node.state_reason}".strip()),
+        ("sandboxd", f"{node.version}, up {output.since(node.start_time)}"),
+        ("vmm", f"{node.vmm} {node.vmm_version} ({node.accelerator}: {node.vmm_reason})"),
+        ("kernel", node.kernel), ("cpu", node.cpu_model), ("labels", output.labels_text(node.labels) or "-"),
+        ("images", ", ".join(image.name for image in node.images) or "none"),
+    ]  # fmt: skip
+    for name, value in facts:
+        output.say(f"{name:<10}{value}")
+    rows = [
+        _row("cpus", node.cpu_millis, lambda number: f"{number / 1000:g}"),
+        _row("memory", node.memory_bytes, text.size),
+        _row("disk", node.disk_bytes, text.size),
+        _row("sandboxes", node.sandboxes, str),
+    ]
+    output.print_table(("", "TOTAL", "ALLOCATABLE", "ALLOCATED", "USED"), rows)
+
+
+def _row(name: str, resource: Resource, shown: Callable[[int], str]) -> tuple[str, ...]:
+    values = (resource.total, resource.allocatable, resource.allocated, resource.used)
+    return (name, *(shown(value) for value in values))
+
+
+async def version() -> None:
+    """Show the version of this command, and of the daemon if one answers."""
+    from importlib.metadata import version as installed_version
+
+    import grpc
+
+    from sandboxd.v1 import node_pb2
+
+    daemon: str | None = None
+    try:
+        async with connected() as api:
+            daemon = (await api.nodes.GetNode(node_pb2.GetNodeRequest(), timeout=3)).version
+    except (CliError, grpc.aio.AioRpcError):
+        daemon = None
+    if output.json_wanted():
+        output.emit({"sandboxctl": installed_version("sandboxd"), "sandboxd": daemon})
+        return
+    output.say(f"sandboxctl {installed_version('sandboxd')}")
+    output.say(f"sandboxd   {daemon or 'does not answer'}")

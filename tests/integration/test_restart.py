@@ -1,0 +1,88 @@
+"""An agent that ends, in order or not, and the next one on the same directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+
+from sandboxd.v1 import process_pb2
+from sandboxd.v1 import sandbox_pb2 as pb
+from tests import leaks
+from tests.client import MIB, Client
+from tests.daemon import Daemon, connected, daemon_with, refused, until
+
+pytestmark = pytest.mark.vm
+
+REQUEST = pb.CreateSandboxRequest(memory_bytes=256 * MIB, request_id="kept", labels={"a": "b"}, env={"KEPT": "yes"})
+
+
+async def start(client: Client, sandbox_id: str, *argv: str) -> int:
+    spec = process_pb2.ProcessSpec(argv=argv)
+    request = process_pb2.StartProcessRequest(sandbox_id=sandbox_id, spec=spec)
+    return int((await client.processes.StartProcess(request)).process_id)
+
+
+async def wait(client: Client, sandbox_id: str, process_id: int) -> process_pb2.Exit:
+    request = process_pb2.WaitRequest(sandbox_id=sandbox_id, process_id=process_id)
+    return (await client.processes.Wait(request)).exit
+
+
+async def adopted(daemon: Daemon, before: pb.Sandbox, process_id: int) -> None:
+    """The sandbox is as it was, answers, and the process started under an earlier agent can be waited for."""
+    async with connected(daemon) as client:
+        now = await client.sandboxes.GetSandbox(pb.GetSandboxRequest(id=before.id))
+        assert now == before
+        assert (await client.run(before.id, "sh", "-c", "echo $KEPT")).stdout == b"yes\n"
+        listing = await client.processes.ListProcesses(process_pb2.ListProcessesRequest(sandbox_id=before.id))
+        assert process_id in [process.process_id for process in listing.processes]
+        assert (await client.run(before.id, "touch", f"/tmp/{process_id}")).code == 0
+        assert (await wait(client, before.id, process_id)).exit_code == 7
+        assert await client.sandboxes.CreateSandbox(REQUEST) == before
+        # The console is read on: it is one text over all agents.
+        console = [piece.data async for piece in client.sandboxes.GetConsole(pb.GetConsoleRequest(id=before.id))]
+        assert b"".join(console).count(b"serving on serial") == 1
+
+
+def waiter(number: int) -> tuple[str, ...]:
+    """A command that exits with 7 once the file /tmp/<number> exists."""
+    return ("sh", "-c", f"until [ -e /tmp/{number} ]; do sleep 0.1; done; exit 7")
+
+
+async def test_sandboxes_outlive_an_agent_that_is_killed_and_one_that_keeps_them(directory: Path) -> None:
+    with daemon_with(directory, keeps=True, sandbox__on_stop="keep") as daemon:
+        async with connected(daemon) as client:
+            made = await client.sandboxes.CreateSandbox(REQUEST)
+            assert [await start(client, made.id, *waiter(number)) for number in (1, 2)] == [1, 2]
+        daemon.kill()
+    with daemon_with(directory, keeps=True, sandbox__on_stop="keep") as daemon:
+        await adopted(daemon, made, 1)
+    assert any(made.id in path for path in daemon.left())
+    with daemon_with(directory, sandbox__on_stop="delete") as daemon:
+        await adopted(daemon, made, 2)
+
+
+async def test_what_a_killed_agent_had_half_made_is_removed(directory: Path) -> None:
+    before = leaks.snapshot()
+    with daemon_with(directory, keeps=True) as daemon:
+        async with connected(daemon) as client:
+            creating = client.sandboxes.CreateSandbox(REQUEST)
+
+            async def booting() -> bool:
+                return any((daemon.run_dir / "vm").glob("*/console.log"))
+
+            await until(booting)
+            (found,) = (await client.sandboxes.ListSandboxes(pb.ListSandboxesRequest())).sandboxes
+            assert found.state == pb.Sandbox.STATE_CREATING
+            daemon.kill()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await creating
+    assert found.id in leaks.snapshot().since(before).namespaces
+    assert daemon.left() != []
+    with daemon_with(directory) as daemon:
+        assert daemon.left() == []
+        assert found.id not in leaks.snapshot().namespaces
+        async with connected(daemon) as client:
+            with refused(grpc.StatusCode.NOT_FOUND, "SANDBOX_NOT_FOUND"):
+                await client.sandboxes.GetSandbox(pb.GetSandboxRequest(id=found.id))
