@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     Handler = Callable[["Call"], Awaitable[dict[str, object]]]
 
 HEADROOM = HEADER_BYTES + wire.HEAD_BYTES
-# The largest write that virtio_console takes at once is 32 KiB (port_fops_write in the kernel's
-# drivers/char/virtio_console.c); each one costs an exit to the VMM, so data frames fill it.
-CHUNK_BYTES = (32 << 10) - HEADROOM
+# Half of yamux's initial window: a sender that waits for room for a whole chunk gets it, since whoever has read half of
+# a window says so. Large, because what a chunk costs in Python is as much as copying tens of KiB in an emulated guest.
+CHUNK_BYTES = (128 << 10) - HEADROOM
 CallAbandoned = Cancelled  # raised in a handler, at its await, when the host gave up the call
 
 _CODES = {

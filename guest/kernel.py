@@ -24,7 +24,7 @@ def _check(result: int, what: str) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
-    """Mounts a file system, with the arguments of mount(2). :raises OSError:"""
+    """Mounts a file system, as the system call of this name does. :raises OSError:"""
     _check(
         _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode()),
         f"mount {target}",

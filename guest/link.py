@@ -21,7 +21,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guest.call import Handler
 
-_READ_BYTES = 64 << 10
+_READ_BYTES = 128 << 10
+# The largest write that virtio_console takes at once (port_fops_write in the kernel's drivers/char/virtio_console.c).
+_WRITE_BYTES = 32 << 10
 _MAX_QUEUED_BYTES = 4 << 20  # control frames for a host that does not read; data frames wait for `unblocked` instead
 
 
@@ -57,9 +59,7 @@ class Link:
         written = 0
         if not self._queue:
             try:
-                written = os.write(self._fd, data)
-            except BlockingIOError:
-                pass
+                written = self._write_now(data)
             except OSError as error:
                 raise LinkLost(str(error)) from None
         if written < len(data):
@@ -68,13 +68,28 @@ class Link:
             if self._queued_bytes > _MAX_QUEUED_BYTES:
                 raise LinkLost("the host does not read")
 
+    def _write_now(self, data: Buffer) -> int:
+        """Returns how many bytes the host has taken. :raises OSError: it is gone."""
+        written, size = 0, len(data)
+        try:
+            if size <= _WRITE_BYTES:
+                return os.write(self._fd, data)
+            view = memoryview(data)
+            while written < size:
+                written += os.write(self._fd, view[written : written + _WRITE_BYTES])
+        except BlockingIOError:
+            pass
+        return written
+
     async def _write_queue(self) -> None:
         while True:
             while self._queue:
                 data = self._queue[0]
                 try:
-                    written = os.write(self._fd, data)
-                except OSError:  # EAGAIN; or the host is gone, which the reading side notices
+                    written = self._write_now(data)
+                except OSError:  # the host is gone, which the reading side notices
+                    break
+                if not written:
                     break
                 self._queued_bytes -= written
                 if written == len(data):

@@ -6,9 +6,10 @@ bytes are dropped, so that a process nobody looks at never stops.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 
-from guest.call import HEADROOM, Call
+from guest.call import CHUNK_BYTES, HEADROOM, Call
 from guest.reactor import Waiters
 
 # A chunk: (kind of frame, buffer with HEADROOM in front, bytes in it).
@@ -56,7 +57,7 @@ class OutputLog:
 
     async def room(self) -> None:
         """Waits until no reader is too far behind."""
-        while self._readers and self._end_offset - min(reader.offset for reader in self._readers) > _LAG_BYTES:
+        while self._readers and self._end_offset - min([reader.offset for reader in self._readers]) > _LAG_BYTES:
             await self._shrunk.wait()
 
     def open_reader(self, *, replay: bool) -> tuple[Reader, int]:
@@ -91,16 +92,45 @@ class OutputLog:
                 await self._grown.wait()
 
     def _trim(self) -> None:
-        keep_from = min((reader.offset for reader in self._readers), default=self._end_offset)
+        if self._end_offset - self._first_offset <= self._limit:
+            return
+        keep_from = min([reader.offset for reader in self._readers], default=self._end_offset)
         while self._chunks and self._end_offset - self._first_offset > self._limit:
-            size = self._chunks[0][2]
+            _, buffer, size = self._chunks[0]
             if self._first_offset + size > keep_from:
                 return
             self._chunks.popleft()
+            recycle(buffer)
             self._first_sequence += 1
             self._first_offset += size
 
 
-def new_buffer(size: int) -> bytearray:
-    """Returns a buffer for a chunk of at most `size` bytes."""
-    return bytearray(HEADROOM + size)
+_BUFFER_BYTES = HEADROOM + CHUNK_BYTES
+_SMALL_BYTES = 16 << 10  # output up to this size is copied, so that a few bytes do not hold a whole buffer
+_MAX_SPARE = 8
+_spare: list[bytearray] = []
+
+
+def read_chunk(fd: int) -> tuple[bytearray, int]:
+    """Reads what is there, at most CHUNK_BYTES: (buffer with HEADROOM in front, bytes read; 0 at the end).
+
+    :raises OSError: see read(2); BlockingIOError if there is nothing yet.
+    """
+    buffer = _spare.pop() if _spare else bytearray(_BUFFER_BYTES)
+    try:
+        with memoryview(buffer) as view:
+            size = os.readv(fd, [view[HEADROOM:]])
+    except BaseException:
+        recycle(buffer)
+        raise
+    if size > _SMALL_BYTES:
+        return buffer, size
+    chunk = buffer[: HEADROOM + size]
+    recycle(buffer)
+    return chunk, size
+
+
+def recycle(buffer: bytearray) -> None:
+    """Takes a buffer that nobody reads any more: a fresh one costs a page fault for each of its pages."""
+    if len(buffer) == _BUFFER_BYTES and len(_spare) < _MAX_SPARE:
+        _spare.append(buffer)

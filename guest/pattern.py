@@ -29,7 +29,9 @@ class Pattern:
                 break
             fixed.append(name)
         self.fixed = "/".join(fixed if len(fixed) < len(names) else fixed[:-1])
-        self._names = [None if name == "**" else re.compile(_name_expression(name, hidden=hidden)) for name in names]
+        self._names = [
+            None if name == "**" else re.compile(_name_expression(name, hidden=hidden), re.DOTALL) for name in names
+        ]
         self._hidden = hidden
 
     def matches(self, path: str) -> bool:
@@ -68,30 +70,43 @@ class Pattern:
 
 
 def _name_expression(name: str, *, hidden: bool) -> str:
-    """Returns a regular expression for one name; `*` never backtracks across another, since stars are merged."""
-    result = "" if hidden or name.startswith(".") else r"(?!\.)"
+    """Returns a regular expression for one name. Between two stars it takes the first place that fits and never looks
+    back (an atomic group), which is as good as any later one, so that no pattern makes the matcher slow.
+    """
+    parts = [""]  # what stands between the stars
     at = 0
     while at < len(name):
         letter = name[at]
         at += 1
+        end = name.find("]", at + 1 + name.startswith("!", at)) if letter == "[" else -1
         if letter == "*":
-            if not result.endswith(".*"):
-                result += ".*"
+            parts.append("")
         elif letter == "?":
-            result += "."
-        elif letter == "[" and "]" in name[at + 1 :]:
-            end = name.index("]", at + 1)
-            body = name[at:end].replace("\\", r"\\").replace("[", r"\[")
-            if body.startswith("!"):
-                body = "^" + body[1:]
-            elif body.startswith("^"):
-                body = "\\" + body
-            result += f"[{body}]"
+            parts[-1] += "."
+        elif end > 0:
+            parts[-1] += _set_expression(name[at:end])
             at = end + 1
         else:
-            result += re.escape(letter)
+            parts[-1] += re.escape(letter)
+    result = "" if hidden or name.startswith(".") else r"(?!\.)"
+    result += parts[0] + "".join(f"(?>.*?{part})" for part in parts[1:-1] if part)
+    if len(parts) > 1:
+        result += f".*{parts[-1]}"
     try:
         re.compile(result)
     except re.error as error:
         raise CallError("INVALID", f"{name!r} is not a valid pattern: {error}") from None
     return result
+
+
+def _set_expression(body: str) -> str:
+    """Returns the regular expression of what stands in brackets: letters, ranges, after "!" all others."""
+    negated = body.startswith("!")
+    result, at = "[^" if negated else "[", int(negated)
+    while at < len(body):
+        result += re.escape(body[at])
+        at += 1
+        if body.startswith("-", at) and at + 1 < len(body):
+            result += f"-{re.escape(body[at + 1])}"
+            at += 2
+    return result + "]"

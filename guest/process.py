@@ -11,16 +11,14 @@ import signal
 import time
 
 from guest import reactor, spawn
-from guest.call import CHUNK_BYTES, HEADROOM
 from guest.oom import OomWatcher
-from guest.output import OutputLog, new_buffer
+from guest.output import OutputLog, read_chunk
 from guest.reactor import Waiters
 from guest.spawn import Stdio
 from guest.user import User
 from guest.wire import CallError, Frame
 
 MAX_EXITED = 1024  # exited processes that are remembered for a later wait or attach
-_SMALL_BYTES = 4096  # output up to this size is copied, so that a few bytes do not hold a whole buffer
 
 
 class Process:
@@ -38,6 +36,7 @@ class Process:
         self.exited = Waiters()
         self.log = OutputLog(replay)
         self._stdin = stdio.stdin
+        self._stdin_wide = False
         self._master = stdio.stdout if self.tty else -1
         outputs = {stdio.stdout: Frame.STDOUT, stdio.stderr: Frame.STDERR}
         outputs.pop(-1, None)
@@ -56,12 +55,11 @@ class Process:
 
     async def _pump(self, kind: int, fd: int) -> None:
         """Moves output into the log until its last writer has closed it."""
-        buffer = new_buffer(CHUNK_BYTES)
-        view = memoryview(buffer)[HEADROOM:]
+        wide = False
         while True:
             await self.log.room()
             try:
-                size = os.readv(fd, [view])
+                buffer, size = read_chunk(fd)
             except BlockingIOError:
                 if self.exit is not None:
                     self._drained(fd)
@@ -71,12 +69,10 @@ class Process:
                 break
             if not size:
                 break
-            if size <= _SMALL_BYTES:
-                self.log.append(kind, buffer[: HEADROOM + size], size)
-            else:
-                self.log.append(kind, buffer, size)
-                buffer = new_buffer(CHUNK_BYTES)
-                view = memoryview(buffer)[HEADROOM:]
+            self.log.append(kind, buffer, size)
+            if size == spawn.PIPE_BYTES and not wide:
+                wide = True
+                spawn.widen_pipe(fd)
         reactor.unregister(fd)
         if fd == self._master:
             self._master = self._stdin = -1
@@ -111,7 +107,11 @@ class Process:
         view = memoryview(data)
         while view and self._stdin >= 0:
             try:
-                view = view[os.write(self._stdin, view) :]
+                written = os.write(self._stdin, view)
+                view = view[written:]
+                if view and not self._stdin_wide:
+                    self._stdin_wide = True
+                    spawn.widen_pipe(self._stdin)
             except BlockingIOError:
                 await reactor.writable(self._stdin)
             except OSError:  # EPIPE, EIO: nobody reads any more

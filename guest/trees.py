@@ -252,7 +252,9 @@ async def _copy_data(reading: int, writing: int, size: int) -> None:
             raise
         end = os.lseek(reading, at, os.SEEK_HOLE)
         while at < end:
-            done = os.copy_file_range(reading, writing, min(_COPY_BYTES, end - at), at, at)
+            # copy_file_range(2) would give EXDEV from the disk to a tmpfs.
+            os.lseek(writing, at, os.SEEK_SET)
+            done = os.sendfile(writing, reading, at, min(_COPY_BYTES, end - at))
             if not done:
                 return
             at += done

@@ -119,9 +119,20 @@ class _Watcher:
             if path == old or path.startswith(f"{old}/"):
                 self._paths[watch] = new + path[len(old) :]
 
+    def _forget_below(self, gone: str) -> None:
+        for watch, path in list(self._paths.items()):
+            if path == gone or path.startswith(f"{gone}/"):
+                del self._paths[watch]
+                _libc.inotify_rm_watch(self.fd, watch)
+
     def moved_away(self) -> list[dict[str, object]]:
-        """Returns a remove event for each rename whose second half did not come: it left the tree."""
+        """Returns a remove event for each rename whose second half did not come: it left the tree, and is no longer
+        watched.
+        """
         gone, self._moved = self._moved, {}
+        for path, is_directory in gone.values():
+            if is_directory:
+                self._forget_below(path)
         return [{"type": "remove", "path": path} for path, _ in gone.values()]
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 from typing import Any
 
 from agent.cli.connect import Api, described_address, opened
@@ -34,9 +36,9 @@ class Forwarder:
         except grpc.aio.AioRpcError as error:
             failure = from_rpc(error, described_address())
             warn(f"a connection failed: {failure.message} ({failure.reason})")
-            writer.transport.abort()  # a reset, so that nobody takes half of an answer for all of it
+            _reset(writer)
         except (ConnectionError, asyncio.CancelledError):
-            writer.transport.abort()
+            _reset(writer)
         finally:
             self._connections.discard(task)
             writer.close()
@@ -69,6 +71,13 @@ class Forwarder:
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Ends a connection with a reset (SO_LINGER of socket(7)): nobody may take half of an answer for all of it."""
+    with contextlib.suppress(OSError):
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
 
 
 async def _feed(reader: asyncio.StreamReader, call: Any, message: Any) -> None:

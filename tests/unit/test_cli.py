@@ -355,7 +355,7 @@ def test_what_the_settings_ask_for_decides_what_is_missing(monkeypatch: pytest.M
     monkeypatch.setattr(checks, "_opens", lambda device: "No such file or directory")
     monkeypatch.setattr("agent.vmm.vsock_backend.shutil.which", lambda *args, **kwargs: None)
 
-    def status(name: str, **vmm: str) -> Status:
+    def status(name: str, **vmm: Any) -> Status:
         (found,) = [check for check in host_checks(Settings(vmm=VmmSettings(**vmm))) if check.name == name]
         return found.status
 

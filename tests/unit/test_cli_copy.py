@@ -70,7 +70,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def service() -> HostileFiles:
-    return HostileFiles()
+    return HostileFiles()  # type: ignore[abstract]  # the other calls answer UNIMPLEMENTED
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -85,7 +83,7 @@ async def test_a_directory_that_cannot_be_entered(channel: Channel, cwd: str) ->
 
 
 async def test_a_directory_is_entered_with_the_rights_of_the_user(channel: Channel, tmp_path: Path) -> None:
-    tmp_path.chmod(0o700)
+    os.chmod(tmp_path, 0o700)
     assert (await run(channel, shell("pwd", cwd=str(tmp_path))))[1] == f"{tmp_path}\n".encode()
     with pytest.raises(InvalidState) as caught:
         await run(channel, shell("pwd", cwd=str(tmp_path), user="nobody"))
@@ -94,17 +92,14 @@ async def test_a_directory_is_entered_with_the_rights_of_the_user(channel: Chann
 
 @pytest.mark.parametrize("user", ["nobody", "65534", 1000])
 async def test_nothing_of_root_is_left_in_a_process_of_a_user(channel: Channel, user: object) -> None:
-    script = "import json, os; print(json.dumps([os.getresuid(), os.getresgid(), os.getgroups()]))"
-    _, output, errors = await run(channel, spec(sys.executable, "-I", "-S", "-c", script, user=user), None)
-    if not output:
-        _, output, errors = await run(channel, spec("/usr/bin/python3", "-I", "-S", "-c", script, user=user), None)
-    uids, gids, groups = json.loads(output)
-    number = 65534 if user in ("nobody", "65534") else 1000
-    assert (set(uids), errors) == ({number}, b"")
-    assert len(set(gids)) == 1
-    assert set(groups) <= {*gids}
-    status = await run(channel, shell("grep -E '^Cap(Prm|Eff)' /proc/self/status", user=user))
-    assert status[1] == b"CapPrm:\t0000000000000000\nCapEff:\t0000000000000000\n"
+    _, output, _ = await run(channel, spec("cat", "/proc/self/status", user=user))
+    lines = dict(line.split(":", 1) for line in output.decode().splitlines())
+    number = "1000" if user == 1000 else "65534"
+    # Real, effective, saved, file system.
+    assert lines["Uid"].split() == [number] * 4
+    assert len(set(lines["Gid"].split())) == 1
+    assert "0" not in lines["Gid"].split() + lines["Groups"].split()
+    assert int(lines["CapPrm"], 16) == int(lines["CapEff"], 16) == int(lines["CapInh"], 16) == 0
 
 
 async def test_unknown_users(channel: Channel) -> None:
@@ -151,8 +146,10 @@ async def test_arguments_as_long_as_the_kernel_takes_and_longer(channel: Channel
 async def test_descriptors_signals_and_session_are_fresh(channel: Channel) -> None:
     _, output, _ = await run(channel, shell("ls -l /proc/self/fd | grep -c -- '->'"))
     assert int(output) == 4  # three, and the directory that ls reads
-    _, output, _ = await run(channel, shell("grep -E '^Sig(Ign|Blk|Cgt)' /proc/self/status"))
-    assert output == b"".join(b"Sig%b:\t%016d\n" % (name, 0) for name in (b"Blk", b"Ign", b"Cgt"))
+    _, output, _ = await run(channel, shell("grep -E '^Sig(Blk|Ign)' /proc/self/status"))
+    blocked, ignored = (int(word, 16) for word in output.split()[1::2])
+    # posix_spawn(3) of glibc leaves its own two signals, 32 and 33, ignored.
+    assert (blocked, ignored & ~(3 << 31)) == (0, 0)
     _, output, _ = await run(channel, shell("cut -d ' ' -f 1,5,6 /proc/$$/stat"))
     pid, group, session = output.split()
     assert pid == group == session

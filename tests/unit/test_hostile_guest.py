@@ -35,8 +35,8 @@ class Scripted(FakeGuest):
         self.script(self, data)
 
 
-def nonces(data: bytes) -> list[bytes]:
-    return [part[: wire.NONCE_BYTES] for part in data.split(wire.SYNC_REQUEST)[1:]]
+def nonces(data: bytes | bytearray) -> list[bytes]:
+    return [bytes(part[: wire.NONCE_BYTES]) for part in data.split(wire.SYNC_REQUEST)[1:]]
 
 
 async def test_a_guest_that_says_nothing_is_waited_for_until_the_caller_gives_up() -> None:
@@ -208,10 +208,13 @@ async def test_endless_events_end_with_the_deadline() -> None:
 async def test_a_guest_that_goes_on_after_its_answer_is_not_listened_to() -> None:
     fake = FakeGuest()
 
+    def go_on(stream: Stream) -> None:
+        if not stream.was_reset:
+            stream.send(bytes(stream.send_credit))
+
     def answer(stream: Stream) -> None:
         stream.send(wire.pack_json(Frame.RESULT, {}))  # not the end of the stream, which it should be
-        rest = stream.send_credit
-        asyncio.get_running_loop().call_soon(lambda: stream.was_reset or stream.send(bytes(rest)))
+        asyncio.get_running_loop().call_soon(go_on, stream)
 
     fake.on_stream = when_asked(answer)
     async with channel_to(fake) as channel:

@@ -32,7 +32,7 @@ def test_finds_a_process_of_this_run_that_is_nobody_s_child(tmp_path: Path) -> N
     program = tmp_path / f"{leaks.PREFIX}0123"
     shutil.copy("/bin/sleep", program)
     before = leaks.snapshot()
-    start = ["sh", "-c", f"{program} 60 >/dev/null & echo $!"]
+    start = ["sh", "-c", f"{program} 60 >/dev/null 2>&1 & echo $!"]
     ours = int(subprocess.run(start, capture_output=True, check=True).stdout)
     stranger = int(subprocess.run(start, capture_output=True, check=True, env={}).stdout)
     try:

@@ -162,7 +162,10 @@ async def test_a_late_answer_is_not_taken_for_that_of_the_next_command(path: Pat
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"nonsense\n", b"\xff\xfe\n", b"[]\n", b"7\n", b"[" * 200_000 + b"\n", b"x" * (5 << 20) + b"\n", b"", b'{"return"'],
+    [
+        b"nonsense\n", b"\xff\xfe\n", b"[]\n", b"7\n", b"[" * 200_000 + b"\n", b"x" * (5 << 20) + b"\n", b"",
+        b'{"return"',
+    ],
     ids=["words", "no text", "list", "number", "deep", "long", "hang-up", "half a line"],
 )  # fmt: skip
 @pytest.mark.parametrize("when", ["greeting", "capabilities", "command"])

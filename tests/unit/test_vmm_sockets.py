@@ -124,7 +124,10 @@ async def test_the_handshake_takes_its_line_and_no_more(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [b"", b"OK 1", b"\n", b"OK\n", b"NO 5\n", b"ERR refused\n", b"ok 5\n", b"\0" * 64, b"OK " + b"1" * 5000 + b"\n", b"\xff\n"],
+    [
+        b"", b"OK 1", b"\n", b"OK\n", b"NO 5\n", b"ERR refused\n", b"ok 5\n", b"\0" * 64, b"\xff\n",
+        b"OK " + b"1" * 5000 + b"\n",
+    ],
 )  # fmt: skip
 async def test_hostile_answers(path: Path, answer: bytes) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
