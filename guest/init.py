@@ -15,6 +15,7 @@ from guest.dial import OPS as DIAL_OPS
 from guest.files import OPS as FILE_OPS
 from guest.identity import Identity
 from guest.oom import OomWatcher
+from guest.prepare import Prepare
 from guest.process import Registry
 from guest.process_ops import ProcessOps
 from guest.stats import OPS as STATS_OPS
@@ -46,12 +47,14 @@ class System:
         self.registry = Registry(OomWatcher())
         self.processes = ProcessOps(self.registry)
         self.identity = Identity(self.processes)
+        self.prepare = Prepare(self.identity, self.processes)
         self.power_off_asked = False
 
     def handlers(self) -> dict[str, Handler]:
         """Returns every operation of the guest."""
         return {
             "sys.hello": self.hello,
+            "sys.prepare": self.prepare.prepare,
             "sys.configure": self.identity.configure,
             "sys.poweroff": self.power_off,
             **self.processes.handlers(),
@@ -62,10 +65,8 @@ class System:
 
     async def hello(self, _call: Call) -> dict[str, object]:
         """sys.hello: says who answers."""
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot_id = file.read().strip()
         return {
-            "version": wire.VERSION, "pid": os.getpid(), "boot_id": boot_id, "configured": self.identity.configured,
+            "version": wire.VERSION, "pid": os.getpid(), "configured": self.identity.configured,
             "python": sys.version.split()[0], "kernel": os.uname().release,
         }  # fmt: skip
 

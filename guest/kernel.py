@@ -31,6 +31,11 @@ def mount(source: str, target: str, kind: str, flags: int = 0, options: str = ""
     )
 
 
+def unmount(target: str) -> None:
+    """Unmounts a file system that nobody uses (umount2(2)). :raises OSError:"""
+    _check(_libc.umount2(target.encode(), 0), f"umount {target}")
+
+
 def add_entropy(seed: bytes) -> None:
     """Mixes `seed` into the kernel's generator, credits all of its bits, and makes every CPU's generator start from it.
 

@@ -37,7 +37,7 @@ class OutputLog:
         self._first_sequence = 0
         self._first_offset = 0  # bytes dropped before the first chunk
         self._end_offset = 0
-        self._grown = Waiters()
+        self.grown = Waiters()
         self._shrunk = Waiters()
         self._readers: list[Reader] = []
 
@@ -46,14 +46,14 @@ class OutputLog:
         self._chunks.append((kind, buffer, size))
         self._end_offset += size
         self._trim()
-        self._grown.wake()
+        self.grown.wake()
 
     def finish(self) -> None:
         """Says that readers need not wait for more. The log may grow later all the same (a child of the process
         writes).
         """
         self.finished = True
-        self._grown.wake()
+        self.grown.wake()
 
     async def room(self) -> None:
         """Waits until no reader is too far behind."""
@@ -89,7 +89,7 @@ class OutputLog:
             elif self.finished:
                 return
             else:
-                await self._grown.wait()
+                await self.grown.wait()
 
     def _trim(self) -> None:
         if self._end_offset - self._first_offset <= self._limit:

@@ -201,6 +201,10 @@ class Registry:
         self.by_number.pop(process.number, None)
         self._exited.pop(process.number, None)
 
+    def start_again(self) -> None:
+        """Gives the next process the first number, once all have been forgotten."""
+        self._next_number = 1
+
     async def reap(self) -> None:
         """Collects the status of every child that ends, for ever."""
         child_ended = reactor.watch_signal(signal.SIGCHLD)

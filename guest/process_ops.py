@@ -81,6 +81,10 @@ class ProcessOps:
     def _start(self, req: dict[str, object]) -> Process:
         if not self.ready:
             raise CallError("STATE", "the sandbox is not configured yet", "NOT_CONFIGURED")
+        return self.launch(req)
+
+    def launch(self, req: dict[str, object]) -> Process:
+        """Starts the process that a request describes. :raises CallError: it cannot be started."""
         argv = _strings(req.get("argv"), "argv")
         if not argv or not argv[0]:
             raise CallError("INVALID", "argv must name a program")

@@ -4,12 +4,18 @@ configured.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import time
 
 from guest import kernel
 from guest.kernel import MS_MOVE, MS_NOATIME, MS_NODEV, MS_NOEXEC, MS_NOSUID
 
 _SAFE = MS_NOSUID | MS_NODEV | MS_NOEXEC
+_OVERLAY = "lowerdir=/,upperdir=/overlay/upper,workdir=/overlay/work"
+_BLKFLSBUF = 0x1261
+_SIZE_TRIES, _SIZE_INTERVAL_S = 1000, 0.002
 _MOVED = ("/dev", "/proc", "/sys", "/run", "/tmp")
 
 
@@ -40,6 +46,46 @@ def find_disk(serial: str) -> str:
     raise FileNotFoundError(2, "no disk with this serial number", serial)
 
 
+def await_size(device: str, size_bytes: int) -> None:
+    """Waits for the driver to know that the disk has another size than when the guest was frozen. :raises OSError:"""
+    path = f"/sys/block/{device.rpartition('/')[2]}/size"
+    for _ in range(_SIZE_TRIES):
+        with open(path) as file:
+            if int(file.read()) * 512 == size_bytes:
+                return
+        time.sleep(_SIZE_INTERVAL_S)
+    raise OSError(errno.ENXIO, "the disk does not have the size that was announced", device)
+
+
+def drop_cache(device: str) -> None:
+    """Forgets what was read of the disk: in a clone it is another one (BLKFLSBUF of linux/fs.h). :raises OSError:"""
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _BLKFLSBUF)
+    finally:
+        os.close(fd)
+
+
+def rehearse(device: str) -> None:
+    """Mounts a writable root aside and unmounts it, so that the kernel has done for the first time what is slow then.
+
+    :raises OSError:
+    """
+    kernel.mount(device, "/overlay", "ext4", MS_NOATIME, "discard")
+    try:
+        for directory in ("/overlay/upper", "/overlay/work"):
+            os.makedirs(directory, 0o755, exist_ok=True)
+        kernel.mount("overlay", "/newroot", "overlay", MS_NOATIME, _OVERLAY)
+        try:
+            with open("/newroot/etc/hostname", "w") as file:
+                file.write("rehearsal\n")
+        finally:
+            kernel.unmount("/newroot")
+    finally:
+        kernel.unmount("/overlay")
+    drop_cache(device)
+
+
 def mount_writable_root(device: str) -> None:
     """Makes `/` an overlay of the read-only root and the ext4 file system on `device`, for PID 1 and all that it
     starts.
@@ -50,9 +96,7 @@ def mount_writable_root(device: str) -> None:
     kernel.mount(device, "/overlay", "ext4", MS_NOATIME, "discard")
     for directory in ("/overlay/upper", "/overlay/work"):
         os.makedirs(directory, 0o755, exist_ok=True)
-    kernel.mount(
-        "overlay", "/newroot", "overlay", MS_NOATIME, "lowerdir=/,upperdir=/overlay/upper,workdir=/overlay/work"
-    )
+    kernel.mount("overlay", "/newroot", "overlay", MS_NOATIME, _OVERLAY)
     for directory in _MOVED:
         kernel.mount(directory, f"/newroot{directory}", "", MS_MOVE)
     os.chdir("/newroot")

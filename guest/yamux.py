@@ -180,7 +180,7 @@ class Session:
         Streams reach the peer in the order of their ids: older ones that have sent nothing yet are opened first.
         """
         flags = self._greetings.pop(stream_id, 0)
-        if False:
+        if flags == SYN:
             for older in [other for other in self._greetings if other < stream_id and self._greetings[other] == SYN]:
                 del self._greetings[older]
                 self.write(HEADER.pack(0, WINDOW_UPDATE, SYN, older, 0))

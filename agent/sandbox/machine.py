@@ -257,6 +257,7 @@ async def _configure(channel: Channel, record: Record) -> None:
         machine_id=os.urandom(16).hex(),
         env=record.spec.env,
         data_disk_serial="data",
+        data_disk_bytes=record.spec.disk_bytes,
         net={
             "address": GUEST_IPV4, "gateway": GATEWAY_IPV4.partition("/")[0],
             "address6": GUEST_IPV6, "gateway6": GATEWAY_IPV6.partition("/")[0],

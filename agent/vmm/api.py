@@ -39,8 +39,34 @@ class NicSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryFile:
+    """A file of the VM's memory size that is its RAM.
+
+    Shared, the VM writes into it: that is how the RAM of a template is made. Private, it is mapped copy-on-write: any
+    number of clones start from one file that must never change again.
+    """
+
+    path: Path
+    private: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Rates that the VMM itself enforces, per second; 0: none. Each direction has its own."""
+
+    disk_bytes: int = 0
+    disk_operations: int = 0
+    net_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class VmSpec:
-    """Everything a driver needs to start one VM. Sizes are in bytes; paths exist, except what the VMM itself makes."""
+    """Everything a driver needs to start one VM. Sizes are in bytes; paths exist, except what the VMM itself makes.
+
+    With `restore_from`, a directory that `Vm.snapshot` filled, the VM goes on from there instead of booting: all else
+    must be as it was for the VM of the snapshot, but `id`, `netns`, `run_dir`, `limits`, the paths of the writable
+    disks (their size may differ, see `Vm.announce_disk_size`), and `memory_file`, which is now private.
+    """
 
     id: str
     vcpu_count: int
@@ -54,16 +80,24 @@ class VmSpec:
     run_dir: Path  # exists, mode 0700, short enough for unix sockets; the driver may fill it
     link: LinkKind
     console_limit_bytes: int = 1 << 20
+    memory_file: MemoryFile | None = None  # None: memory of its own, which cannot be snapshotted
+    restore_from: Path | None = None
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)
 class VmmInfo:
-    """Which VMM this is: `version` as it reports it, `accelerator` "kvm" or "tcg", and why that was chosen."""
+    """Which VMM this is: `version` as it reports it, `accelerator` "kvm" or "tcg", and why that was chosen.
+
+    `snapshot_key` is one line that must be equal where a snapshot is made and where it is restored: VMM, version, and
+    what of the host's CPU the guest sees.
+    """
 
     name: str
     version: str
     accelerator: str
     reason: str
+    snapshot_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +141,27 @@ class Vm(Protocol):
 
     async def stop(self) -> None:
         """Ensures that the VMM and its helpers are gone (SIGKILL) and their sockets removed. Idempotent."""
+
+    async def snapshot(self, directory: Path) -> None:
+        """Pauses the VM and writes all but its RAM into `directory` (exists, empty). Only `stop` may follow.
+
+        :raises VmmError: it failed; or the VM cannot be snapshotted (reason SNAPSHOT_UNSUPPORTED).
+        """
+
+    async def announce_disk_size(self, serial: str, size_bytes: int) -> None:
+        """Lets the guest's driver know the size of a disk that was another when the snapshot was made.
+
+        :raises VmmError: no such disk, or the VMM failed.
+        """
+
+    async def pause(self) -> None:
+        """Stops the VM's CPUs. Idempotent. :raises VmmError:"""
+
+    async def resume(self) -> None:
+        """Lets the VM's CPUs go on. Idempotent. :raises VmmError:"""
+
+    async def power_button(self) -> None:
+        """Presses the power button: a guest that listens shuts down. :raises VmmError:"""
 
     def console_tail(self, limit_bytes: int) -> bytes:
         """Returns the last bytes that the guest wrote to its serial console, at most `limit_bytes`."""

@@ -8,15 +8,17 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from agent.errors import GuestUnreachable, VmmError
+from agent.vmm import migration, qemu_args, sockets, vsock_backend
 from agent.vmm import process as processes
-from agent.vmm import qemu_args, sockets, vsock_backend
 from agent.vmm.accelerator import AcceleratorProbe
 from agent.vmm.api import ExitInfo, LinkKind, VmmInfo, VmmOptions, VmSpec
 from agent.vmm.console import Console
+from agent.vmm.cpu import cpu_key
 from agent.vmm.process import VmmProcess
 from agent.vmm.qmp import Qmp
 
@@ -66,14 +68,12 @@ class QemuVm:
         return await sockets.connect_vsock(self._run_dir / "vsock.sock", LINK_PORT)
 
     async def _require_vsock_driver(self) -> None:
-        qmp = await Qmp.connect(str(self._run_dir / "qmp.sock"))
         try:
-            path = "/machine/peripheral/vsock0/virtio-backend"
-            status = await qmp.execute("x-query-virtio-status", path=path)
+            async with self._control() as qmp:
+                path = "/machine/peripheral/vsock0/virtio-backend"
+                status = await qmp.execute("x-query-virtio-status", path=path)
         except VmmError as error:
             raise GuestUnreachable(f"the guest's vsock device cannot be asked: {error}") from error
-        finally:
-            qmp.close()
         if not any(str(text).startswith(_DRIVER_OK) for text in status["status"]["statuses"]):
             raise GuestUnreachable("the guest's vsock driver is not up yet", reason="GUEST_BOOTING")
         self._driver_ready = True
@@ -90,6 +90,42 @@ class QemuVm:
         await self._console.aclose()
         for name in (*_SOCKETS, "vhost", "vsock"):
             (self._run_dir / f"{name}.sock").unlink(missing_ok=True)
+
+    @asynccontextmanager
+    async def _control(self) -> AsyncIterator[Qmp]:
+        qmp = await Qmp.connect(str(self._run_dir / "qmp.sock"))
+        try:
+            yield qmp
+        finally:
+            qmp.close()
+
+    async def snapshot(self, directory: Path) -> None:
+        """Stops the VM and writes its device state; see `agent.vmm.api.Vm`."""
+        if self._link is LinkKind.VSOCK:
+            raise VmmError("a QEMU with a vsock device cannot be snapshotted", reason="SNAPSHOT_UNSUPPORTED")
+        async with self._control() as qmp:
+            await qmp.execute("stop")
+            await migration.save(qmp, directory)
+
+    async def announce_disk_size(self, serial: str, size_bytes: int) -> None:
+        """Makes the device tell its driver: a resize to the size that the file has already does so."""
+        async with self._control() as qmp:
+            await qmp.execute("block_resize", node_name=f"d-{serial}", size=size_bytes)
+
+    async def pause(self) -> None:
+        """Stops the CPUs."""
+        async with self._control() as qmp:
+            await qmp.execute("stop")
+
+    async def resume(self) -> None:
+        """Lets the CPUs go on."""
+        async with self._control() as qmp:
+            await qmp.execute("cont")
+
+    async def power_button(self) -> None:
+        """Presses the ACPI power button."""
+        async with self._control() as qmp:
+            await qmp.execute("system_powerdown")
 
     def console_tail(self, limit_bytes: int) -> bytes:
         """Returns the end of the serial console."""
@@ -124,7 +160,8 @@ class QemuDriver:
         if self._info is None:
             self._binary, version = await find_qemu(self._options.binary)
             accelerator, reason = await self._probe.choose(self._options.accelerator, self._binary, version)
-            self._info = VmmInfo("qemu", version, accelerator, reason)
+            key = f"qemu {version} {accelerator} {cpu_key() if accelerator == 'kvm' else 'emulated'}"
+            self._info = VmmInfo("qemu", version, accelerator, reason, key)
         return self._info
 
     async def start(self, spec: VmSpec) -> QemuVm:
@@ -161,7 +198,7 @@ class QemuDriver:
             for sock in listeners.values():
                 sock.close()  # QEMU alone listens now: its death closes what is connected
             console = Console(spec.run_dir, spec.console_limit_bytes)
-            await _run(process, console, spec.run_dir)
+            await _run(process, console, spec)
         except BaseException:
             if process is not None:
                 await asyncio.shield(asyncio.ensure_future(process.kill()))
@@ -211,12 +248,14 @@ def _adopt(token: Mapping[str, str], prefix: str, stderr_path: Path) -> VmmProce
     return processes.adopt(pid, started, stderr_path)
 
 
-async def _run(process: VmmProcess, console: Console, run_dir: Path) -> None:
-    """Connects the console, then lets the paused VM run. :raises VmmError: QEMU ended instead; with what it said."""
+async def _run(process: VmmProcess, console: Console, spec: VmSpec) -> None:
+    """Connects the console, restores, and lets the paused VM run. :raises VmmError: with what QEMU said if it ended."""
     try:
-        console.attach(await sockets.connect(run_dir / "console.sock"))
-        qmp = await Qmp.connect(str(run_dir / "qmp.sock"))
+        console.attach(await sockets.connect(spec.run_dir / "console.sock"))
+        qmp = await Qmp.connect(str(spec.run_dir / "qmp.sock"))
         try:
+            if spec.restore_from is not None:
+                await migration.load(qmp, spec.restore_from)
             await qmp.execute("cont")
         finally:
             qmp.close()

@@ -29,9 +29,7 @@ def value(text: object) -> str:
 def machine_args(spec: VmSpec, accelerator: str) -> list[str]:
     """Returns machine, CPU and memory."""
     cpu = "host" if accelerator == "kvm" else _TCG_CPU
-    # vhost-user backends map the guest's memory: it must be a shared memfd for them.
-    memory = f"memory-backend-memfd,id=mem0,size={spec.memory_bytes}"
-    memory += ",share=on" if spec.link is LinkKind.VSOCK else ",share=off"
+    incoming = [] if spec.restore_from is None else ["-incoming", "defer"]
     return [
         "-nodefaults", "-no-user-config", "-no-reboot", "-nographic", "-S",
         "-name", f"{spec.id},process={spec.id}",
@@ -41,8 +39,19 @@ def machine_args(spec: VmSpec, accelerator: str) -> list[str]:
         "-cpu", cpu,
         "-smp", str(spec.vcpu_count),
         "-m", f"size={spec.memory_bytes // 1024}k",
-        "-object", memory,
+        "-object", _memory(spec),
+        *incoming,
     ]  # fmt: skip
+
+
+def _memory(spec: VmSpec) -> str:
+    if spec.memory_file is None:
+        # vhost-user backends map the guest's memory: it must be a shared memfd for them.
+        share = "on" if spec.link is LinkKind.VSOCK else "off"
+        return f"memory-backend-memfd,id=mem0,size={spec.memory_bytes},share={share}"
+    # rom=off: the file is opened read-only, yet the guest may write, into pages of its own.
+    access = "share=off,readonly=on,rom=off" if spec.memory_file.private else "share=on"
+    return f"memory-backend-file,id=mem0,size={spec.memory_bytes},mem-path={value(spec.memory_file.path)},{access}"
 
 
 def device_args(spec: VmSpec, link_fd: int | None, console_fd: int, qmp_fd: int, vsock: str | None) -> list[str]:

@@ -97,10 +97,10 @@ async def files(place: Path, service: HostileFiles) -> AsyncIterator[GuestFiles]
         [info("x")],
         [info("/src/", path_bytes=b"/src/../\xff")],
         [info("/src/no-such-folder/x")],
-        [info("/src/l", LINK, link_target="../outside"), info("/src/l/x")],
-        [info("/src/l", LINK, link_target="../outside"), info("/src/l", FOLDER), info("/src/l/x")],
-        [info("/src/d", FOLDER), info("/src/d/l", LINK, link_target="../../outside"), info("/src/d/l/x")],
-        [info("/src/d", FOLDER), info("/src/d", LINK, link_target="../outside"), info("/src/d/x")],
+        [info("/src/l", LINK, link_target="../../outside"), info("/src/l/x")],
+        [info("/src/l", LINK, link_target="../../outside"), info("/src/l", FOLDER), info("/src/l/x")],
+        [info("/src/d", FOLDER), info("/src/d/l", LINK, link_target="../../../outside"), info("/src/d/l/x")],
+        [info("/src/d", FOLDER), info("/src/d", LINK, link_target="../../outside"), info("/src/d/x")],
     ],
 )
 async def test_a_hostile_listing_writes_nothing_outside(
