@@ -95,9 +95,14 @@ class OutputLog:
         if self._end_offset - self._first_offset <= self._limit:
             return
         keep_from = min([reader.offset for reader in self._readers], default=self._end_offset)
-        while self._chunks and self._end_offset - self._first_offset > self._limit:
-            _, buffer, size = self._chunks[0]
+        while self._chunks and (excess := self._end_offset - self._first_offset - self._limit) > 0:
+            kind, buffer, size = self._chunks[0]
             if self._first_offset + size > keep_from:
+                return
+            if size - excess > self._limit // 2:  # without it, less than half of the limit would be left
+                self._chunks[0] = kind, buffer[:HEADROOM] + buffer[HEADROOM + excess : HEADROOM + size], size - excess
+                self._first_offset += excess
+                recycle(buffer)
                 return
             self._chunks.popleft()
             recycle(buffer)

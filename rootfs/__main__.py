@@ -19,7 +19,7 @@ from rootfs.errors import BuildError
 from rootfs.flavours import FLAVOURS
 from rootfs.progress import say
 
-_IMAGES_DIR = os.environ.get("SANDBOXD_IMAGES__DIR") or "/var/lib/sandboxd/images"
+_IMAGES_DIR = os.environ.get("SANDBOXD_IMAGES__IMAGES_DIR") or "/var/lib/sandboxd/images"
 _CACHE_DIR = "/var/cache/sandboxd/rootfs"
 
 

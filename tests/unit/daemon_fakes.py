@@ -103,6 +103,21 @@ class FakeVm:
             self.ended.set_result(ExitInfo(None, 9, ""))
         self.world.vms.pop(self.id, None)
 
+    async def snapshot(self, directory: Path) -> None:
+        (directory / "state").write_bytes(b"frozen")
+
+    async def announce_disk_size(self, serial: str, size_bytes: int) -> None:
+        self.announced = (serial, size_bytes)
+
+    async def pause(self) -> None:
+        self.running = False
+
+    async def resume(self) -> None:
+        self.running = True
+
+    async def power_button(self) -> None:
+        self.die()
+
     def console_tail(self, limit_bytes: int) -> bytes:
         return b"Kernel panic - not syncing\x1b[0m\n"[-limit_bytes:]
 

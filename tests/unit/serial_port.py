@@ -18,6 +18,8 @@ class SerialPort:
         guest.setblocking(False)
         self._guest = guest
         self._host: socket.socket | None = None
+        self._sending = asyncio.Lock()  # what one host has sent comes before what the next one sends
+        self._hosts: list[socket.socket] = []  # open to the end: a task may be about to write to one that was torn off
         self._left = {"up": 0, "down": 0}
         self._tasks = [asyncio.create_task(self._down())]
 
@@ -28,6 +30,7 @@ class SerialPort:
         ours.setblocking(False)
         theirs.setblocking(False)
         self._host = theirs
+        self._hosts.append(theirs)
         self._left = {"up": up_bytes, "down": down_bytes}
         self._tasks.append(asyncio.create_task(self._up(theirs)))
         return ours
@@ -46,9 +49,10 @@ class SerialPort:
 
     async def _up(self, host: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        with host, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
             while data := await loop.sock_recv(host, 16 << 10):
-                await loop.sock_sendall(self._guest, self._take(host, "up", data))
+                async with self._sending:
+                    await loop.sock_sendall(self._guest, self._take(host, "up", data))
                 if host is self._host and not self._left["up"]:
                     self.tear()
 
@@ -69,3 +73,5 @@ class SerialPort:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for host in self._hosts:
+            host.close()

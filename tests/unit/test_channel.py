@@ -193,6 +193,8 @@ async def test_one_slow_reader_holds_up_nobody_else(channel: Channel, child: Gue
         result, data, _ = await collect(channel, "test.echo", os.urandom(4 * MIB))
         assert result["bytes"] == len(data[Frame.DATA]) == 4 * MIB
         assert not writing.done()
+        while len(slow._stream.inbox) <= 256 << 10:  # its window is wider than yamux's first one
+            await channel.call("test.counts")
         assert len(slow._stream.inbox) <= MIB
         await channel.call("test.open")
         await writing

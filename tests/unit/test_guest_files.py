@@ -228,8 +228,8 @@ async def test_temporary_names(channel: Channel, home: Path) -> None:
     assert stat.S_IMODE(os.stat(made[0]).st_mode) == 0o600
     folder = await channel.call("fs.mktemp", directory=str(home), make_directory=True)
     assert stat.S_IMODE(os.stat(folder["path"]).st_mode) == 0o700
-    fields: dict[str, Any]
-    for fields in ({"prefix": "../x"}, {"suffix": "/x"}, {"prefix": "\0"}):
+    wrong: list[dict[str, Any]] = [{"prefix": "../x"}, {"suffix": "/x"}, {"prefix": "\0"}]
+    for fields in wrong:
         with pytest.raises(InvalidSpec):
             await channel.call("fs.mktemp", directory=str(home), **fields)
 

@@ -195,6 +195,15 @@ async def test_copy_refuses_what_makes_no_sense(channel: Channel, tree: Path) ->
     assert not (tree / "x").exists()
 
 
+async def test_copy_over_a_longer_file(channel: Channel, tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"x" * 100_000)
+    with (tmp_path / "new").open("wb") as file:
+        file.truncate(50_000)
+        file.write(b"begin")
+    await channel.call("fs.copy", path=str(tmp_path / "new"), new_path=str(tmp_path / "old"))
+    assert (tmp_path / "old").read_bytes() == (tmp_path / "new").read_bytes() == b"begin" + bytes(49_995)
+
+
 @pytest.mark.parametrize("kind", ["same", "hard link", "symbolic link"])
 async def test_copy_of_a_file_onto_itself_keeps_it(channel: Channel, tmp_path: Path, kind: str) -> None:
     path, other = tmp_path / "f", tmp_path / "g"
