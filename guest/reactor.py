@@ -277,12 +277,14 @@ def watch_signal(number: int) -> Waiters:
 _signal_waiters: dict[int, Waiters] = {}
 
 
-def _on_signal(number: int, _frame: object) -> None:
-    _signal_waiters[number].wake()
+def _on_signal(_number: int, _frame: object) -> None:
+    """Does nothing: it runs between any two instructions, and would wake nobody where a task is about to wait."""
 
 
 def _start_signal_pipe() -> None:
-    """A signal must interrupt epoll_wait: Python restarts it (PEP 475), but the wake-up descriptor makes it return."""
+    """Wakes by the numbers in the wake-up descriptor, which makes epoll_wait return, too (Python restarts it, PEP
+    475).
+    """
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     register(read_end)
@@ -290,8 +292,11 @@ def _start_signal_pipe() -> None:
     async def drain() -> None:
         while True:
             try:
-                os.read(read_end, 512)
+                numbers = os.read(read_end, 512)
             except BlockingIOError:
                 await readable(read_end)
+                continue
+            for number in set(numbers) & _signal_waiters.keys():
+                _signal_waiters[number].wake()
 
     spawn(drain())
