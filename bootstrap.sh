@@ -3,6 +3,7 @@
 #
 #     ./bootstrap.sh            only installs
 #     ./bootstrap.sh demo       installs, then `just demo`
+#     ./bootstrap.sh test       also installs what only the tests need, then `just test`
 #
 # Run it as often as you like: what is there already is left alone. apt, pip and uv honour their usual environment and
 # configuration files; the mirror for backports is the one that this machine's apt already uses.
@@ -80,6 +81,8 @@ install_packages() {
     local wanted absent
     wanted=(ca-certificates debian-archive-keyring python3 python3-venv iproute2 e2fsprogs erofs-utils mmdebstrap openssl
         xz-utils zstd)
+    # The reference implementation of yamux, which the tests speak with ours.
+    if [ "${1:-}" = test ]; then wanted+=(golang-go golang-github-hashicorp-yamux-dev); fi
     mapfile -t absent < <(missing "${wanted[@]}")
     if [ ${#absent[@]} -eq 0 ] && qemu_is_recent; then return 0; fi
     if ! qemu_is_recent; then ensure_backports; fi
@@ -135,7 +138,7 @@ install_tools() {
 }
 
 check_machine "$@"
-install_packages
+install_packages "$@"
 install_vsock_backend
 install_tools
 if [ $# -gt 0 ]; then exec just "$@"; fi

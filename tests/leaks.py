@@ -18,7 +18,7 @@ NETNS_DIR = Path("/run/netns")
 NET_DIR = Path("/sys/class/net")
 TEMPORARY = Path("/tmp")
 # The kernel keeps fifteen bytes of a process's name; a VMM carries that of its sandbox.
-COMMANDS = ("qemu-system", PREFIX, "vhost-device-v", "sandboxd")
+COMMANDS = ("qemu-system", PREFIX, "vhost-device-v", "cloud-hyperviso", "sandboxd")
 # In the environment of all that a test run starts; its value is the run's PID.
 MARK = "TEST_RUN_PID"
 # What ends on its own: a killed process is reaped, a cancelled task's directory goes.

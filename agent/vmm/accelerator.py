@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from agent.errors import VmmError
@@ -21,13 +22,30 @@ _MARKER = b"Run /init as init process"
 _CMDLINE = "console=ttyS0 loglevel=7 panic=-1 random.trust_cpu=on 8250.nr_uarts=1"
 
 
-class AcceleratorProbe:
-    """Remembers verdicts in `cache_dir`; boots the kernel and initramfs at the given paths when it has none."""
+Trial = Callable[[str, Path, Path, str], list[str]]  # (binary, kernel, initramfs, cmdline) -> argv
 
-    def __init__(self, cache_dir: Path, kernel: Path | None, initramfs: Path | None) -> None:
+
+def qemu_trial(binary: str, kernel: Path, initramfs: Path, cmdline: str) -> list[str]:
+    """Returns the words that boot a kernel in QEMU under KVM with its console on stdout."""
+    return [
+        binary, "-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-M", "q35", "-accel", "kvm",
+        "-cpu", "host", "-m", "256M", "-kernel", str(kernel), "-initrd", str(initramfs),
+        "-append", cmdline, "-serial", "stdio",
+    ]  # fmt: skip
+
+
+class AcceleratorProbe:
+    """Remembers verdicts in `cache_dir`; boots the kernel and initramfs at the given paths when it has none.
+
+    :param trial: how the VMM in question boots them. Verdicts are kept by `version`, which must name the VMM, too,
+        for any but QEMU.
+    """
+
+    def __init__(self, cache_dir: Path, kernel: Path | None, initramfs: Path | None, trial: Trial = qemu_trial) -> None:
         self._cache_dir = cache_dir
         self._kernel = kernel
         self._initramfs = initramfs
+        self._trial = trial
 
     async def choose(self, wanted: str, binary: str, version: str) -> tuple[str, str]:
         """Returns ("kvm" or "tcg", why). :raises VmmError: KVM is demanded and cannot be opened."""
@@ -72,11 +90,9 @@ class AcceleratorProbe:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     async def _boots(self, binary: str) -> bool:
-        argv = [
-            binary, "-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-M", "q35", "-accel", "kvm",
-            "-cpu", "host", "-m", "256M", "-kernel", str(self._kernel), "-initrd", str(self._initramfs),
-            "-append", _CMDLINE, "-serial", "stdio",
-        ]  # fmt: skip
+        assert self._kernel is not None
+        assert self._initramfs is not None
+        argv = self._trial(binary, self._kernel, self._initramfs, _CMDLINE)
         child = await asyncio.create_subprocess_exec(
             *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
         )

@@ -8,10 +8,12 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import VmmError
@@ -105,11 +107,46 @@ def adopt(pid: int, started: int, stderr_path: Path) -> VmmProcess | None:
     return None
 
 
-async def spawn(
-    argv: Sequence[str], *, netns: str | None, stderr_path: Path, pass_fds: Sequence[int] = ()
-) -> VmmProcess:
-    """Starts `argv` in its own session and in the namespace `netns`, with stderr in a file.
+@dataclass(frozen=True, slots=True)
+class Confinement:
+    """What a VMM may not do: it has no capability and cannot get one, and may run as another user than the agent.
 
+    :param uid: the user to run as, for an agent that is root; None: the agent's own.
+    :param groups: further groups, such as that of /dev/kvm.
+    """
+
+    uid: int | None = None
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+
+    def argv(self, argv: Sequence[str]) -> list[str]:
+        """Returns the words that start `argv` so confined, by setpriv(1): the process keeps its PID.
+
+        :raises VmmError: setpriv is missing.
+        """
+        setpriv = shutil.which("setpriv")
+        if setpriv is None:
+            raise VmmError("setpriv is not installed: install util-linux", reason="VMM_NOT_STARTED")
+        words = [setpriv, "--no-new-privs"]
+        if os.geteuid() == 0:
+            words += ["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]
+        if self.uid is not None:
+            groups = f"--groups={','.join(str(group) for group in self.groups)}" if self.groups else "--clear-groups"
+            words += [f"--reuid={self.uid}", f"--regid={self.gid}", groups]
+        return [*words, "--", *argv]
+
+
+async def spawn(
+    argv: Sequence[str],
+    *,
+    netns: str | None,
+    stderr_path: Path,
+    pass_fds: Sequence[int] = (),
+    output_fd: int | None = None,
+) -> VmmProcess:
+    """Starts `argv` in its own session and in the namespace `netns`, with stdout and stderr in a file.
+
+    :param output_fd: where both go instead; `stderr_path` is then only what is read for the end of stderr.
     :raises VmmError: the program cannot be started.
     """
     loop = asyncio.get_running_loop()
@@ -118,7 +155,7 @@ async def spawn(
     def run() -> None:
         # Namespaces belong to threads, and a child starts in its parent thread's: no helper program is needed.
         try:
-            pid = _spawn_here(argv, netns, stderr_path, pass_fds)
+            pid = _spawn_here(argv, netns, stderr_path, pass_fds, output_fd)
         except Exception as error:  # noqa: BLE001  handed to the caller, who waits for it
             loop.call_soon_threadsafe(started.set_exception, error)
         else:
@@ -152,18 +189,26 @@ def _kill_and_reap(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def _spawn_here(argv: Sequence[str], netns: str | None, stderr_path: Path, pass_fds: Sequence[int]) -> int:
+def enter_netns(name: str) -> None:
+    """Moves the calling thread into the network namespace `/run/netns/<name>` for good. :raises OSError:"""
+    fd = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.setns(fd, _CLONE_NEWNET) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), name)
+    finally:
+        os.close(fd)
+
+
+def _spawn_here(
+    argv: Sequence[str], netns: str | None, stderr_path: Path, pass_fds: Sequence[int], output_fd: int | None
+) -> int:
     if netns is not None:
-        fd = os.open(f"/run/netns/{netns}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if _libc.setns(fd, _CLONE_NEWNET) != 0:
-                number = ctypes.get_errno()
-                raise OSError(number, os.strerror(number), netns)
-        finally:
-            os.close(fd)
-    with stderr_path.open("ab") as stderr:
+        enter_netns(netns)
+    with contextlib.ExitStack() as opened:
+        output = output_fd if output_fd is not None else opened.enter_context(stderr_path.open("ab"))
         process = subprocess.Popen(
-            list(argv), stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=pass_fds,
+            list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=pass_fds,
             start_new_session=True, cwd="/",
         )  # fmt: skip
     process.returncode = 0  # the pidfd's owner reaps it; subprocess must not

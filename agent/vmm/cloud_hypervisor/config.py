@@ -1,0 +1,109 @@
+"""From a VM's specification to Cloud Hypervisor's VmConfig (vmm/src/vm_config.rs at v53.0): pure, tested word by word.
+
+The same specification gives the same configuration for `vm.create` and for the config.json of a clone, so that device
+ids, counts and sizes match what state.json holds; only paths, sharing of the RAM and rates may differ. Fields that are
+left out have the defaults of v53.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agent.errors import InvalidSpec, VmmError
+from agent.vmm.api import DiskSpec, Limits, LinkKind, NicSpec, VmSpec
+from agent.vmm.cloud_hypervisor.layout import Layout
+
+GUEST_CID = 3  # of every VM: each has a vsock of its own, and a clone's driver has cached it
+NET_ID = "net0"
+# The limiter cools down for 100 ms (docs/io_throttling.md); a bucket of one second's tokens is refilled within it.
+_REFILL_MS = 1000
+_TAP_QUEUES = 2  # one pair
+
+
+def check(spec: VmSpec) -> None:
+    """:raises VmmError: Cloud Hypervisor cannot give what the specification asks for."""
+    if spec.link is not LinkKind.VSOCK:
+        raise VmmError("Cloud Hypervisor has no virtio-serial ports: set vmm.link to vsock", reason="LINK_UNSUPPORTED")
+    private = spec.memory_file is not None and spec.memory_file.private
+    if (spec.restore_from is not None) != private:
+        raise InvalidSpec("a VM has a private memory file if, and only if, it is restored from a snapshot")
+
+
+def is_template(spec: VmSpec) -> bool:
+    """Returns whether the VM can be snapshotted: its RAM is a file that it writes into."""
+    return spec.memory_file is not None and not spec.memory_file.private
+
+
+def vm_config(spec: VmSpec, *, landlock: bool) -> dict[str, Any]:
+    """Returns the VmConfig for `vm.create`, without the network card (see `net`)."""
+    layout = Layout(spec.run_dir)
+    config: dict[str, Any] = {
+        "cpus": {"boot_vcpus": spec.vcpu_count, "max_vcpus": spec.vcpu_count, "nested": False},
+        "memory": memory(spec),
+        "payload": {"kernel": str(spec.kernel), "initramfs": str(spec.initramfs), "cmdline": spec.cmdline},
+        "disks": [disk(entry, spec.limits) for entry in spec.disks],
+        "rng": {"src": "/dev/urandom"},
+        "vsock": {"id": "vsock0", "cid": GUEST_CID, "socket": str(layout.vsock)},
+        # A file would grow for ever; the socket keeps the last MiB until somebody reads.
+        "serial": {"mode": "Socket", "socket": str(layout.console)},
+        "console": {"mode": "Off"},
+        "landlock_enable": landlock,
+    }
+    if landlock and is_template(spec):
+        # The VMM derives the rules for all other paths.
+        config["landlock_rules"] = [{"path": str(layout.snapshot), "access": "rw"}]
+    if spec.memory_file is None:
+        # Where RAM is a file, freed pages would be punched out of it: a clone's is read-only, a template's is shared.
+        config["balloon"] = {"id": "balloon0", "size": 0, "deflate_on_oom": True, "free_page_reporting": True}
+    return config
+
+
+def restore_config(spec: VmSpec, *, landlock: bool) -> dict[str, Any]:
+    """Returns the config.json to restore a clone with."""
+    config = vm_config(spec, landlock=landlock)
+    if spec.nic is not None:
+        # Its length is how many descriptors are to come; the numbers are ignored.
+        config["net"] = [net(spec.nic, spec.limits) | {"fds": [-1]}]
+    return config
+
+
+def memory(spec: VmSpec) -> dict[str, Any]:
+    """Returns the MemoryConfig. RAM in a file needs a zone of its own, and `size` is then 0."""
+    if spec.memory_file is None:
+        return {"size": spec.memory_bytes}
+    zone = {
+        "id": "mem0",
+        "size": spec.memory_bytes,
+        "file": str(spec.memory_file.path),
+        "shared": not spec.memory_file.private,
+    }
+    return {"size": 0, "thp": False, "zones": [zone]}
+
+
+def disk_id(serial: str) -> str:
+    """Returns the device id of the disk with this serial number."""
+    return f"disk-{serial}"
+
+
+def disk(entry: DiskSpec, limits: Limits) -> dict[str, Any]:
+    """Returns a DiskConfig. A detected type would protect sector 0, so it is stated."""
+    config: dict[str, Any] = {
+        "id": disk_id(entry.serial),
+        "path": str(entry.path),
+        "serial": entry.serial,
+        "readonly": entry.read_only,
+        "image_type": "Raw",
+    }
+    buckets = {"bandwidth": limits.disk_bytes, "ops": limits.disk_operations}
+    return config | _limiter(buckets)
+
+
+def net(nic: NicSpec, limits: Limits) -> dict[str, Any]:
+    """Returns a NetConfig for a tap that is passed as a descriptor: so the VMM needs no capability to open it."""
+    config: dict[str, Any] = {"id": NET_ID, "mac": nic.mac, "num_queues": _TAP_QUEUES}
+    return config | _limiter({"bandwidth": limits.net_bytes})
+
+
+def _limiter(rates: dict[str, int]) -> dict[str, Any]:
+    buckets = {name: {"size": rate, "refill_time": _REFILL_MS} for name, rate in rates.items() if rate}
+    return {"rate_limiter_config": buckets} if buckets else {}

@@ -1,0 +1,187 @@
+"""The Cloud Hypervisor driver: starts and finds again its processes; see `agent.vmm.api.Driver`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from agent.errors import GuestUnreachable, VmmError
+from agent.vmm import process as processes
+from agent.vmm import sockets
+from agent.vmm.accelerator import AcceleratorProbe
+from agent.vmm.api import VmmInfo, VmmOptions, VmSpec
+from agent.vmm.cloud_hypervisor import binary, config
+from agent.vmm.cloud_hypervisor.landlock import landlock_works
+from agent.vmm.cloud_hypervisor.layout import Layout
+from agent.vmm.cloud_hypervisor.pipes import Events, Log
+from agent.vmm.cloud_hypervisor.tap import open_tap
+from agent.vmm.cloud_hypervisor.vm import CloudHypervisorVm, attach_console
+from agent.vmm.console import Console
+from agent.vmm.cpu import cpu_key
+from agent.vmm.process import Confinement, VmmProcess
+
+_CONSOLE_FOR_ADOPTED_BYTES = 1 << 20
+_RESUMED_TIMEOUT_S = 10.0
+_LAST_WORDS_S = 0.5
+
+
+def trial(program: str, kernel: Path, initramfs: Path, cmdline: str) -> list[str]:
+    """Returns the words that boot a kernel with its console on stdout: `AcceleratorProbe`'s trial."""
+    return [
+        program, "--kernel", str(kernel), "--initramfs", str(initramfs), "--cmdline", cmdline,
+        "--cpus", "boot=1,nested=off", "--memory", "size=256M", "--serial", "tty", "--console", "off",
+    ]  # fmt: skip
+
+
+class CloudHypervisorDriver:
+    """Starts VMs with Cloud Hypervisor v53.
+
+    :param probe: made with `trial`.
+    :param confinement: whom the VMMs run as; where that is another user, /dev/kvm, kernels, disks and memory files must
+        be open to it.
+    :param landlock: whether VMMs confine themselves by Landlock, too; None: where the kernel can.
+    """
+
+    def __init__(
+        self,
+        options: VmmOptions,
+        tools_dir: Path,
+        probe: AcceleratorProbe,
+        *,
+        confinement: Confinement | None = None,
+        landlock: bool | None = None,
+    ) -> None:
+        self._options = options
+        self._tools_dir = tools_dir
+        self._probe = probe
+        self._confinement = confinement or Confinement()
+        self._landlock = landlock_works() if landlock is None else landlock
+        self._info: VmmInfo | None = None
+        self._binary = ""
+
+    async def probe(self) -> VmmInfo:
+        """Finds Cloud Hypervisor, checks its version, and that a kernel boots in it."""
+        if self._info is None:
+            self._binary, version = await binary.find(self._options.binary, self._tools_dir)
+            accelerator, reason = await self._probe.choose(
+                self._options.accelerator, self._binary, f"{binary.NAME} {version}"
+            )
+            if accelerator != "kvm":
+                raise VmmError(
+                    f"Cloud Hypervisor runs on KVM only, and {reason}; use vmm.driver qemu on this host",
+                    reason="KVM_UNUSABLE",
+                )
+            key = f"{binary.NAME} {version} {accelerator} {cpu_key()}"
+            self._info = VmmInfo(binary.NAME, version, accelerator, reason, key)
+        return self._info
+
+    async def start(self, spec: VmSpec) -> CloudHypervisorVm:
+        """Starts a VMM, boots or restores its VM, and connects its console."""
+        config.check(spec)
+        await self.probe()
+        layout = Layout(spec.run_dir)
+        async with AsyncExitStack() as undo:
+            undo.callback(layout.remove)
+            layout.make(self._confinement)
+            log = Log(layout.log_pipe, layout.log)
+            undo.callback(log.pipe.close)
+            events = Events(layout.events)
+            undo.callback(events.pipe.close)
+            process = await self._spawn(spec, layout, log, events)
+            undo.push_async_callback(_finish, process)
+            console = Console(spec.run_dir, spec.console_limit_bytes)
+            vm = CloudHypervisorVm(layout, process, console, log, events, is_template=config.is_template(spec))
+            undo.push_async_callback(console.aclose)
+            try:
+                await self._bring_up(vm, spec, layout, console)
+            except (VmmError, GuestUnreachable) as error:
+                raise await _explained(vm, error) from error
+            undo.pop_all()
+        return vm
+
+    async def _spawn(self, spec: VmSpec, layout: Layout, log: Log, events: Events) -> VmmProcess:
+        with sockets.listen(layout.api) as listener, log.pipe.writer() as log_fd, events.pipe.writer() as event_fd:
+            argv = [
+                self._binary,
+                *("--api-socket", f"fd={listener.fileno()}"),
+                *("--event-monitor", f"fd={event_fd}"),
+                *("--seccomp", "true"),
+                *self._options.extra_args,
+            ]
+            # Its death closes what is connected, since it alone listens from here on.
+            return await processes.spawn(
+                self._confinement.argv(argv),
+                netns=spec.netns,
+                stderr_path=layout.log,
+                pass_fds=[listener.fileno(), event_fd],
+                output_fd=log_fd,
+            )
+
+    async def _bring_up(self, vm: CloudHypervisorVm, spec: VmSpec, layout: Layout, console: Console) -> None:
+        binary.require_version(await vm.api.ping(), self._binary)
+        with contextlib.ExitStack() as opened:
+            taps = {}
+            if spec.nic is not None:
+                taps[config.NET_ID] = await open_tap(spec.nic.tap, spec.netns)
+                opened.callback(os.close, taps[config.NET_ID])
+            if spec.restore_from is None:
+                await self._boot(vm, spec, taps)
+            else:
+                await self._restore(vm, spec, layout, spec.restore_from, taps)
+        await attach_console(console, layout)
+
+    async def _boot(self, vm: CloudHypervisorVm, spec: VmSpec, taps: Mapping[str, int]) -> None:
+        await vm.api.create(config.vm_config(spec, landlock=self._landlock))
+        for fd in taps.values():
+            assert spec.nic is not None
+            await vm.api.add_net(config.net(spec.nic, spec.limits), fd)
+        await vm.api.boot()
+
+    async def _restore(
+        self, vm: CloudHypervisorVm, spec: VmSpec, layout: Layout, snapshot: Path, taps: Mapping[str, int]
+    ) -> None:
+        text = json.dumps(config.restore_config(spec, landlock=self._landlock)).encode()
+        layout.make_restore(text, snapshot / "state.json", self._confinement)
+        await vm.api.restore(layout.restore, taps)
+        await vm.events.wait_for("vm resumed", _RESUMED_TIMEOUT_S)  # "vm restored" comes before the CPUs go on
+        layout.remove_restore()
+
+    async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> CloudHypervisorVm | None:  # noqa: ARG002
+        """Finds a VM that an earlier agent started."""
+        layout = Layout(run_dir)
+        try:
+            pid, started = int(token.get("pid", "0")), int(token.get("start_time", "0"))
+        except ValueError:
+            return None
+        process = processes.adopt(pid, started, layout.log)
+        if process is None:
+            return None
+        log = Log(layout.log_pipe, layout.log)
+        events = Events(layout.events)
+        console = Console(run_dir, _CONSOLE_FOR_ADOPTED_BYTES)
+        with contextlib.suppress(GuestUnreachable):
+            await attach_console(console, layout)
+        return CloudHypervisorVm(layout, process, console, log, events, is_template=token.get("template") == "yes")
+
+
+async def _finish(process: VmmProcess) -> None:
+    await asyncio.shield(asyncio.ensure_future(process.kill()))
+
+
+async def _explained(vm: CloudHypervisorVm, error: VmmError | GuestUnreachable) -> VmmError:
+    """Returns what to raise for a VMM that did not start: with what it said, if it has ended."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WORDS_S):
+            ended = await vm.wait()
+            return VmmError(
+                f"Cloud Hypervisor {ended.describe()} at once: {ended.stderr_tail or 'it gave no reason'}",
+                reason="VMM_NOT_STARTED",
+            )
+    if error.reason in ("VMM_UNSUPPORTED", "TAP_FAILED") and isinstance(error, VmmError):
+        return error
+    return VmmError(f"Cloud Hypervisor did not start the VM: {error.message}", reason="VMM_NOT_STARTED")

@@ -1,0 +1,132 @@
+"""One running Cloud Hypervisor process; see `agent.vmm.api.Vm`."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from agent.errors import VmmError
+from agent.vmm import sockets
+from agent.vmm.api import ExitInfo
+from agent.vmm.cloud_hypervisor.config import disk_id
+from agent.vmm.cloud_hypervisor.layout import Layout
+from agent.vmm.cloud_hypervisor.pipes import Events, Log
+from agent.vmm.cloud_hypervisor.rest import RestClient
+from agent.vmm.console import Console
+from agent.vmm.process import VmmProcess
+
+LINK_PORT = 1024
+
+
+class CloudHypervisorVm:
+    """A VMM process with its sockets, console and events.
+
+    :param is_template: its RAM is a shared file, so that it can be snapshotted.
+    """
+
+    def __init__(
+        self, layout: Layout, process: VmmProcess, console: Console, log: Log, events: Events, *, is_template: bool
+    ) -> None:
+        self.api = RestClient(layout.api)
+        self._layout = layout
+        self._process = process
+        self._console = console
+        self._log = log
+        self._events = events
+        self._is_template = is_template
+        self._ending: asyncio.Task[None] | None = None
+        events.on_event = self._on_event
+
+    def _on_event(self, name: str) -> None:
+        # It would boot again, in place: our VMs end instead, as with QEMU's -no-reboot.
+        if name == "vm rebooting" and self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self._process.kill())
+
+    @property
+    def pid(self) -> int:
+        """PID of the VMM."""
+        return self._process.pid
+
+    @property
+    def resume_token(self) -> Mapping[str, str]:
+        """What `CloudHypervisorDriver.adopt` needs."""
+        return {
+            "pid": str(self.pid),
+            "start_time": str(self._process.start_time),
+            "template": "yes" if self._is_template else "no",
+        }
+
+    async def dial(self) -> socket.socket:
+        """Connects to the guest's AF_VSOCK port."""
+        return await sockets.connect_vsock(self._layout.vsock, LINK_PORT)
+
+    async def wait(self) -> ExitInfo:
+        """Returns once the VMM has ended."""
+        ended = await self._process.wait()
+        return dataclasses.replace(ended, stderr_tail=self._log.tail())
+
+    async def stop(self) -> None:
+        """Ends the VMM and removes its sockets and pipes; logs stay."""
+        await self._process.kill()
+        await self._console.aclose()
+        self._events.on_event = None
+        self._events.pipe.close()
+        self._log.pipe.close()
+        self._layout.remove()
+
+    async def snapshot(self, directory: Path) -> None:
+        """Pauses the VM and writes its configuration and device state; see `agent.vmm.api.Vm`.
+
+        No connection to the guest may be open: the guest would believe in it for ever after.
+        """
+        if not self._is_template:
+            raise VmmError("only a VM whose RAM is a shared file can be snapshotted", reason="SNAPSHOT_UNSUPPORTED")
+        await self.pause()
+        try:
+            await self.api.snapshot(self._layout.snapshot)
+        except VmmError as error:
+            raise VmmError(f"the snapshot failed: {error.message}", reason="SNAPSHOT_FAILED") from error
+        self._layout.take_snapshot(directory)
+
+    async def announce_disk_size(self, serial: str, size_bytes: int) -> None:
+        """Makes the disk's device take the size, which its file has already, and tell its driver."""
+        await self.api.resize_disk(disk_id(serial), size_bytes)
+
+    async def pause(self) -> None:
+        """Stops the CPUs."""
+        if await self.api.state() != "Paused":
+            await self.api.pause()
+
+    async def resume(self) -> None:
+        """Lets the CPUs go on."""
+        if await self.api.state() == "Paused":
+            await self.api.resume()
+
+    async def power_button(self) -> None:
+        """Presses the ACPI power button; once the guest is off, the VMM ends with status 0."""
+        await self.api.power_button()
+
+    async def resize(self, *, vcpus: int | None = None, balloon_bytes: int | None = None) -> None:
+        """Sets the number of CPUs (at most what the VM started with) and what the balloon takes. :raises VmmError:"""
+        await self.api.resize(vcpus, balloon_bytes)
+
+    async def counters(self) -> dict[str, dict[str, int]]:
+        """Returns what each device has counted since the VM started or was restored. :raises VmmError:"""
+        return await self.api.counters()
+
+    def console_tail(self, limit_bytes: int) -> bytes:
+        """Returns the end of the serial console."""
+        return self._console.tail(limit_bytes)
+
+    @property
+    def events(self) -> Events:
+        """What the VMM has reported."""
+        return self._events
+
+
+async def attach_console(console: Console, layout: Layout) -> None:
+    """Starts reading the serial console. :raises GuestUnreachable: nobody listens there."""
+    console.attach(await sockets.connect(layout.console))
