@@ -106,8 +106,25 @@ class VmmSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateSettings:
+    """Templates: `prepare` are memory sizes that are made ready at start, for the default image and number of CPUs.
+
+    Without them (`enabled = false`) every sandbox boots from its kernel on. A clone that has not answered, or not taken
+    its configuration, within `clone_timeout_s` is ended and another one is tried.
+    """
+
+    enabled: bool = True
+    prepare: tuple[int, ...] = ()
+    budget_bytes: int = 20 << 30
+    clone_timeout_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxSettings:
-    """Defaults and limits of sandboxes; `on_stop` says what an orderly stop does with them: delete or keep."""
+    """Defaults and limits of sandboxes; `on_stop` says what an orderly stop does with them: delete or keep.
+
+    `disk_*_per_s` and `net_bytes_per_s` are rates that the VMM enforces on each sandbox; 0: none.
+    """
 
     default_vcpus: int = 1
     max_vcpus: int = 32
@@ -118,6 +135,9 @@ class SandboxSettings:
     boot_timeout_s: float = 60.0
     delete_timeout_s: float = 30.0
     relink_timeout_s: float = 15.0
+    disk_bytes_per_s: int = 0
+    disk_operations_per_s: int = 0
+    net_bytes_per_s: int = 0
     on_stop: str = "delete"
 
 
@@ -152,6 +172,7 @@ class Settings:
     images: ImageSettings = field(default_factory=ImageSettings)
     api: ApiSettings = field(default_factory=ApiSettings)
     vmm: VmmSettings = field(default_factory=VmmSettings)
+    templates: TemplateSettings = field(default_factory=TemplateSettings)
     sandbox: SandboxSettings = field(default_factory=SandboxSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     tracing: TracingSettings = field(default_factory=TracingSettings)
@@ -246,10 +267,15 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
             raise ValueError("must be text")
         return value
     if kind == tuple[int, ...]:
-        return tuple(int(item) for item in (value.split(",") if text else value))
+        return tuple(_number(item) for item in (value.split(",") if text else value))
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise ValueError("must be a table of text")
     return dict(value)
+
+
+def _number(value: Any) -> int:
+    """A number, or a size such as "512MiB"; ids of users are numbers, too."""
+    return parse_size(value) if isinstance(value, str) else _whole(value)
 
 
 def _whole(value: Any) -> int:

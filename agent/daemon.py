@@ -15,14 +15,15 @@ from agent.errors import AgentError
 from agent.paths import Paths
 from agent.rootfs import DiskMaker, ImageStore
 from agent.rpc.server import ApiServer
-from agent.sandbox.machine import Host
+from agent.sandbox.host import Host
 from agent.sandbox.manager import Manager
 from agent.sandbox.node import Node
 from agent.sandbox.reconcile import reconcile
 from agent.sandbox.store import Store, lock_directory
+from agent.sandbox.templates import Templates
 from agent.telemetry import log
 from agent.vmm.accelerator import AcceleratorProbe
-from agent.vmm.api import VmmOptions
+from agent.vmm.api import LinkKind, VmmOptions
 from agent.vmm.qemu import QemuDriver
 
 _STOP_GRACE_S = 2.0
@@ -46,6 +47,15 @@ def _driver(settings: Settings, images: ImageStore) -> QemuDriver:
     return QemuDriver(options, settings.paths.tools_dir, probe)
 
 
+def _templates(host: Host) -> Templates | None:
+    """QEMU cannot freeze a VM with a vsock device."""
+    if not host.settings.templates.enabled or host.settings.vmm.link == LinkKind.VSOCK:
+        return None
+    templates = Templates(host)
+    templates.open()
+    return templates
+
+
 @asynccontextmanager
 async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
     """Runs an agent inside the context; leaving it is an orderly stop.
@@ -64,13 +74,16 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
         images = ImageStore(settings.images.images_dir)
         driver = _driver(settings, images)
         host = Host(settings, paths, driver, DiskMaker(paths.disk_templates))
-        manager = Manager(host, images, Node(settings, await driver.probe()), store)
+        templates = _templates(host)
+        manager = Manager(host, images, Node(settings, await driver.probe()), store, templates)
         await reconcile(host, manager, store, records)
         server = ApiServer(settings, manager)
+        preparing = asyncio.create_task(manager.prepare_templates())
         try:
             await server.start()
             yield server
         finally:
+            preparing.cancel()
             await server.stop(_STOP_GRACE_S)
             await manager.stop(keep=settings.sandbox.on_stop == "keep")
     finally:

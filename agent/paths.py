@@ -41,6 +41,11 @@ class Paths:
         return self.state_dir / "disk-templates"
 
     @property
+    def templates(self) -> Path:
+        """Frozen VMs that sandboxes are cloned from."""
+        return self.state_dir / "templates"
+
+    @property
     def sandboxes_state(self) -> Path:
         """Holds one directory per sandbox."""
         return self.state_dir / "sandboxes"

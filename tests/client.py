@@ -47,6 +47,7 @@ class Client:
         self.network = network_pb2_grpc.NetworkServiceStub(channel)
         self.nodes = node_pb2_grpc.NodeServiceStub(channel)
         self.images = node_pb2_grpc.ImageServiceStub(channel)
+        self.templates = node_pb2_grpc.TemplateServiceStub(channel)
 
     @asynccontextmanager
     async def sandbox(self, **fields: Any) -> AsyncIterator[sandbox_pb2.Sandbox]:

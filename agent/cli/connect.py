@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sandboxd.v1.file_pb2_grpc import FileServiceAsyncStub
     from sandboxd.v1.network_pb2_grpc import NetworkServiceAsyncStub
-    from sandboxd.v1.node_pb2_grpc import ImageServiceAsyncStub, NodeServiceAsyncStub
+    from sandboxd.v1.node_pb2_grpc import ImageServiceAsyncStub, NodeServiceAsyncStub, TemplateServiceAsyncStub
     from sandboxd.v1.process_pb2_grpc import ProcessServiceAsyncStub
     from sandboxd.v1.sandbox_pb2_grpc import SandboxServiceAsyncStub
 
@@ -45,6 +45,7 @@ class Api:
     network: NetworkServiceAsyncStub
     nodes: NodeServiceAsyncStub
     images: ImageServiceAsyncStub
+    templates: TemplateServiceAsyncStub
 
 
 def address() -> str:
@@ -169,4 +170,5 @@ def api_over(channel: Any) -> Api:
         network=network_pb2_grpc.NetworkServiceStub(channel),
         nodes=node_pb2_grpc.NodeServiceStub(channel),
         images=node_pb2_grpc.ImageServiceStub(channel),
+        templates=node_pb2_grpc.TemplateServiceStub(channel),
     )

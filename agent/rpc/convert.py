@@ -14,6 +14,7 @@ from agent.rootfs import Image
 from agent.sandbox.events import Event, EventType
 from agent.sandbox.node import NodeInfo, Resource
 from agent.sandbox.record import Record
+from agent.sandbox.template_files import Template
 from sandboxd.v1 import node_pb2, process_pb2, sandbox_pb2
 
 STATES = {
@@ -104,6 +105,16 @@ def image(value: Image, *, packages: bool = False) -> node_pb2.Image:
     if packages:
         message.packages.extend(f"{package.name}={package.version}" for package in value.packages)
     return message
+
+
+def template(value: Template) -> node_pb2.Template:
+    """Returns the message of a template."""
+    shape = value.shape
+    return node_pb2.Template(
+        name=value.digest, image=value.image, image_digest=f"sha256:{shape.image_digest}", vcpus=shape.vcpu_count,
+        ram_bytes=shape.memory_bytes, snapshot_key=shape.snapshot_key, size_bytes=value.size_bytes,
+        create_time=timestamp(value.create_time), use_time=timestamp(value.last_used),
+    )  # fmt: skip
 
 
 def _resource(value: Resource) -> node_pb2.Resource:

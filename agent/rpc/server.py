@@ -19,6 +19,7 @@ from agent.rpc.node_service import ImageService, NodeService
 from agent.rpc.peercred import PeerSocket
 from agent.rpc.process_service import ProcessService
 from agent.rpc.sandbox_service import SandboxService
+from agent.rpc.template_service import TemplateService
 from agent.sandbox.manager import Manager
 from sandboxd.v1 import (
     file_pb2,
@@ -75,6 +76,7 @@ class ApiServer:
         network_pb2_grpc.add_NetworkServiceServicer_to_server(NetworkService(manager), server)
         node_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(manager), server)
         node_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(manager), server)
+        node_pb2_grpc.add_TemplateServiceServicer_to_server(TemplateService(manager, self._settings), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [service.full_name for module in _MODULES for service in module.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)

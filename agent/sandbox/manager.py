@@ -11,20 +11,22 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from agent.channel.channel import Channel
 from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, NodeDraining, NotFound
 from agent.model import SandboxSpec, State, is_sandbox_id, new_sandbox_id
 from agent.rootfs import Image, ImageStore
-from agent.sandbox import machine
+from agent.sandbox import dialogue, host
 from agent.sandbox.events import Event, Events, EventType
-from agent.sandbox.machine import Host, Machine
+from agent.sandbox.host import Host
+from agent.sandbox.machine import Boot, Machine
 from agent.sandbox.node import Node, NodeInfo
 from agent.sandbox.record import Record
 from agent.sandbox.spec import MAX_LIFETIME_S, check_labels
 from agent.sandbox.store import Store
+from agent.sandbox.templates import Templates
 from agent.telemetry import CREATES, DELETES, SANDBOXES, collect_phases, log, step, tracer
 
 
@@ -39,15 +41,19 @@ class Entry:
     monitor: asyncio.Task[None] | None = None
     expiry: asyncio.TimerHandle | None = None
     half_removed: bool = False
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the template of an adopted one
 
 
 class Manager:
     """The registry of sandboxes."""
 
-    def __init__(self, host: Host, images: ImageStore, node: Node, store: Store) -> None:
+    def __init__(
+        self, machines: Host, images: ImageStore, node: Node, store: Store, templates: Templates | None = None
+    ) -> None:
         self.images = images
         self.node = node
-        self._host = host
+        self.templates = templates
+        self._host = machines
         self._store = store
         self._entries: dict[str, Entry] = {}
         self._by_request: dict[str, Entry] = {}
@@ -136,12 +142,17 @@ class Manager:
                 f"sandbox {entry.record.id} was deleted while it was being created", reason="SANDBOX_DELETED"
             ) from None
 
-    def _begin(self, spec: SandboxSpec) -> Entry:
+    def fitting_image(self, spec: SandboxSpec) -> Image:
+        """Returns the image of a sandbox. :raises NotFound: :raises InvalidSpec: it needs more memory."""
         image = self.images.get(spec.image)
         if spec.memory_bytes < image.min_memory_bytes:
             raise InvalidSpec(
                 f"memory_bytes is {spec.memory_bytes}; image {spec.image} needs at least {image.min_memory_bytes}"
             )
+        return image
+
+    def _begin(self, spec: SandboxSpec) -> Entry:
+        image = self.fitting_image(spec)
         if self.node.draining:
             raise NodeDraining("this node is draining and takes no sandboxes; try another")
         self.node.admit(spec, self._held())
@@ -166,7 +177,9 @@ class Manager:
             with collect_phases() as phases, tracer.start_as_current_span("create"), step("create"):
                 with step("intent"):
                     await self._store.put(record)
-                entry.machine = await machine.boot(self._host, record, image, lambda: self._store.put(record))
+                entry.machine = await Boot(
+                    self._host, self.templates, record, image, lambda: self._store.put(record)
+                ).run()
                 info = await self._host.driver.probe()
                 record.vmm = f"{info.name} {info.version} ({info.accelerator})"
                 record.phases = phases
@@ -194,7 +207,8 @@ class Manager:
             entry.half_removed = True  # unless what follows says otherwise
             await built.aclose()
         elif entry.half_removed:
-            await machine.remove(self._host, entry.record.id)
+            await host.remove(self._host, entry.record.id)
+        entry.held.close()
         await self._store.delete(entry.record.id)
         self._entries.pop(entry.record.id, None)
         if self._by_request.get(entry.record.spec.request_id) is entry:
@@ -223,7 +237,7 @@ class Manager:
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
                 try:
                     if ended.done():
-                        raise machine.vmm_ended(ended.result())
+                        raise dialogue.vmm_ended(ended.result())
                     reason = running.channel.lost.result()
                     log.warning("link lost", sandbox_id=entry.record.id, reason=reason.message)
                     await running.relink(self._host.settings.sandbox.relink_timeout_s)
@@ -237,7 +251,7 @@ class Manager:
         """Keeps the sandbox as FAILED with the evidence; its VM is ended, its disk stays until the delete."""
         assert entry.machine is not None
         await entry.machine.vm.stop()
-        entry.record.error = f"{error.message}{machine.console_note(entry.machine.vm)}"
+        entry.record.error = f"{error.message}{dialogue.console_note(entry.machine.vm)}"
         entry.record.move(State.FAILED)
         log.error("sandbox failed", sandbox_id=entry.record.id, error=error.message)
         with contextlib.suppress(AgentError):
@@ -335,9 +349,23 @@ class Manager:
 
     # -- starting and stopping -----------------------------------------------------------------------------------------
 
+    async def prepare_templates(self) -> None:
+        """Makes the templates of the configured sizes, one after another; one that fails is logged, the rest go on."""
+        if self.templates is None:
+            return
+        settings = self._host.settings
+        for memory_bytes in settings.templates.prepare:
+            try:
+                image = self.images.get(settings.images.default_image)
+                await self.templates.get(image, settings.sandbox.default_vcpus, memory_bytes)
+            except AgentError as error:
+                log.error("cannot prepare a template", memory_bytes=memory_bytes, error=error.message)
+
     def adopt(self, record: Record, adopted: Machine) -> None:
         """Takes over a sandbox that an earlier agent left running."""
         entry = Entry(record, adopted)
+        if record.template and self.templates is not None:
+            entry.held.enter_context(self.templates.hold(record.template))
         self._entries[record.id] = entry
         if record.spec.request_id:
             self._by_request[record.spec.request_id] = entry
@@ -351,6 +379,8 @@ class Manager:
         pending = [entry for entry in self._entries.values() if not keep or entry.record.state is not State.RUNNING]
         # One that cannot be deleted is logged, and settled by the next agent.
         await asyncio.gather(*(self._start_delete(entry, "agent stopped") for entry in pending), return_exceptions=True)
+        if self.templates is not None:
+            await self.templates.aclose()
         left, self._entries = self._entries, {}
         for entry in left.values():
             if entry.expiry is not None:

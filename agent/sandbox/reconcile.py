@@ -13,8 +13,9 @@ from pathlib import Path
 
 from agent.errors import AgentError
 from agent.model import State, is_sandbox_id
+from agent.sandbox import host as resources
 from agent.sandbox import machine
-from agent.sandbox.machine import Host
+from agent.sandbox.host import Host
 from agent.sandbox.manager import Manager
 from agent.sandbox.record import Record
 from agent.sandbox.store import Store
@@ -48,7 +49,7 @@ async def reconcile(host: Host, manager: Manager, store: Store, records: list[Re
 
 
 async def _remove_orphan(host: Host, sandbox_id: str) -> str:
-    await machine.remove(host, sandbox_id)
+    await resources.remove(host, sandbox_id)
     return "orphaned"
 
 
@@ -68,7 +69,7 @@ async def _settle(host: Host, manager: Manager, store: Store, record: Record) ->
 async def _end(host: Host, record: Record) -> None:
     """Removes a sandbox that was never to run on: it was being made, had failed, or was being deleted."""
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(machine.remove, host, record.id)
+        stack.push_async_callback(resources.remove, host, record.id)
         vm = await host.driver.adopt(record.id, host.paths.sandbox_run(record.id), record.token)
         if vm is not None:
             await vm.stop()

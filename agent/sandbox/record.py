@@ -26,6 +26,7 @@ class Record:
     vmm: str = ""
     phases: list[tuple[str, float]] = field(default_factory=list)
     token: dict[str, str] = field(default_factory=dict)
+    template: str = ""
 
     def move(self, state: State) -> None:
         """Changes the state. :raises InvalidState: there is no such transition."""

@@ -142,11 +142,11 @@ async def spawn(
     netns: str | None,
     stderr_path: Path,
     pass_fds: Sequence[int] = (),
-    output_fd: int | None = None,
+    output_fds: tuple[int, int] | None = None,
 ) -> VmmProcess:
     """Starts `argv` in its own session and in the namespace `netns`, with stdout and stderr in a file.
 
-    :param output_fd: where both go instead; `stderr_path` is then only what is read for the end of stderr.
+    :param output_fds: where stdout and stderr go instead; `stderr_path` is then only read, for the end of stderr.
     :raises VmmError: the program cannot be started.
     """
     loop = asyncio.get_running_loop()
@@ -155,7 +155,7 @@ async def spawn(
     def run() -> None:
         # Namespaces belong to threads, and a child starts in its parent thread's: no helper program is needed.
         try:
-            pid = _spawn_here(argv, netns, stderr_path, pass_fds, output_fd)
+            pid = _spawn_here(argv, netns, stderr_path, pass_fds, output_fds)
         except Exception as error:  # noqa: BLE001  handed to the caller, who waits for it
             loop.call_soon_threadsafe(started.set_exception, error)
         else:
@@ -201,14 +201,20 @@ def enter_netns(name: str) -> None:
 
 
 def _spawn_here(
-    argv: Sequence[str], netns: str | None, stderr_path: Path, pass_fds: Sequence[int], output_fd: int | None
+    argv: Sequence[str],
+    netns: str | None,
+    stderr_path: Path,
+    pass_fds: Sequence[int],
+    output_fds: tuple[int, int] | None,
 ) -> int:
     if netns is not None:
         enter_netns(netns)
     with contextlib.ExitStack() as opened:
-        output = output_fd if output_fd is not None else opened.enter_context(stderr_path.open("ab"))
+        if output_fds is None:
+            file = opened.enter_context(stderr_path.open("ab"))
+            output_fds = (file.fileno(), file.fileno())
         process = subprocess.Popen(
-            list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=pass_fds,
+            list(argv), stdin=subprocess.DEVNULL, stdout=output_fds[0], stderr=output_fds[1], pass_fds=pass_fds,
             start_new_session=True, cwd="/",
         )  # fmt: skip
     process.returncode = 0  # the pidfd's owner reaps it; subprocess must not

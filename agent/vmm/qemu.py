@@ -257,6 +257,8 @@ async def _run(process: VmmProcess, console: Console, spec: VmSpec) -> None:
             if spec.restore_from is not None:
                 await migration.load(qmp, spec.restore_from)
             await qmp.execute("cont")
+            if spec.restore_from is not None:  # only now: the disks are not QEMU's before
+                await _announce_sizes(qmp, spec)
         finally:
             qmp.close()
     except (VmmError, GuestUnreachable) as error:
@@ -268,6 +270,14 @@ async def _run(process: VmmProcess, console: Console, spec: VmSpec) -> None:
                     reason="VMM_NOT_STARTED",
                 ) from error
         raise VmmError(f"QEMU does not answer: {error.message}", reason="VMM_NOT_STARTED") from error
+
+
+async def _announce_sizes(qmp: Qmp, spec: VmSpec) -> None:
+    """Tells the guest's driver how large the writable disks are now: a resize to the present size does so."""
+    for disk in spec.disks:
+        if not disk.read_only:
+            size = await asyncio.to_thread(os.path.getsize, disk.path)
+            await qmp.execute("block_resize", node_name=f"d-{disk.serial}", size=size)
 
 
 async def find_qemu(configured: str) -> tuple[str, str]:

@@ -12,18 +12,19 @@ from typing import Any, cast
 import pytest
 
 from agent.channel.channel import Channel
-from agent.config import NodeSettings, PathSettings, SandboxSettings, Settings
+from agent.config import NodeSettings, PathSettings, SandboxSettings, Settings, TemplateSettings
 from agent.errors import GuestUnreachable, HostError, NotFound
 from agent.model import Lifetime, SandboxSpec, State
 from agent.net import netns
 from agent.paths import Paths
 from agent.rootfs import Artefact, DiskMaker, Image, ImageStore
-from agent.sandbox import machine
-from agent.sandbox.machine import Host
+from agent.sandbox import dialogue
+from agent.sandbox.host import Host
 from agent.sandbox.manager import Manager
 from agent.sandbox.node import Node
 from agent.sandbox.record import Record
 from agent.sandbox.store import Store
+from agent.sandbox.templates import Templates
 from agent.vmm.api import ExitInfo, Vm, VmmInfo, VmSpec
 from guest.wire import Frame
 
@@ -47,6 +48,7 @@ class World:
         self.reached: dict[str, asyncio.Event] = {phase: asyncio.Event() for phase in PHASES}
         self.remove_faults = 0
         self.starts = 0
+        self.clone_faults: list[Exception] = []  # each ends one clone of a finished template
 
     async def pass_through(self, phase: str) -> None:
         self.reached[phase].set()
@@ -202,13 +204,17 @@ class FakeStream:
 class FakeDriver:
     def __init__(self, world: World) -> None:
         self.world = world
+        self.info = VMM
 
     async def probe(self) -> VmmInfo:
-        return VMM
+        return self.info
 
     async def start(self, spec: VmSpec) -> Vm:
         await self.world.pass_through("vmm.start")
         self.world.starts += 1
+        clone = spec.restore_from is not None and not spec.restore_from.parent.name.startswith("tmp-")
+        if clone and self.world.clone_faults:
+            raise self.world.clone_faults.pop(0)
         return FakeVm(self.world, spec.id)
 
     async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> Vm | None:
@@ -225,7 +231,7 @@ class FakeDisks:
             raise self.world.faults["disk"]
         if "disk" in self.world.hangs:
             await asyncio.sleep(0.01)  # a thread: it ends by itself, whoever is cancelled
-        await asyncio.to_thread(path.write_bytes, b"")
+        await asyncio.to_thread(path.write_bytes, b"")  # a fake guest does not look at its size
 
 
 class FakeImages:
@@ -287,18 +293,21 @@ def settings(directory: Path, **sandbox: Any) -> Settings:
 
 
 @asynccontextmanager
-async def bench(directory: Path, monkeypatch: pytest.MonkeyPatch, **sandbox: Any) -> AsyncIterator[Bench]:
-    """Yields a manager over an empty fake host."""
+async def bench(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, *, templates: TemplateSettings | None = None, **sandbox: Any
+) -> AsyncIterator[Bench]:
+    """Yields a manager over an empty fake host; with `templates`, sandboxes are clones."""
     world = World()
     monkeypatch.setattr(netns, "make", world.make_namespace)
     monkeypatch.setattr(netns, "remove", world.remove_namespace)
-    monkeypatch.setattr(machine, "Channel", cast("type[Channel]", FakeChannel))
-    chosen = settings(directory, **sandbox)
+    monkeypatch.setattr(dialogue, "Channel", cast("type[Channel]", FakeChannel))
+    chosen = dataclasses.replace(settings(directory, **sandbox), templates=templates or TemplateSettings(enabled=False))
     chosen.paths.state_dir.mkdir(parents=True)
     host = Host(chosen, Paths.of(chosen), FakeDriver(world), cast("DiskMaker", FakeDisks(world)))
     store = Store(host.paths.database)
     await store.open()
-    manager = Manager(host, cast("ImageStore", FakeImages()), Node(chosen, VMM), store)
+    made = Templates(host) if templates is not None else None
+    manager = Manager(host, cast("ImageStore", FakeImages()), Node(chosen, VMM), store, made)
     try:
         yield Bench(world, host, manager, store)
     finally:

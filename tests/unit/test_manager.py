@@ -46,7 +46,9 @@ async def test_create_makes_a_running_sandbox_and_delete_leaves_nothing(node: Be
     created = await node.manager.create(spec())
     assert created.state is State.RUNNING
     names = [name for name, _ in created.phases]
-    assert names == ["intent", "disk", "netns", "vmm.start", "guest.boot", "guest.configure", "create"]
+    assert names == [
+        "intent", "directories", "netns", "disk", "vmm.start", "token", "guest.boot", "guest.configure", "create",
+    ]  # fmt: skip
     assert created.vmm == "fake 1.0 (tcg)"
     assert len(node.left()) == 4
     await node.manager.delete(created.id)

@@ -44,8 +44,9 @@ def vm_config(spec: VmSpec, *, landlock: bool) -> dict[str, Any]:
         "disks": [disk(entry, spec.limits) for entry in spec.disks],
         "rng": {"src": "/dev/urandom"},
         "vsock": {"id": "vsock0", "cid": GUEST_CID, "socket": str(layout.vsock)},
-        # A file would grow for ever; the socket keeps the last MiB until somebody reads.
-        "serial": {"mode": "Socket", "socket": str(layout.console)},
+        # Its stdout, a pipe that never blocks. A file would grow for ever, and a socket is dead for good once its
+        # reader dies with data unread (ECONNRESET ends the thread that accepts; vmm/src/serial_manager.rs).
+        "serial": {"mode": "Tty"},
         "console": {"mode": "Off"},
         "landlock_enable": landlock,
     }

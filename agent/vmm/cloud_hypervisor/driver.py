@@ -20,8 +20,7 @@ from agent.vmm.cloud_hypervisor.landlock import landlock_works
 from agent.vmm.cloud_hypervisor.layout import Layout
 from agent.vmm.cloud_hypervisor.pipes import Events, Log
 from agent.vmm.cloud_hypervisor.tap import open_tap
-from agent.vmm.cloud_hypervisor.vm import CloudHypervisorVm, attach_console
-from agent.vmm.console import Console
+from agent.vmm.cloud_hypervisor.vm import CloudHypervisorVm
 from agent.vmm.cpu import cpu_key
 from agent.vmm.process import Confinement, VmmProcess
 
@@ -88,24 +87,26 @@ class CloudHypervisorDriver:
         async with AsyncExitStack() as undo:
             undo.callback(layout.remove)
             layout.make(self._confinement)
-            log = Log(layout.log_pipe, layout.log)
-            undo.callback(log.pipe.close)
-            events = Events(layout.events)
-            undo.callback(events.pipe.close)
-            process = await self._spawn(spec, layout, log, events)
+            console, log, events = _open_pipes(layout, spec.console_limit_bytes)
+            for pipe in (console.pipe, log.pipe, events.pipe):
+                undo.callback(pipe.close)
+            process = await self._spawn(spec, layout, console, log, events)
             undo.push_async_callback(_finish, process)
-            console = Console(spec.run_dir, spec.console_limit_bytes)
             vm = CloudHypervisorVm(layout, process, console, log, events, is_template=config.is_template(spec))
-            undo.push_async_callback(console.aclose)
             try:
-                await self._bring_up(vm, spec, layout, console)
+                await self._bring_up(vm, spec, layout)
             except (VmmError, GuestUnreachable) as error:
                 raise await _explained(vm, error) from error
             undo.pop_all()
         return vm
 
-    async def _spawn(self, spec: VmSpec, layout: Layout, log: Log, events: Events) -> VmmProcess:
-        with sockets.listen(layout.api) as listener, log.pipe.writer() as log_fd, events.pipe.writer() as event_fd:
+    async def _spawn(self, spec: VmSpec, layout: Layout, console: Log, log: Log, events: Events) -> VmmProcess:
+        with (
+            sockets.listen(layout.api) as listener,
+            console.pipe.writer() as stdout,
+            log.pipe.writer() as stderr,
+            events.pipe.writer() as event_fd,
+        ):
             argv = [
                 self._binary,
                 *("--api-socket", f"fd={listener.fileno()}"),
@@ -119,10 +120,10 @@ class CloudHypervisorDriver:
                 netns=spec.netns,
                 stderr_path=layout.log,
                 pass_fds=[listener.fileno(), event_fd],
-                output_fd=log_fd,
+                output_fds=(stdout, stderr),
             )
 
-    async def _bring_up(self, vm: CloudHypervisorVm, spec: VmSpec, layout: Layout, console: Console) -> None:
+    async def _bring_up(self, vm: CloudHypervisorVm, spec: VmSpec, layout: Layout) -> None:
         binary.require_version(await vm.api.ping(), self._binary)
         with contextlib.ExitStack() as opened:
             taps = {}
@@ -133,7 +134,6 @@ class CloudHypervisorDriver:
                 await self._boot(vm, spec, taps)
             else:
                 await self._restore(vm, spec, layout, spec.restore_from, taps)
-        await attach_console(console, layout)
 
     async def _boot(self, vm: CloudHypervisorVm, spec: VmSpec, taps: Mapping[str, int]) -> None:
         await vm.api.create(config.vm_config(spec, landlock=self._landlock))
@@ -161,12 +161,13 @@ class CloudHypervisorDriver:
         process = processes.adopt(pid, started, layout.log)
         if process is None:
             return None
-        log = Log(layout.log_pipe, layout.log)
-        events = Events(layout.events)
-        console = Console(run_dir, _CONSOLE_FOR_ADOPTED_BYTES)
-        with contextlib.suppress(GuestUnreachable):
-            await attach_console(console, layout)
+        console, log, events = _open_pipes(layout, _CONSOLE_FOR_ADOPTED_BYTES)
         return CloudHypervisorVm(layout, process, console, log, events, is_template=token.get("template") == "yes")
+
+
+def _open_pipes(layout: Layout, console_limit_bytes: int) -> tuple[Log, Log, Events]:
+    console = Log(layout.console_pipe, layout.console, console_limit_bytes)
+    return console, Log(layout.log_pipe, layout.log), Events(layout.events)
 
 
 async def _finish(process: VmmProcess) -> None:
@@ -175,13 +176,14 @@ async def _finish(process: VmmProcess) -> None:
 
 async def _explained(vm: CloudHypervisorVm, error: VmmError | GuestUnreachable) -> VmmError:
     """Returns what to raise for a VMM that did not start: with what it said, if it has ended."""
+    alive = error.reason in ("VMM_API_REFUSED", "VMM_UNSUPPORTED", "TAP_FAILED", "SNAPSHOT_FAILED")
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_LAST_WORDS_S):
+        async with asyncio.timeout(0 if alive else _LAST_WORDS_S):
             ended = await vm.wait()
             return VmmError(
                 f"Cloud Hypervisor {ended.describe()} at once: {ended.stderr_tail or 'it gave no reason'}",
                 reason="VMM_NOT_STARTED",
             )
-    if error.reason in ("VMM_UNSUPPORTED", "TAP_FAILED") and isinstance(error, VmmError):
+    if alive and isinstance(error, VmmError) and error.reason != "VMM_API_REFUSED":
         return error
     return VmmError(f"Cloud Hypervisor did not start the VM: {error.message}", reason="VMM_NOT_STARTED")

@@ -47,6 +47,16 @@ class Layout:
         return self.run_dir / "vmm.log"
 
     @property
+    def console_pipe(self) -> Path:
+        """A FIFO for the serial console."""
+        return self.run_dir / "console"
+
+    @property
+    def console(self) -> Path:
+        """What the guest wrote to its serial console, bounded."""
+        return self.run_dir / "console.log"
+
+    @property
     def restore(self) -> Path:
         """Holds config.json and state.json while a clone starts."""
         return self.run_dir / "restore"
@@ -65,11 +75,6 @@ class Layout:
     def vsock(self) -> Path:
         """The socket for connections to the guest."""
         return self.own / "vsock.sock"
-
-    @property
-    def console(self) -> Path:
-        """The socket of the serial console."""
-        return self.own / "console.sock"
 
     def make(self, confinement: Confinement) -> None:
         """Makes the VMM's own directories, and lets the VMM reach them."""
@@ -113,7 +118,7 @@ class Layout:
         """Removes all but logs. Idempotent."""
         for path in (self.own, self.snapshot, self.restore):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.api, self.events, self.log_pipe):
+        for path in (self.api, self.events, self.log_pipe, self.console_pipe):
             with suppress(FileNotFoundError):
                 path.unlink()
 
@@ -128,8 +133,11 @@ def _read_regular(path: Path) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise VmmError(f"the snapshot cannot be read: {error}", reason="SNAPSHOT_FAILED") from error
-    with os.fdopen(fd, "rb") as file:
+    try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > _MAX_STATE_BYTES:
             raise VmmError(f"the snapshot's {path.name} is not what it must be", reason="SNAPSHOT_FAILED")
-        return file.read(_MAX_STATE_BYTES)
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read(_MAX_STATE_BYTES)
+    finally:
+        os.close(fd)

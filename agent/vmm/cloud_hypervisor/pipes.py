@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 from collections import deque
@@ -16,8 +17,9 @@ from pathlib import Path
 
 from agent.errors import VmmError
 
-_READ_BYTES = 64 << 10
+_READ_BYTES = 256 << 10
 _MAX_EVENT_BYTES = 64 << 10
+_PIPE_BYTES = 1 << 20
 _FLAGS = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -30,6 +32,8 @@ class Pipe:
         if not path.exists():
             os.mkfifo(path, 0o600)
         self._fd = os.open(path, _FLAGS | os.O_NOFOLLOW)
+        with contextlib.suppress(OSError):  # above fs.pipe-max-size: what there is must do
+            fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._fd, self._read)
 
@@ -70,25 +74,33 @@ class Log:
 
     def __init__(self, pipe_path: Path, path: Path, limit_bytes: int = 1 << 20) -> None:
         self._path = path
-        self._half_bytes = limit_bytes // 2
+        self._old_path = path.with_name(path.name + ".1")
+        self._half_bytes = max(limit_bytes // 2, 1)
         self.pipe = Pipe(pipe_path, self._append)
 
     def _append(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):
+        for start in range(0, len(data), self._half_bytes):
+            self._append_piece(data[start : start + self._half_bytes])
+
+    def _append_piece(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the VM goes on
             if self._path.exists() and self._path.stat().st_size + len(data) > self._half_bytes:
-                self._path.replace(self._path.with_name(self._path.name + ".1"))
+                self._path.replace(self._old_path)
             with self._path.open("ab") as file:
                 file.write(data)
 
-    def tail(self, limit_bytes: int = 4096) -> str:
-        """Returns the end of all that was printed until now."""
+    def tail(self, limit_bytes: int) -> bytes:
+        """Returns the last bytes of all that came until now, at most `limit_bytes`; after `close`, too."""
         self.pipe.drain()
-        try:
-            with self._path.open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - limit_bytes))
-                return file.read().decode(errors="replace").strip()
-        except OSError:
-            return ""
+        kept = b""
+        for path in (self._path, self._old_path):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - (limit_bytes - len(kept))))
+                kept = file.read() + kept
+            if len(kept) >= limit_bytes:
+                break
+        return kept[-limit_bytes:] if limit_bytes else b""
 
 
 class Events:

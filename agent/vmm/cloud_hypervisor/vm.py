@@ -15,10 +15,10 @@ from agent.vmm.cloud_hypervisor.config import disk_id
 from agent.vmm.cloud_hypervisor.layout import Layout
 from agent.vmm.cloud_hypervisor.pipes import Events, Log
 from agent.vmm.cloud_hypervisor.rest import RestClient
-from agent.vmm.console import Console
 from agent.vmm.process import VmmProcess
 
 LINK_PORT = 1024
+_LAST_WORDS_BYTES = 4096
 
 
 class CloudHypervisorVm:
@@ -28,7 +28,7 @@ class CloudHypervisorVm:
     """
 
     def __init__(
-        self, layout: Layout, process: VmmProcess, console: Console, log: Log, events: Events, *, is_template: bool
+        self, layout: Layout, process: VmmProcess, console: Log, log: Log, events: Events, *, is_template: bool
     ) -> None:
         self.api = RestClient(layout.api)
         self._layout = layout
@@ -66,15 +66,16 @@ class CloudHypervisorVm:
     async def wait(self) -> ExitInfo:
         """Returns once the VMM has ended."""
         ended = await self._process.wait()
-        return dataclasses.replace(ended, stderr_tail=self._log.tail())
+        return dataclasses.replace(
+            ended, stderr_tail=self._log.tail(_LAST_WORDS_BYTES).decode(errors="replace").strip()
+        )
 
     async def stop(self) -> None:
         """Ends the VMM and removes its sockets and pipes; logs stay."""
         await self._process.kill()
-        await self._console.aclose()
         self._events.on_event = None
-        self._events.pipe.close()
-        self._log.pipe.close()
+        for pipe in (self._console.pipe, self._log.pipe, self._events.pipe):
+            pipe.close()
         self._layout.remove()
 
     async def snapshot(self, directory: Path) -> None:
@@ -125,8 +126,3 @@ class CloudHypervisorVm:
     def events(self) -> Events:
         """What the VMM has reported."""
         return self._events
-
-
-async def attach_console(console: Console, layout: Layout) -> None:
-    """Starts reading the serial console. :raises GuestUnreachable: nobody listens there."""
-    console.attach(await sockets.connect(layout.console))

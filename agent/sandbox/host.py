@@ -1,0 +1,103 @@
+"""What a sandbox has on the host besides its VM: directories, disk, network namespace. Made in order, removed by
+name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from agent.config import Settings
+from agent.errors import HostError
+from agent.net import netns
+from agent.paths import Paths
+from agent.rootfs import DiskMaker
+from agent.vmm.api import Driver
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What machines are made with."""
+
+    settings: Settings
+    paths: Paths
+    driver: Driver
+    disks: DiskMaker
+
+
+async def make_directories(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
+    """Makes run and state directory; `stack` removes them. :raises HostError:"""
+    for path in (host.paths.sandbox_run(sandbox_id), host.paths.sandbox_state(sandbox_id)):
+        try:
+            path.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise HostError(f"cannot make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+        stack.push_async_callback(asyncio.to_thread, remove_tree, path)
+
+
+async def make_network(sandbox_id: str, stack: AsyncExitStack) -> None:
+    """Makes the network namespace; `stack` removes it. :raises HostError:"""
+    stack.push_async_callback(netns.remove, sandbox_id)
+    await finish(netns.make(sandbox_id))
+
+
+async def finish(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits work that a thread carries out, to its end even if cancelled: its removal must come after it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # retrieved: the cancellation is what counts
+        raise
+
+
+def kill_strays(host: Host, sandbox_id: str) -> int:
+    """Ends processes that were started for a sandbox and never recorded; returns how many there were.
+
+    A VMM and its helpers carry their sandbox's directories in their arguments, and no other program of this host does.
+    """
+    marks = (f"{host.paths.sandbox_run(sandbox_id)}/", f"{host.paths.sandbox_state(sandbox_id)}/")
+    strays = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if any(mark in words for mark in marks):
+            strays.append(process)
+    for process in strays:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return len(strays)
+
+
+async def remove(host: Host, sandbox_id: str) -> int:
+    """Removes all that a sandbox has on this host, by its name alone; returns how many processes it ended."""
+    strays = await asyncio.to_thread(kill_strays, host, sandbox_id)
+    async with AsyncExitStack() as stack:
+        push_removal(host, sandbox_id, stack)
+    return strays
+
+
+def push_removal(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
+    """Makes `stack` remove all that a sandbox has on the host besides its VM; absence is success."""
+    for path in (host.paths.sandbox_run(sandbox_id), host.paths.sandbox_state(sandbox_id)):
+        stack.push_async_callback(asyncio.to_thread, remove_tree, path)
+    stack.push_async_callback(netns.remove, sandbox_id)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory with all it holds; absence is success. :raises HostError:"""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise HostError(f"cannot remove {path}: {error.strerror}; remove it by hand", reason="REMOVE_FAILED") from error

@@ -1,0 +1,85 @@
+"""Makes one template: boots a VM whose RAM is a file, lets its guest prepare itself, freezes it, and restores it
+once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from agent.channel.channel import Channel
+from agent.errors import AgentError, HostError, ResourceExhausted
+from agent.model import new_sandbox_id
+from agent.rootfs import Image
+from agent.sandbox import dialogue, template_files
+from agent.sandbox.host import Host, finish, make_directories, make_network, remove_tree
+from agent.sandbox.shape import TEMPLATE_DISK_BYTES, Shape, vm_spec
+from agent.sandbox.template_files import Template
+from agent.vmm.api import MemoryFile, Vm
+
+# The guest notices that its link is down, and whatever it had to do after its last answer is done.
+_SETTLE_S = 0.2
+
+
+async def make(host: Host, shape: Shape, image: Image, draft: Path, path: Path) -> Template:
+    """Returns a new template at `path`, made in `draft` and renamed when it is whole.
+
+    :raises AgentError: it failed; nothing is left.
+    """
+    try:
+        return await _make(host, shape, image, draft, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(
+                f"no space left for a template in {path.parent}: free some, or lower templates.budget_bytes",
+                reason="DISK_FULL",
+            ) from error
+        raise HostError(f"cannot make a template in {path.parent}: {error}", reason="TEMPLATE_FAILED") from error
+    finally:
+        await asyncio.shield(asyncio.to_thread(remove_tree, draft))
+
+
+async def _make(host: Host, shape: Shape, image: Image, draft: Path, path: Path) -> Template:
+    (draft / template_files.VMM).mkdir(parents=True)
+    ram = draft / template_files.RAM
+    with ram.open("xb") as file:
+        os.ftruncate(file.fileno(), shape.memory_bytes)
+    async with _booted(host, shape, image, MemoryFile(ram, private=False), None) as (vm, channel):
+        await dialogue.prepare(channel)
+        await channel.aclose()
+        await asyncio.sleep(_SETTLE_S)
+        await vm.snapshot(draft / template_files.VMM)
+    await asyncio.to_thread(template_files.write_manifest, draft, shape, image.name, time.time())
+    async with _booted(host, shape, image, MemoryFile(ram, private=True), draft / template_files.VMM) as (_, channel):
+        await channel.call("sys.hello")
+    return await asyncio.to_thread(template_files.publish, draft, path)
+
+
+@asynccontextmanager
+async def _booted(
+    host: Host, shape: Shape, image: Image, memory_file: MemoryFile, restore_from: Path | None
+) -> AsyncIterator[tuple[Vm, Channel]]:
+    """A VM with host resources of its own, under an id that a starting agent would clean up after, and its link."""
+    sandbox_id = new_sandbox_id()
+    async with AsyncExitStack() as stack:
+        await make_directories(host, sandbox_id, stack)
+        await finish(host.disks.make_disk(host.paths.disk(sandbox_id), TEMPLATE_DISK_BYTES))
+        await make_network(sandbox_id, stack)
+        spec = vm_spec(host.settings, host.paths, sandbox_id, shape, image, memory_file, restore_from)
+        vm = await host.driver.start(dataclasses.replace(spec, limits=type(spec.limits)()))
+        stack.push_async_callback(vm.stop)
+        try:
+            timeout_s = host.settings.sandbox.boot_timeout_s
+            channel = await dialogue.connect(vm, fresh=True, timeout_s=timeout_s)
+            stack.push_async_callback(channel.aclose)
+            yield vm, channel
+        except AgentError as error:
+            error.message += dialogue.console_note(vm)
+            error.args = (error.message,)
+            raise

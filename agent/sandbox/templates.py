@@ -1,0 +1,177 @@
+"""Templates: VMs that were booted once, prepared and frozen, for clones to start from.
+
+One per `Shape`, made on first need (or at start, or on request), kept within a disk budget, and never changed:
+
+    <state_dir>/templates/<digest>/{manifest.json,ram,vmm/...}
+
+A template counts only if its files have the digests of its manifest. That is checked when an agent first uses it; from
+then on it is enough that nobody has touched the files since (size, modification and change time, inode).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from agent.errors import AgentError, InvalidState, NotFound
+from agent.rootfs import Image
+from agent.sandbox import template_files
+from agent.sandbox.host import Host, remove_tree
+from agent.sandbox.shape import Shape, shape_of
+from agent.sandbox.template_files import Template, TemplateDamaged
+from agent.sandbox.template_maker import make
+from agent.telemetry import TEMPLATE_BYTES, TEMPLATES, log, step
+
+_DRAFT_PREFIX = "tmp-"
+
+
+class Templates:
+    """The templates of one node."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._dir = host.paths.templates
+        self._making: dict[str, asyncio.Task[Template]] = {}
+        self._sound: dict[str, tuple[Template, tuple[object, ...]]] = {}
+        self._users: Counter[str] = Counter()
+
+    # -- the directory -------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Removes what a maker left that was killed. Blocks. :raises HostError: it cannot."""
+        if self._dir.exists():
+            for draft in self._dir.glob(f"{_DRAFT_PREFIX}*"):
+                remove_tree(draft)
+        self._count()
+
+    def list(self) -> list[Template]:
+        """Returns the templates there are, last used first; damaged ones are left out. Blocks for a millisecond
+        each.
+        """
+        found = []
+        for path in self._dir.glob("*/manifest.json"):
+            if not path.parent.name.startswith(_DRAFT_PREFIX):
+                with contextlib.suppress(TemplateDamaged):
+                    found.append(template_files.read(path.parent))
+        return sorted(found, key=lambda template: template.last_used, reverse=True)
+
+    def remove(self, digest: str) -> None:
+        """Removes a template. :raises NotFound: :raises InvalidState: sandboxes run from it."""
+        if digest not in {template.digest for template in self.list()}:
+            raise NotFound(
+                f"no template {digest}; list the templates to see which there are", reason="TEMPLATE_NOT_FOUND"
+            )
+        if self._users[digest]:
+            raise InvalidState(
+                f"template {digest} is in use by {self._users[digest]} sandboxes; delete them first",
+                reason="TEMPLATE_IN_USE",
+            )
+        self._drop(digest)
+
+    def _drop(self, digest: str) -> None:
+        self._sound.pop(digest, None)
+        doomed = self._dir / f"{_DRAFT_PREFIX}{digest}-{os.urandom(4).hex()}"
+        with contextlib.suppress(FileNotFoundError):
+            (self._dir / digest).rename(doomed)  # at once out of everyone's sight
+            shutil.rmtree(doomed, ignore_errors=True)
+        self._count()
+
+    def _count(self) -> None:
+        present = self.list()
+        TEMPLATES.set(len(present))
+        TEMPLATE_BYTES.set(sum(template.size_bytes for template in present))
+
+    # -- using ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hold(self, digest: str) -> Iterator[None]:
+        """Keeps a template from being removed as long as the context lasts."""
+        self._users[digest] += 1
+        try:
+            yield
+        finally:
+            self._users[digest] -= 1
+            if not self._users[digest]:
+                del self._users[digest]
+
+    async def get(self, image: Image, vcpu_count: int, memory_bytes: int) -> Template:
+        """Returns a sound template for a sandbox of these sizes; the first caller makes it, others wait for that.
+
+        :raises AgentError: it could not be made; nothing is left of it.
+        """
+        shape = shape_of(self._host.settings, image, vcpu_count, memory_bytes, await self._host.driver.probe())
+        known = self._sound.get(shape.digest)
+        if known is not None and template_files.stamps(known[0]) == known[1]:
+            template_files.touch(known[0])
+            return known[0]
+        if known is not None:
+            self.discard(known[0], "its files were changed")
+        making = self._making.get(shape.digest)
+        if making is None:
+            making = asyncio.create_task(self._find_or_make(shape, image), name=f"template-{shape.digest}")
+            self._making[shape.digest] = making
+            making.add_done_callback(lambda task: self._made(shape.digest, task))
+        return await asyncio.shield(making)
+
+    def _made(self, digest: str, task: asyncio.Task[Template]) -> None:
+        self._making.pop(digest, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            reason = error.message if isinstance(error, AgentError) else repr(error)
+            log.error("cannot make a template", template=digest, reason=reason)
+
+    async def _find_or_make(self, shape: Shape, image: Image) -> Template:
+        path = self._dir / shape.digest
+        if path.exists():
+            try:
+                with step("template.verify"):
+                    template = await asyncio.to_thread(template_files.verified, path, shape)
+                return self._accept(template)
+            except TemplateDamaged as error:
+                log.warning("a template is made again", template=shape.digest, reason=error.message)
+                await asyncio.to_thread(self._drop, shape.digest)
+        with step("template.make"):
+            draft = self._dir / f"{_DRAFT_PREFIX}{shape.digest}-{os.urandom(4).hex()}"
+            template = await make(self._host, shape, image, draft, path)
+        log.info("template made", template=shape.digest, image=image.name, bytes=template.size_bytes)
+        self._accept(template)
+        await asyncio.to_thread(self._fit_budget, shape.digest)
+        return template
+
+    def _accept(self, template: Template) -> Template:
+        self._sound[template.digest] = (template, template_files.stamps(template))
+        template_files.touch(template)
+        return template
+
+    def discard(self, template: Template, reason: str) -> None:
+        """Removes a template that proved to be damaged, so that the next need makes it again. Clones keep their
+        pages.
+        """
+        log.warning("a template is discarded", template=template.digest, reason=reason)
+        self._drop(template.digest)
+
+    def _fit_budget(self, newest: str) -> None:
+        """Removes the templates that were not used in the longest time until all fit; never one that is in use."""
+        present = self.list()
+        size = sum(template.size_bytes for template in present)
+        for template in reversed(present):
+            if size <= self._host.settings.templates.budget_bytes:
+                break
+            if template.digest == newest or self._users[template.digest] or template.digest in self._making:
+                continue
+            log.info("template removed to fit the budget", template=template.digest, bytes=template.size_bytes)
+            self._drop(template.digest)
+            size -= template.size_bytes
+        self._count()
+
+    async def aclose(self) -> None:
+        """Ends makers under way; nothing is left of them. Idempotent."""
+        making = list(self._making.values())
+        for task in making:
+            task.cancel()
+        if making:
+            await asyncio.wait(making)

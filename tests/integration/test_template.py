@@ -1,0 +1,101 @@
+"""Clones of a real template: their own identity, their own disk, the template as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from sandboxd.v1 import node_pb2, sandbox_pb2
+from tests.client import MIB, Client
+from tests.daemon import Daemon, refused
+
+pytestmark = pytest.mark.vm
+CLONES = 12
+AT_ONCE = 4
+IDENTITY = """
+cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid /etc/machine-id
+head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '
+python3 -c 'import uuid, secrets; print(uuid.uuid4()); print(secrets.token_hex(16))'
+hostname
+"""
+
+
+@pytest.fixture
+async def template(client: Client) -> node_pb2.Template:
+    return await client.templates.PrepareTemplate(node_pb2.PrepareTemplateRequest(memory_bytes=160 * MIB))
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+async def identity(client: Client, gate: asyncio.Semaphore) -> list[str]:
+    async with gate, client.sandbox(memory_bytes=160 * MIB) as sandbox:
+        result = await client.run(sandbox.id, "sh", "-c", IDENTITY)
+        assert result.code == 0, result.stderr
+        assert "vmm.restore" in [phase.name for phase in sandbox.phases]
+        return result.stdout.decode().split()
+
+
+async def test_clones_share_no_random_byte_and_no_name(client: Client, template: node_pb2.Template) -> None:
+    gate = asyncio.Semaphore(AT_ONCE)
+    seen = await asyncio.gather(*(identity(client, gate) for _ in range(CLONES)))
+    assert {len(words) for words in seen} == {7}
+    for column in zip(*seen, strict=True):
+        assert len(set(column)) == CLONES
+    everything = [word for words in seen for word in words]
+    assert len(set(everything)) == len(everything)
+
+
+async def test_a_clone_has_its_own_clock_memory_and_disk(
+    client: Client, daemon: Daemon, template: node_pb2.Template
+) -> None:
+    ram = daemon.directory / "state" / "templates" / template.name / "ram"
+    before = digest(ram)
+    async with client.sandbox(memory_bytes=160 * MIB, disk_bytes=64 * MIB) as sandbox:
+        await client.run(sandbox.id, "true")
+        sent = time.time()
+        clock = await client.run(sandbox.id, "date", "+%s.%N")
+        assert sent - 0.05 <= float(clock.stdout) <= time.time() + 0.05
+        memory = await client.run(sandbox.id, "sh", "-c", "grep MemTotal /proc/meminfo")
+        assert 160 * 1024 <= int(memory.stdout.split()[1]) <= 160 * 1024 * 1.05
+        room = await client.run(sandbox.id, "df", "--output=size", "-B1M", "/")
+        assert 50 <= int(room.stdout.split()[-1]) <= 64
+        written = await client.run(sandbox.id, "sh", "-c", "head -c 20M /dev/zero >~/x && wc -c <~/x")
+        assert int(written.stdout) == 20 * MIB
+    assert digest(ram) == before
+    assert ram.stat().st_mode & 0o222 == 0
+
+
+async def test_a_template_in_use_stays_and_an_idle_one_goes(client: Client) -> None:
+    made = await client.templates.PrepareTemplate(node_pb2.PrepareTemplateRequest(memory_bytes=144 * MIB))
+    async with client.sandbox(memory_bytes=144 * MIB):
+        with refused(grpc.StatusCode.FAILED_PRECONDITION, "TEMPLATE_IN_USE"):
+            await client.templates.DeleteTemplate(node_pb2.DeleteTemplateRequest(name=made.name))
+    listed = await client.templates.ListTemplates(node_pb2.ListTemplatesRequest())
+    assert made.name in {template.name for template in listed.templates}
+    await client.templates.DeleteTemplate(node_pb2.DeleteTemplateRequest(name=made.name))
+    with refused(grpc.StatusCode.NOT_FOUND, "TEMPLATE_NOT_FOUND"):
+        await client.templates.DeleteTemplate(node_pb2.DeleteTemplateRequest(name=made.name))
+
+
+async def test_a_truncated_ram_file_is_noticed_and_the_next_create_works(
+    client: Client, daemon: Daemon, template: node_pb2.Template
+) -> None:
+    ram = daemon.directory / "state" / "templates" / template.name / "ram"
+    ram.chmod(0o644)
+    with ram.open("r+b") as file:
+        file.truncate(ram.stat().st_size // 2)
+    request = sandbox_pb2.CreateSandboxRequest(memory_bytes=160 * MIB)
+    created = await client.sandboxes.CreateSandbox(request)
+    try:
+        assert (await client.run(created.id, "true")).code == 0
+        assert "template.make" in [phase.name for phase in created.phases]
+    finally:
+        await client.sandboxes.DeleteSandbox(sandbox_pb2.DeleteSandboxRequest(id=created.id))
