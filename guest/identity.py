@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import socket
+import sys
 import time
 
 from guest import kernel, nic, root
@@ -120,4 +121,6 @@ class Identity:
             phases.append([name, (time.perf_counter_ns() - start) / 1e6])
         self._processes.env = env
         self._processes.ready = self.configured = True
+        # The first line on a clone's console: what came before is the template's.
+        print("sandboxd-init: configured", file=sys.stderr, flush=True)
         return {"phases": phases}

@@ -40,15 +40,8 @@ async def stats(client: Client, sandbox: pb.Sandbox) -> pb.SandboxStats:
 async def test_it_has_what_was_asked_for(client: Client, sandbox: pb.Sandbox) -> None:
     assert (sandbox.memory_bytes, sandbox.disk_bytes, sandbox.vcpus) == (MEMORY_BYTES, DISK_BYTES, 2)
     assert (await client.run(sandbox.id, "nproc")).stdout == b"2\n"
-    # What the VM has, and what the kernel leaves of it to programs.
-    lines = (await client.run(sandbox.id, "cat", "/proc/iomem", user="root")).stdout.decode().splitlines()
-    spans = [line.split()[0].split("-") for line in lines if line.endswith(" : System RAM")]
-    ram = sum(int(end, 16) - int(start, 16) + 1 for start, end in spans)
-    kernel = [line.split()[0].split("-") for line in lines if ": Kernel" in line]
-    kernel_bytes = sum(int(end, 16) - int(start, 16) + 1 for start, end in kernel)
     now = await stats(client, sandbox)
-    assert ram == pytest.approx(MEMORY_BYTES, rel=0.01)
-    assert now.memory_total_bytes == pytest.approx(MEMORY_BYTES - kernel_bytes, rel=0.05)
+    assert MEMORY_BYTES <= now.memory_total_bytes <= MEMORY_BYTES * 1.05
     # ext4 keeps a few percent for its own tables.
     assert now.disk_total_bytes == pytest.approx(DISK_BYTES, rel=0.1)
     assert now.disk_available_bytes <= now.disk_total_bytes

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.vm
 NOT_FOUND, EXISTS = grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ALREADY_EXISTS
 PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 Event = pb.SandboxEvent
+GUEST_PHASES = ("entropy", "clock", "root", "names", "resolver")
 IDENTITY = "cat /etc/machine-id /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | base64; hostname"
 
 
@@ -60,12 +61,14 @@ def seconds(message: Timestamp) -> float:
 
 async def test_a_create_says_what_was_made(client: Client, sandbox: pb.Sandbox) -> None:
     assert sandbox.state == pb.Sandbox.STATE_RUNNING
-    assert [phase.name for phase in sandbox.phases] == [
-        "intent", "disk", "netns", "vmm.start", "guest.boot", "guest.configure", "create",
+    times = {phase.name: phase.duration.ToMicroseconds() for phase in sandbox.phases}
+    inside = {"template.make", "template.verify", *(f"guest.{name}" for name in GUEST_PHASES)}
+    assert [name for name in times if name not in inside] == [
+        "intent", "directories", "netns", "template", "disk", "vmm.restore", "token", "guest.answer", "guest.configure",
+        "create",
     ]  # fmt: skip
-    times = [phase.duration.ToMicroseconds() for phase in sandbox.phases]
-    assert all(times)
-    assert sum(times[:-1]) <= times[-1]
+    assert set(times) >= {f"guest.{name}" for name in GUEST_PHASES}
+    assert sum(spent for name, spent in times.items() if name not in {*inside, "create"}) <= times["create"]
     assert (sandbox.image, sandbox.vcpus, sandbox.memory_bytes) == ("minimal", 1, 256 * MIB)
     assert sandbox.image_digest.startswith("sha256:")
     assert sandbox.vmm.startswith("qemu ")
@@ -161,7 +164,7 @@ async def test_a_lease_is_renewed_and_lapses(client: Client) -> None:
 
         times = [seconds(response.expire_time) async for response in client.sandboxes.KeepAlive(requests())]
         assert len(times) == renewals
-        assert all(1 <= later - earlier < 2 for earlier, later in itertools.pairwise(times))
+        assert all(later - earlier >= 1 for earlier, later in itertools.pairwise(times))
         renewed = times[-1]
         assert renewed > seconds(made.expire_time) + 1
         assert not await gone(client, made.id)  # the end of the stream is not the end of the lease
@@ -183,7 +186,7 @@ async def test_a_delete_ends_a_create(client: Client, daemon: Daemon) -> None:
     creating = client.sandboxes.CreateSandbox(pb.CreateSandboxRequest(labels={"module": "cut"}))
     seen: list[pb.SandboxEvent] = []
     watch = asyncio.create_task(events_of(client, "module", seen))
-    await until(lambda: made(client, "cut", daemon))
+    await until(lambda: made(client, "cut", daemon), timeout_s=60)  # a template may be made first
     (sandbox_id,) = await listed(client, labels={"module": "cut"}, states=[pb.Sandbox.STATE_CREATING])
     await client.sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=sandbox_id))
     with refused(PRECONDITION, "SANDBOX_DELETED"):
@@ -201,7 +204,7 @@ async def made(client: Client, label: str, daemon: Daemon) -> bool:
 
 async def test_a_create_goes_on_when_its_client_leaves(client: Client, daemon: Daemon) -> None:
     creating = client.sandboxes.CreateSandbox(pb.CreateSandboxRequest(labels={"module": "left"}))
-    await until(lambda: made(client, "left", daemon))
+    await until(lambda: made(client, "left", daemon), timeout_s=60)
     creating.cancel()
     (sandbox_id,) = await listed(client, labels={"module": "left"})
     followed = asyncio.create_task(follow(client, sandbox_id, console := bytearray()))
@@ -215,7 +218,7 @@ async def test_a_create_goes_on_when_its_client_leaves(client: Client, daemon: D
         assert (await client.run(sandbox_id, "true")).code == 0
 
         async def has_console() -> bool:
-            return b"serving on serial" in console
+            return b"sandboxd-init: configured" in console
 
         await until(has_console)
         assert not followed.done()
@@ -231,7 +234,7 @@ async def test_the_console_is_read_and_followed(client: Client, sandbox: pb.Sand
         return b"".join([piece.data async for piece in client.sandboxes.GetConsole(request)])
 
     before = await read()
-    assert b"sandboxd-init: serving on serial" in before
+    assert b"sandboxd-init: configured" in before
     assert await read(tail_bytes=10) == before[-10:]
     followed = bytearray()
 

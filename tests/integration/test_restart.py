@@ -42,7 +42,7 @@ async def adopted(daemon: Daemon, before: pb.Sandbox, process_id: int) -> None:
         assert await client.sandboxes.CreateSandbox(REQUEST) == before
         # The console is read on: it is one text over all agents.
         console = [piece.data async for piece in client.sandboxes.GetConsole(pb.GetConsoleRequest(id=before.id))]
-        assert b"".join(console).count(b"serving on serial") == 1
+        assert b"".join(console).count(b"sandboxd-init: configured") == 1
 
 
 def waiter(number: int) -> tuple[str, ...]:

@@ -33,7 +33,11 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
-        _require_https(newurl)
+        try:
+            _require_https(newurl)
+        except InvalidSpec:
+            fp.close()  # urllib does so only for what it follows
+            raise
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -83,6 +87,8 @@ def _install(target: Path, sha256: str, url: str, context: ssl.SSLContext | None
             os.fsync(file.fileno())
         temporary.replace(target)
     except (OSError, HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the answer, too
         raise VmmError(f"cannot download {url}: {error}", reason="DOWNLOAD_FAILED") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -116,7 +116,10 @@ class RestClient:
         await self.call("PUT", "vm.resize", {key: value for key, value in wanted.items() if value is not None})
 
     async def counters(self) -> dict[str, dict[str, int]]:
-        """Returns the counters of each device that has any, by the device's id."""
+        """Returns the counters of each device that has any, by the device's id.
+
+        A disk's latencies mean nothing before its first operation: they start at the largest number there is.
+        """
         found: dict[str, dict[str, int]] = {}
         for device, values in (await self._object("vm.counters")).items():
             if isinstance(values, dict):
