@@ -124,12 +124,14 @@ def start(argv: list[str], env: dict[str, str], cwd: str, user: User, stdio: Std
             raise CallError(
                 "STATE", f"cannot enter the working directory {cwd}: {error.strerror}", "CWD_INVALID"
             ) from None
-        path = find_program(argv[0], env.get("PATH", DEFAULT_PATH))
+        search = env.get("PATH", DEFAULT_PATH)
+        path = argv[0] if "/" in argv[0] else find_program(argv[0], search)
         try:
             return os.posix_spawn(
                 path, argv, env, file_actions=actions, setsid=True, setsigdef=_DEFAULT_SIGNALS, setsigmask=()
             )
         except OSError as error:
+            find_program(argv[0], search)  # says more, if it is the file itself that cannot be run
             raise _exec_error(path, error) from None
     finally:
         _become_root(user)

@@ -164,6 +164,14 @@ class GuestFiles:
                     await call.write(file_pb2.WriteFileRequest(data=piece))
                 await call.done_writing()
             await call
+        except grpc.aio.AioRpcError as error:
+            # grpc.aio puts this in the place of the status that the daemon sent, if a write fails before it was looked
+            # at.
+            if error.code() is grpc.StatusCode.INTERNAL and error.details() == "Internal error from Core":
+                raise CliError(
+                    f"the sandbox stopped taking {text}: is its disk full? See `df` there", reason="UPLOAD_CUT_OFF"
+                ) from error
+            raise
         finally:
             call.cancel()
 
