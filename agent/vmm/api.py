@@ -65,7 +65,7 @@ class VmSpec:
 
     With `restore_from`, a directory that `Vm.snapshot` filled, the VM goes on from there instead of booting: all else
     must be as it was for the VM of the snapshot, but `id`, `netns`, `run_dir`, `limits`, the paths of the writable
-    disks (their size may differ, see `Vm.announce_disk_size`), and `memory_file`, which is now private.
+    disks (their size may differ: the driver tells the guest), and `memory_file`, which is now private.
     """
 
     id: str
@@ -146,12 +146,6 @@ class Vm(Protocol):
         """Pauses the VM and writes all but its RAM into `directory` (exists, empty). Only `stop` may follow.
 
         :raises VmmError: it failed; or the VM cannot be snapshotted (reason SNAPSHOT_UNSUPPORTED).
-        """
-
-    async def announce_disk_size(self, serial: str, size_bytes: int) -> None:
-        """Lets the guest's driver know the size of a disk that was another when the snapshot was made.
-
-        :raises VmmError: no such disk, or the VMM failed.
         """
 
     async def pause(self) -> None:

@@ -10,9 +10,23 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 _READ_BYTES = 64 << 10
+
+
+def read_tail(newest_first: Sequence[Path], limit_bytes: int) -> bytes:
+    """Returns the last bytes of files that continue each other, at most `limit_bytes`; a missing one is empty."""
+    kept = b""
+    for path in newest_first:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (limit_bytes - len(kept))))
+            kept = file.read() + kept
+        if len(kept) >= limit_bytes:
+            break
+    return kept[-limit_bytes:] if limit_bytes else b""
 
 
 class Console:
@@ -54,15 +68,7 @@ class Console:
 
     def tail(self, limit_bytes: int) -> bytes:
         """Returns the last bytes, at most `limit_bytes`; after `aclose`, too."""
-        kept = b""
-        for path in (self._path, self._old_path):
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - (limit_bytes - len(kept))))
-                kept = file.read() + kept
-            if len(kept) >= limit_bytes:
-                break
-        return kept[-limit_bytes:] if limit_bytes else b""
+        return read_tail((self._path, self._old_path), limit_bytes)
 
     async def aclose(self, timeout_s: float = 1.0) -> None:
         """Reads what is left of a VMM that has ended, then closes the file. Idempotent."""

@@ -107,11 +107,6 @@ class QemuVm:
             await qmp.execute("stop")
             await migration.save(qmp, directory)
 
-    async def announce_disk_size(self, serial: str, size_bytes: int) -> None:
-        """Makes the device tell its driver: a resize to the size that the file has already does so."""
-        async with self._control() as qmp:
-            await qmp.execute("block_resize", node_name=f"d-{serial}", size=size_bytes)
-
     async def pause(self) -> None:
         """Stops the CPUs."""
         async with self._control() as qmp:

@@ -108,9 +108,6 @@ class FakeVm:
     async def snapshot(self, directory: Path) -> None:
         (directory / "state").write_bytes(b"frozen")
 
-    async def announce_disk_size(self, serial: str, size_bytes: int) -> None:
-        self.announced = (serial, size_bytes)
-
     async def pause(self) -> None:
         self.running = False
 

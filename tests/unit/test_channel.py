@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -26,21 +25,9 @@ from agent.errors import (
     ResourceExhausted,
 )
 from guest.wire import Frame
-from tests.unit.guest_child import MIB, Guest, collect, guest
+from tests.unit.guest_child import MIB, Guest, collect
 
 pytestmark = pytest.mark.timeout(30)
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Guest]:
-    with guest() as child:
-        yield child
-
-
-@pytest.fixture
-async def channel(child: Guest) -> AsyncIterator[Channel]:
-    async with child.channel() as channel:
-        yield channel
 
 
 async def eventually(channel: Channel, **expected: int) -> None:

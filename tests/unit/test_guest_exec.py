@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.channel.channel import Channel
 from agent.errors import InvalidSpec, InvalidState
-from tests.unit.guest_child import Guest, guest
+from tests.unit.guest_child import Guest
 from tests.unit.test_guest_process import run, shell, spec
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="the guest's server switches users, so it needs root"),
     pytest.mark.timeout(30),
 ]
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Guest]:
-    with guest() as child:
-        yield child
-
-
-@pytest.fixture
-async def channel(child: Guest) -> AsyncIterator[Channel]:
-    async with child.channel() as channel:
-        yield channel
 
 
 def program(directory: Path, name: str, text: str, mode: int = 0o755) -> str:

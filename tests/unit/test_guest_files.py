@@ -6,7 +6,7 @@ import os
 import socket
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,12 @@ from agent.errors import (
     PermissionDenied,
 )
 from guest.wire import Frame
-from tests.unit.guest_child import MIB, Guest, collect, guest
+from tests.unit.guest_child import MIB, collect
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="the guest's server switches users, so it needs root"),
     pytest.mark.timeout(30),
 ]
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Guest]:
-    with guest() as child:
-        yield child
-
-
-@pytest.fixture
-async def channel(child: Guest) -> AsyncIterator[Channel]:
-    async with child.channel() as channel:
-        yield channel
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,21 +16,9 @@ from agent.channel.channel import Channel
 from agent.errors import AgentError, InvalidSpec
 from guest import nic
 from guest.wire import Frame
-from tests.unit.guest_child import MIB, Guest, collect, guest
+from tests.unit.guest_child import MIB, Guest, collect
 
 pytestmark = pytest.mark.timeout(30)
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Guest]:
-    with guest() as child:
-        yield child
-
-
-@pytest.fixture
-async def channel(child: Guest) -> AsyncIterator[Channel]:
-    async with child.channel() as channel:
-        yield channel
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]"])

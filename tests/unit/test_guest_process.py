@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,25 +15,13 @@ from agent.channel.channel import Channel
 from agent.channel.stream import CallStream
 from agent.errors import AgentError, InvalidSpec, InvalidState, NotFound
 from guest.wire import Frame
-from tests.unit.guest_child import MIB, Guest, collect, guest
+from tests.unit.guest_child import MIB, Guest, collect
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="the guest's server switches users, so it needs root"),
     pytest.mark.timeout(60),
 ]
 Spec = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Guest]:
-    with guest() as child:
-        yield child
-
-
-@pytest.fixture
-async def channel(child: Guest) -> AsyncIterator[Channel]:
-    async with child.channel() as channel:
-        yield channel
 
 
 def spec(*argv: str, **fields: Any) -> Spec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,9 @@ from agent.channel.channel import Channel
 from agent.channel.stream import CallStream
 from agent.errors import AgentError, InvalidSpec, InvalidState, NotFound
 from guest.wire import Frame
-from tests.unit.guest_child import MIB, Guest, collect, guest
+from tests.unit.guest_child import MIB, collect
 
 pytestmark = pytest.mark.timeout(30)
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Guest]:
-    with guest() as child:
-        yield child
-
-
-@pytest.fixture
-async def channel(child: Guest) -> AsyncIterator[Channel]:
-    async with child.channel() as channel:
-        yield channel
 
 
 async def entries(channel: Channel, op: str, **fields: Any) -> list[str]:

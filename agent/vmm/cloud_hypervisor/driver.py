@@ -150,6 +150,9 @@ class CloudHypervisorDriver:
         await vm.api.restore(layout.restore, taps)
         await vm.events.wait_for("vm resumed", _RESUMED_TIMEOUT_S)  # "vm restored" comes before the CPUs go on
         layout.remove_restore()
+        for disk in spec.disks:
+            if not disk.read_only:
+                await vm.announce_disk_size(disk.serial, await asyncio.to_thread(os.path.getsize, disk.path))
 
     async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> CloudHypervisorVm | None:  # noqa: ARG002
         """Finds a VM that an earlier agent started."""

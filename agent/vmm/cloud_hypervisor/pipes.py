@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agent.errors import VmmError
+from agent.vmm.console import read_tail
 
 _READ_BYTES = 256 << 10
 _MAX_EVENT_BYTES = 64 << 10
@@ -92,15 +93,7 @@ class Log:
     def tail(self, limit_bytes: int) -> bytes:
         """Returns the last bytes of all that came until now, at most `limit_bytes`; after `close`, too."""
         self.pipe.drain()
-        kept = b""
-        for path in (self._path, self._old_path):
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - (limit_bytes - len(kept))))
-                kept = file.read() + kept
-            if len(kept) >= limit_bytes:
-                break
-        return kept[-limit_bytes:] if limit_bytes else b""
+        return read_tail((self._path, self._old_path), limit_bytes)
 
 
 class Events:
