@@ -280,17 +280,17 @@ def test_a_shell_on_a_terminal(ctl: Ctl, box: str) -> None:
         screen.expect(rb"33 101\r\n/dev/pts/\d+\r\n")
         screen.set_size(44, 120)
         screen.process.send_signal(signal.SIGWINCH)
-        # The shell learns of it by a call of its own, which may come after the next line.
-        screen.type(b'until [ "$(stty size)" = "44 120" ]; do sleep 0.1; done; stty size\r')
-        screen.expect(rb"\r44 120\r\n")
+        # The shell learns of it by a call of its own, which may come after the next line, and draws its line again then.
+        screen.type(b'until [ "$(stty size)" = "44 120" ]; do sleep 0.1; done; echo "now" is $(stty size)\r')
+        screen.expect(rb"now is 44 120\r\n")
         # What the job itself prints says that it, and not the shell, has the terminal now.
         screen.type(b"sh -c 'echo sl\"\"eeps; exec sleep 100'\r")
-        screen.expect(rb"\rsleeps\r\n")
+        screen.expect(rb"sleeps\r\n")
         screen.type(b"\x03")
         screen.expect(rb"\^C")
         screen.expect(rb"ready> $")
         screen.type(b"echo li''ves\r")
-        screen.expect(rb"\rlives\r\n")
+        screen.expect(rb"lives\r\n")
         screen.type(b"exit 3\r")
         assert screen.end() == 3
         assert termios.tcgetattr(screen.slave) == screen.before
@@ -315,8 +315,8 @@ def test_attach_to_a_terminal_and_leave_it(ctl: Ctl, box: str) -> None:
     number = ctl("exec", "-dt", "-e", "PS1=ready> ", box, "bash", "--norc").decode().strip()
     with terminal(ctl, "attach", box, number, rows=50, cols=90) as screen:
         screen.expect(rb"ready> $")
-        screen.type(b'until [ "$(stty size)" = "50 90" ]; do sleep 0.1; done; stty size\r')
-        screen.expect(rb"\r50 90\r\n")
+        screen.type(b'until [ "$(stty size)" = "50 90" ]; do sleep 0.1; done; echo "now" is $(stty size)\r')
+        screen.expect(rb"now is 50 90\r\n")
         screen.type(b"\x1d")
         assert screen.end() == 0
         assert termios.tcgetattr(screen.slave) == screen.before
