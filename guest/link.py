@@ -41,7 +41,9 @@ class Link:
         self._hang_up_is_final = hang_up_is_final
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
-        self._buffer = bytearray(_READ_BYTES)
+        self._view = memoryview(bytearray(_READ_BYTES))
+        # A virtio-serial port gives at most a page for each read, but the kernel fills one element after the other.
+        self._pages = [self._view[start : start + 4096] for start in range(0, _READ_BYTES, 4096)]
         self._tasks: set[Task] = set()  # by identity: the next host uses the same stream ids before all of these ended
         self._closed = False
         reactor.register(fd)
@@ -70,16 +72,14 @@ class Link:
 
     def _write_now(self, data: Buffer) -> int:
         """Returns how many bytes the host has taken. :raises OSError: it is gone."""
-        written, size = 0, len(data)
         try:
-            if size <= _WRITE_BYTES:
+            if len(data) <= _WRITE_BYTES:
                 return os.write(self._fd, data)
             view = memoryview(data)
-            while written < size:
-                written += os.write(self._fd, view[written : written + _WRITE_BYTES])
+            starts = range(0, len(data), _WRITE_BYTES)
+            return os.writev(self._fd, [view[start : start + _WRITE_BYTES] for start in starts])
         except BlockingIOError:
-            pass
-        return written
+            return 0
 
     async def _write_queue(self) -> None:
         while True:
@@ -161,26 +161,19 @@ class Link:
 
     async def _read(self) -> memoryview:
         """Returns what has arrived, up to the buffer's size; valid until the next call."""
-        view = memoryview(self._buffer)
-        size = 0
-        while size <= _READ_BYTES - 4096:  # a virtio-serial port gives at most one page per read
+        while True:
             try:
-                count = os.readv(self._fd, [view[size:]])
+                size = os.readv(self._fd, self._pages)
             except BlockingIOError:
-                if size:
-                    break
                 await reactor.readable(self._fd)
                 continue
             except OSError as error:
                 raise LinkLost(str(error)) from None
-            if not count:
-                if size:
-                    break
+            if not size:
                 raise LinkLost("the host closed the link")
-            size += count
-        else:
-            await reactor.checkpoint()  # the host writes faster than we read: let the calls run, too
-        return view[:size]
+            if size == _READ_BYTES:
+                await reactor.checkpoint()  # the host writes faster than we read: let the calls run, too
+            return self._view[:size]
 
     def _accept(self, stream: Stream) -> None:
         call = Call(stream, self)

@@ -14,6 +14,7 @@ from guest.wire import CallError, Frame, parse_json
 DEFAULT_USER = "sandbox"
 DEFAULT_REPLAY_BYTES = 256 << 10
 MAX_REPLAY_BYTES = 16 << 20
+_INPUT_BYTES = 128 << 10  # of standard input at once: what a pipe that was widened takes well
 _HANG_UP_GRACE_S = 2.0
 
 TYPE_CHECKING = False
@@ -170,7 +171,7 @@ async def _feed(call: Call, process: Process) -> None:
     """Carries the host's frames to the process: input, its end, new sizes, signals."""
     ended = False
     while True:
-        kind, payload = await call.recv()
+        kind, payload = await call.recv(_INPUT_BYTES)
         if kind == Frame.DATA and not ended:
             await process.write_stdin(payload)
         elif kind == Frame.EOF:

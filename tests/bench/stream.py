@@ -52,7 +52,8 @@ async def _stdin_rate(target: Target) -> float:
 async def measure(target: Target) -> None:
     """Adds `stdout_vs_link` and `stdin_vs_link`: at most 1 for a link that is used to the full.
 
-    `pipe_vs_link` is what stdout could reach if agent, calls and copies cost nothing: a process writes into a pipe.
+    `pipe_vs_link` and `feed_vs_link` are what stdout and stdin could reach if agent, calls and replay cost nothing: the
+    process writes into, or reads from, a pipe, and a bare loop moves the bytes between pipe and link.
     """
     report = target.report
     async with raw_port(target) as port:
@@ -61,8 +62,11 @@ async def measure(target: Target) -> None:
             report.add("a process's output spliced to the raw link, MiB/s", await port.from_pipe(_SIZE_BYTES))
             report.add("stdout, MiB/s", await _stdout_rate(target))
             report.add("raw link to the guest, MiB/s", await port.to_guest(_SIZE_BYTES))
+            report.add("the raw link into a process's pipe, MiB/s", await port.to_pipe(_SIZE_BYTES))
             report.add("stdin, MiB/s", await _stdin_rate(target))
-    report.figures["stdout_vs_link"] = report.median("stdout, MiB/s") / report.median("raw link from the guest, MiB/s")
+    from_guest, to_guest = (report.median(f"raw link {way} the guest, MiB/s") for way in ("from", "to"))
+    report.figures["stdout_vs_link"] = report.median("stdout, MiB/s") / from_guest
     piped = report.median("a process's output spliced to the raw link, MiB/s")
-    report.figures["pipe_vs_link"] = piped / report.median("raw link from the guest, MiB/s")
-    report.figures["stdin_vs_link"] = report.median("stdin, MiB/s") / report.median("raw link to the guest, MiB/s")
+    report.figures["pipe_vs_link"] = piped / from_guest
+    report.figures["stdin_vs_link"] = report.median("stdin, MiB/s") / to_guest
+    report.figures["feed_vs_link"] = report.median("the raw link into a process's pipe, MiB/s") / to_guest

@@ -280,7 +280,7 @@ def test_a_shell_on_a_terminal(ctl: Ctl, box: str) -> None:
         screen.expect(rb"33 101\r\n/dev/pts/\d+\r\n")
         screen.set_size(44, 120)
         screen.process.send_signal(signal.SIGWINCH)
-        # The shell learns of it by a call of its own, which may come after the next line, and draws its line again then.
+        # The shell learns of it by a call of its own, maybe after the next line, and draws its line again then.
         screen.type(b'until [ "$(stty size)" = "44 120" ]; do sleep 0.1; done; echo "now" is $(stty size)\r')
         screen.expect(rb"now is 44 120\r\n")
         # What the job itself prints says that it, and not the shell, has the terminal now.
