@@ -52,7 +52,7 @@ test *ARGS: lint type image
 # All checks but the VM tests
 check: lint type unit
 
-# Measure: just bench exec stream files [--json]
+# Measure: just bench boot exec stream files [--json]
 bench *ARGS: proto image
     @{{ python }} -m tests.bench {{ ARGS }}
 

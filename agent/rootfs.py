@@ -49,6 +49,10 @@ _TEMPLATES_KEPT = 32
 
 # A sandbox's disk is thrown away with it, so nothing is spent on surviving a crash: no journal, no checksums, no backup
 # superblocks but two. Unwritten inode tables stay holes, so the default number of inodes costs nothing.
+# What is on a new disk: the folders of the guest's overlay, and the files that every guest writes first. Making them
+# there would cost an emulated guest a tenth of its start.
+_FOLDERS = ("upper/etc", "work")
+_FILES = tuple(f"upper/etc/{name}" for name in ("hostname", "hosts", "machine-id", "resolv.conf"))
 _FORMAT = (
     "-O", "^has_journal,^resize_inode,^metadata_csum,uninit_bg,sparse_super2",
     "-E", "root_owner=0:0",
@@ -324,7 +328,7 @@ class DiskMaker:
             raise _disk_error(path, e) from e
 
     def _template(self, size_bytes: int) -> Path:
-        variant = hashlib.sha256(" ".join(_FORMAT).encode()).hexdigest()[:8]
+        variant = hashlib.sha256(" ".join((*_FORMAT, *_FOLDERS, *_FILES)).encode()).hexdigest()[:8]
         template = self._dir / f"ext4-{variant}-{size_bytes}.img"
         with self._formatting:
             try:
@@ -354,7 +358,7 @@ class DiskMaker:
 
 
 def run_mkfs(path: Path) -> None:
-    """Ensures that the file holds an empty ext4 file system of the file's own size (mke2fs(8)).
+    """Ensures that the file holds a new ext4 file system of the file's own size (mke2fs(8)).
 
     :raises HostError: mkfs.ext4 is missing or failed.
     :raises OSError: ENOSPC where the host's disk is full.
@@ -362,11 +366,25 @@ def run_mkfs(path: Path) -> None:
     program = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if program is None:
         raise HostError("mkfs.ext4 is missing: apt-get install e2fsprogs", reason="PROGRAM_MISSING")
-    done = subprocess.run([program, "-q", "-F", *_FORMAT, str(path)], capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory(prefix="draft-", dir=path.parent) as name:
+        _make_content(Path(name))
+        command = [program, "-q", "-F", *_FORMAT, "-d", name, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         if os.strerror(errno.ENOSPC) in done.stderr:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise HostError(f"mkfs.ext4 failed with status {done.returncode}: {done.stderr.strip()[-500:]}")
+
+
+def _make_content(directory: Path) -> None:
+    directory.chmod(0o755)
+    for folder in _FOLDERS:
+        (directory / folder).mkdir(parents=True)
+    for path in (directory / "upper", *(directory / folder for folder in _FOLDERS)):
+        path.chmod(0o755)
+    for file in _FILES:
+        (directory / file).touch()
+        (directory / file).chmod(0o644)
 
 
 def _disk_error(path: Path, error: OSError) -> AgentError:

@@ -11,6 +11,7 @@ import os
 import sys
 
 from guest import kernel, link, nic, reactor, root, wire
+from guest.ahead import Ahead
 from guest.dial import OPS as DIAL_OPS
 from guest.files import OPS as FILE_OPS
 from guest.identity import Identity
@@ -47,7 +48,8 @@ class System:
         self.registry = Registry(OomWatcher())
         self.processes = ProcessOps(self.registry)
         self.identity = Identity(self.processes)
-        self.prepare = Prepare(self.identity, self.processes)
+        self.ahead = Ahead()
+        self.prepare = Prepare(self.identity, self.processes, self.ahead)
         self.power_off_asked = False
 
     def handlers(self) -> dict[str, Handler]:
@@ -81,7 +83,8 @@ def serve(kind: str) -> None:
     system = System()
     reactor.spawn(system.registry.reap())
     handlers = system.handlers()
-    reactor.spawn(link.serve_vsock(handlers) if kind == "vsock" else link.serve_serial(handlers))
+    on_host = system.ahead.start
+    reactor.spawn(link.serve_vsock(handlers, on_host) if kind == "vsock" else link.serve_serial(handlers, on_host))
     gc.collect()
     gc.freeze()  # what is loaded now stays: do not look at it again
     log(f"serving on {kind}")

@@ -19,6 +19,8 @@ from guest.yamux import Buffer, Session, Stream, YamuxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from guest.call import Handler
 
 _READ_BYTES = 128 << 10
@@ -34,8 +36,16 @@ class LinkLost(Exception):
 class Link:
     """Frames in and out of one descriptor. `blocked` says that a data frame would have to wait for `unblocked`."""
 
-    def __init__(self, fd: int, handlers: dict[str, Handler], *, hang_up_is_final: bool) -> None:
+    def __init__(
+        self,
+        fd: int,
+        handlers: dict[str, Handler],
+        *,
+        hang_up_is_final: bool,
+        on_host: Callable[[], None] = lambda: None,
+    ) -> None:
         self.unblocked = Waiters()
+        self._on_host = on_host
         self._fd = fd
         self._handlers = handlers
         self._hang_up_is_final = hang_up_is_final
@@ -130,6 +140,7 @@ class Link:
                 return nonce
             try:
                 pending += await self._read()
+                self._on_host()
             except LinkLost:
                 pending.clear()
                 if self._hang_up_is_final:
@@ -213,20 +224,22 @@ def open_serial(name: str) -> int:
     raise FileNotFoundError(f"no virtio-serial port named {name}")
 
 
-async def serve_serial(handlers: dict[str, Handler]) -> None:
-    """Serves the host on the virtio-serial port, for ever."""
-    await Link(open_serial(wire.SERIAL_NAME), handlers, hang_up_is_final=False).serve()
+async def serve_serial(handlers: dict[str, Handler], on_host: Callable[[], None]) -> None:
+    """Serves the host on the virtio-serial port, for ever. `on_host` is called at the first bytes of each."""
+    await Link(open_serial(wire.SERIAL_NAME), handlers, hang_up_is_final=False, on_host=on_host).serve()
 
 
-async def serve_vsock(handlers: dict[str, Handler]) -> None:
+async def serve_vsock(handlers: dict[str, Handler], on_host: Callable[[], None]) -> None:
     """Serves hosts that connect to the AF_VSOCK port; a new connection replaces the one before it."""
     listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     listener.bind((socket.VMADDR_CID_ANY, wire.LINK_PORT))
     listener.listen(8)
-    await serve_listener(listener, handlers)
+    await serve_listener(listener, handlers, on_host)
 
 
-async def serve_listener(listener: socket.socket, handlers: dict[str, Handler]) -> None:
+async def serve_listener(
+    listener: socket.socket, handlers: dict[str, Handler], on_host: Callable[[], None] = lambda: None
+) -> None:
     """Serves one connection of `listener` at a time, the newest one."""
     current: Task | None = None
     reactor.register(listener.fileno())
@@ -239,4 +252,4 @@ async def serve_listener(listener: socket.socket, handlers: dict[str, Handler]) 
         connection.setblocking(False)
         if current is not None:
             current.cancel()
-        current = reactor.spawn(Link(connection.detach(), handlers, hang_up_is_final=True).serve())
+        current = reactor.spawn(Link(connection.detach(), handlers, hang_up_is_final=True, on_host=on_host).serve())

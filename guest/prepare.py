@@ -8,8 +8,9 @@ import gc
 import os
 
 from guest import root
+from guest.ahead import Ahead
 from guest.identity import Identity, configure_network
-from guest.process_ops import ProcessOps
+from guest.process_ops import DEFAULT_USER, ProcessOps
 from guest.wire import CallError
 
 TYPE_CHECKING = False
@@ -33,7 +34,8 @@ _PROGRAMS = (
 class Prepare:
     """Handler of sys.prepare."""
 
-    def __init__(self, identity: Identity, processes: ProcessOps) -> None:
+    def __init__(self, identity: Identity, processes: ProcessOps, ahead: Ahead) -> None:
+        self._ahead = ahead
         self._identity = identity
         self._processes = processes
 
@@ -43,7 +45,8 @@ class Prepare:
             raise CallError("STATE", "the sandbox is configured already", "CONFIGURED")
         configure_network(call.req)
         self._identity.network_ready = True
-        root.rehearse(root.find_disk(str(call.req.get("data_disk_serial"))))
+        self._identity.disk = root.find_disk(str(call.req.get("data_disk_serial")))
+        root.rehearse(self._identity.disk)
         for argv in _PROGRAMS:
             if os.access(argv[0], os.X_OK):
                 await self._run({"argv": argv})
@@ -52,6 +55,8 @@ class Prepare:
         self._processes.registry.start_again()
         gc.collect()
         gc.freeze()
+        if call.req.get("emulated") and os.cpu_count() != 1:
+            self._ahead.fork(DEFAULT_USER)
         return {}
 
     async def _run(self, req: dict[str, object]) -> None:

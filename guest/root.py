@@ -48,11 +48,9 @@ def find_disk(serial: str) -> str:
 
 def await_size(device: str, size_bytes: int) -> None:
     """Waits for the driver to know that the disk has another size than when the guest was frozen. :raises OSError:"""
-    path = f"/sys/block/{device.rpartition('/')[2]}/size"
     for _ in range(_SIZE_TRIES):
-        with open(path) as file:
-            if int(file.read()) * 512 == size_bytes:
-                return
+        if size_of(device) == size_bytes:
+            return
         time.sleep(_SIZE_INTERVAL_S)
     raise OSError(errno.ENXIO, "the disk does not have the size that was announced", device)
 
@@ -66,24 +64,39 @@ def drop_cache(device: str) -> None:
         os.close(fd)
 
 
+def size_of(device: str) -> int:
+    """Returns how many bytes the driver says that the disk has. :raises OSError:"""
+    with open(f"/sys/block/{device.rpartition('/')[2]}/size") as file:
+        return int(file.read()) * 512
+
+
 def rehearse(device: str) -> None:
     """Mounts a writable root aside and unmounts it, so that the kernel has done for the first time what is slow then.
 
     :raises OSError:
     """
-    kernel.mount(device, "/overlay", "ext4", MS_NOATIME, "discard")
+    _mount_aside(device)
     try:
-        for directory in ("/overlay/upper", "/overlay/work"):
-            os.makedirs(directory, 0o755, exist_ok=True)
-        kernel.mount("overlay", "/newroot", "overlay", MS_NOATIME, _OVERLAY)
-        try:
-            with open("/newroot/etc/hostname", "w") as file:
-                file.write("rehearsal\n")
-        finally:
-            kernel.unmount("/newroot")
+        with open("/newroot/etc/hostname", "w") as file:
+            file.write("rehearsal\n")
     finally:
+        kernel.unmount("/newroot")
         kernel.unmount("/overlay")
     drop_cache(device)
+
+
+def _mount_aside(device: str) -> None:
+    kernel.mount(device, "/overlay", "ext4", MS_NOATIME, "discard")
+    try:
+        try:
+            kernel.mount("overlay", "/newroot", "overlay", MS_NOATIME, _OVERLAY)
+        except FileNotFoundError:  # a disk that did not come with the two folders
+            for directory in ("/overlay/upper", "/overlay/work"):
+                os.makedirs(directory, 0o755, exist_ok=True)
+            kernel.mount("overlay", "/newroot", "overlay", MS_NOATIME, _OVERLAY)
+    except OSError:
+        kernel.unmount("/overlay")
+        raise
 
 
 def mount_writable_root(device: str) -> None:
@@ -93,10 +106,7 @@ def mount_writable_root(device: str) -> None:
     Mounts cannot be replaced in place: the overlay is mounted aside, the other file systems move into it, it moves to
     `/`, and PID 1 enters it (as switch_root(8) does). :raises OSError:
     """
-    kernel.mount(device, "/overlay", "ext4", MS_NOATIME, "discard")
-    for directory in ("/overlay/upper", "/overlay/work"):
-        os.makedirs(directory, 0o755, exist_ok=True)
-    kernel.mount("overlay", "/newroot", "overlay", MS_NOATIME, _OVERLAY)
+    _mount_aside(device)
     for directory in _MOVED:
         kernel.mount(directory, f"/newroot{directory}", "", MS_MOVE)
     os.chdir("/newroot")

@@ -24,6 +24,7 @@ _NET = {
     "address": GUEST_IPV4, "gateway": GATEWAY_IPV4.partition("/")[0],
     "address6": GUEST_IPV6, "gateway6": GATEWAY_IPV6.partition("/")[0],
 }  # fmt: skip
+NETWORK = {"net": _NET, "dns": [_NET["gateway"]]}  # of a guest's configuration: the same for all
 
 
 async def connect(vm: Vm, *, fresh: bool, timeout_s: float) -> Channel:
@@ -58,9 +59,11 @@ async def _dial(vm: Vm, *, fresh: bool) -> Channel:
             pause_s = min(pause_s * 2, _LAST_REDIAL_S)
 
 
-async def prepare(channel: Channel) -> None:
+async def prepare(channel: Channel, *, emulated: bool) -> None:
     """Brings a fresh guest to the point where it is frozen as a template. :raises AgentError:"""
-    await channel.call("sys.prepare", timeout_s=_PREPARE_TIMEOUT_S, data_disk_serial=DATA_DISK, net=_NET)
+    await channel.call(
+        "sys.prepare", timeout_s=_PREPARE_TIMEOUT_S, data_disk_serial=DATA_DISK, net=_NET, emulated=emulated
+    )
 
 
 async def configure(channel: Channel, record: Record, timeout_s: float) -> None:
@@ -75,8 +78,7 @@ async def configure(channel: Channel, record: Record, timeout_s: float) -> None:
         env=record.spec.env,
         data_disk_serial=DATA_DISK,
         data_disk_bytes=record.spec.disk_bytes,
-        net=_NET,
-        dns=[_NET["gateway"]],
+        **NETWORK,
     )
     _note_phases(result.get("phases"))
 

@@ -51,7 +51,8 @@ async def _make(host: Host, shape: Shape, image: Image, draft: Path, path: Path)
     with ram.open("xb") as file:
         os.ftruncate(file.fileno(), shape.memory_bytes)
     async with _booted(host, shape, image, MemoryFile(ram, private=False), None) as (vm, channel):
-        await dialogue.prepare(channel)
+        emulated = (await host.driver.probe()).accelerator == "tcg"
+        await dialogue.prepare(channel, emulated=emulated)
         await channel.aclose()
         await asyncio.sleep(_SETTLE_S)
         await vm.snapshot(draft / template_files.VMM)

@@ -59,7 +59,9 @@ def device_args(spec: VmSpec, link_fd: int | None, console_fd: int, qmp_fd: int,
 
     :param vsock: the device for a VSOCK link, as `vsock_device` gives it.
     """
-    args = ["-kernel", str(spec.kernel), "-initrd", str(spec.initramfs), "-append", spec.cmdline]
+    args = []
+    if spec.restore_from is None:  # a clone has its kernel in its RAM
+        args += ["-kernel", str(spec.kernel), "-initrd", str(spec.initramfs), "-append", spec.cmdline]
     for disk in spec.disks:
         node = value(disk.serial)
         access = f"read-only={'on' if disk.read_only else 'off'}"

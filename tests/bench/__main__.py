@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m tests.bench exec stream files [--json] [--rounds N]`."""
+"""Command line of the benchmarks: `python -m tests.bench boot exec stream files [--json] [--rounds N]`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import argparse
 import asyncio
 import sys
 
+from tests.bench import boot, files, stream
 from tests.bench import exec as exec_bench
-from tests.bench import files, stream
 from tests.bench.harness import Report, target
 
-_BENCHES = {"exec": exec_bench.measure, "stream": stream.measure, "files": files.measure}
-_ROUNDS = 10
+_BENCHES = {"exec": exec_bench.measure, "stream": stream.measure, "files": files.measure}  # on a sandbox that is there
+_ROUNDS, _BOOT_ROUNDS = 10, 30
 
 
 async def _run(names: list[str], rounds: int) -> Report:
     report = Report(rounds=rounds)
     for name in names:
+        if name == "boot":
+            await boot.measure(report, rounds)
+            continue
         async with target(report, rounds) as one:
             await _BENCHES[name](one)
     return report
@@ -25,15 +28,24 @@ async def _run(names: list[str], rounds: int) -> Report:
 def main() -> int:
     """Runs the benchmarks named and prints their figures."""
     parser = argparse.ArgumentParser(prog="just bench", description=__doc__)
-    parser.add_argument("names", nargs="+", choices=sorted(_BENCHES), metavar="NAME", help=", ".join(_BENCHES))
+    choices = sorted([*_BENCHES, "boot"])
+    parser.add_argument("names", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices))
     parser.add_argument("--json", action="store_true", help="one JSON object, and nothing else on standard output")
-    parser.add_argument("--rounds", type=int, default=_ROUNDS, help="how often each is measured (%(default)s)")
+    parser.add_argument("--rounds", type=int, help=f"how often each is measured ({_ROUNDS}; boot: {_BOOT_ROUNDS})")
+    parser.add_argument("--plot", metavar="FILE", help="also draw where the time of a create goes, as a PNG (boot)")
     options = parser.parse_args()
-    if options.rounds < 1:
+    rounds = options.rounds or (_BOOT_ROUNDS if "boot" in options.names else _ROUNDS)
+    if rounds < 1:
         parser.error("--rounds must be at least 1")
-    report = asyncio.run(_run(options.names, options.rounds))
+    if options.plot and "boot" not in options.names:
+        parser.error("--plot needs the benchmark boot")
+    report = asyncio.run(_run(options.names, rounds))
     bench = " ".join(options.names)
     report.print_json(bench) if options.json else report.print_table(bench)
+    if options.plot:
+        from tests.bench import waterfall  # only now: what it draws with takes a second to load
+
+        waterfall.draw(report, options.plot)
     return 0
 
 

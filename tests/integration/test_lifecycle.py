@@ -233,8 +233,11 @@ async def test_the_console_is_read_and_followed(client: Client, sandbox: pb.Sand
         request = pb.GetConsoleRequest(id=sandbox.id, **fields)
         return b"".join([piece.data async for piece in client.sandboxes.GetConsole(request)])
 
+    async def says_configured() -> bool:
+        return b"sandboxd-init: configured" in await read()
+
+    await until(says_configured)
     before = await read()
-    assert b"sandboxd-init: configured" in before
     assert await read(tail_bytes=10) == before[-10:]
     followed = bytearray()
 

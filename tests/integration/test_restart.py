@@ -41,8 +41,12 @@ async def adopted(daemon: Daemon, before: pb.Sandbox, process_id: int) -> None:
         assert (await wait(client, before.id, process_id)).exit_code == 7
         assert await client.sandboxes.CreateSandbox(REQUEST) == before
         # The console is read on: it is one text over all agents.
-        console = [piece.data async for piece in client.sandboxes.GetConsole(pb.GetConsoleRequest(id=before.id))]
-        assert b"".join(console).count(b"sandboxd-init: configured") == 1
+        assert (await console(client, before.id)).count(b"sandboxd-init: configured") == 1
+
+
+async def console(client: Client, sandbox_id: str) -> bytes:
+    request = pb.GetConsoleRequest(id=sandbox_id)
+    return b"".join([piece.data async for piece in client.sandboxes.GetConsole(request)])
 
 
 def waiter(number: int) -> tuple[str, ...]:
@@ -55,6 +59,11 @@ async def test_sandboxes_outlive_an_agent_that_is_killed_and_one_that_keeps_them
         async with connected(daemon) as client:
             made = await client.sandboxes.CreateSandbox(REQUEST)
             assert [await start(client, made.id, *waiter(number)) for number in (1, 2)] == [1, 2]
+
+            async def says_configured() -> bool:
+                return b"sandboxd-init: configured" in await console(client, made.id)
+
+            await until(says_configured)
         daemon.kill()
     with daemon_with(directory, keeps=True, sandbox__on_stop="keep") as daemon:
         await adopted(daemon, made, 1)
