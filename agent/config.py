@@ -96,11 +96,19 @@ class ApiSettings:
 
 @dataclass(frozen=True, slots=True)
 class VmmSettings:
-    """The VMM: `accelerator` auto, kvm or tcg; `link` serial or vsock."""
+    """The VMM.
 
+    `driver` is auto (Cloud Hypervisor if it boots a guest here, else QEMU), qemu or cloud-hypervisor; `accelerator`
+    auto, kvm or tcg; `link` auto (what the VMM does best), serial or vsock. `sandboxctl vmm install` takes the release
+    from `download_url` (empty: where its makers publish it), if it has the SHA-256 digest `download_sha256`.
+    """
+
+    driver: str = "auto"
     binary: str = ""
     accelerator: str = "auto"
-    link: str = "serial"
+    link: str = "auto"
+    download_url: str = ""
+    download_sha256: str = ""
     console_limit_bytes: int = 1 << 20
     extra_kernel_args: str = ""
 
@@ -181,7 +189,8 @@ class Settings:
 
 _CHOICES = {
     "vmm.accelerator": ("auto", "kvm", "tcg"),
-    "vmm.link": ("serial", "vsock"),
+    "vmm.driver": ("auto", "qemu", "cloud-hypervisor"),
+    "vmm.link": ("auto", "serial", "vsock"),
     "sandbox.on_stop": ("delete", "keep"),
     "log.level": ("debug", "info", "warning", "error"),
     "log.format": ("auto", "json", "console"),

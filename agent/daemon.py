@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 
 from agent import telemetry
 from agent.config import Settings
-from agent.errors import AgentError
 from agent.paths import Paths
 from agent.rootfs import DiskMaker, ImageStore
 from agent.rpc.server import ApiServer
@@ -21,10 +20,9 @@ from agent.sandbox.node import Node
 from agent.sandbox.reconcile import reconcile
 from agent.sandbox.store import Store, lock_directory
 from agent.sandbox.templates import Templates
+from agent.sandbox.vmm_choice import choose_driver
 from agent.telemetry import log
-from agent.vmm.accelerator import AcceleratorProbe
-from agent.vmm.api import LinkKind, VmmOptions
-from agent.vmm.qemu import QemuDriver
+from agent.vmm.api import VmmInfo
 
 _STOP_GRACE_S = 2.0
 
@@ -37,19 +35,8 @@ def notify(message: str) -> None:
             sock.sendto(message.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
 
 
-def _driver(settings: Settings, images: ImageStore) -> QemuDriver:
-    try:
-        image = images.get(settings.images.default_image)
-        probe = AcceleratorProbe(settings.paths.cache_dir, image.kernel.path, image.initramfs.path)
-    except AgentError:
-        probe = AcceleratorProbe(settings.paths.cache_dir, None, None)
-    options = VmmOptions(binary=settings.vmm.binary, accelerator=settings.vmm.accelerator)
-    return QemuDriver(options, settings.paths.tools_dir, probe)
-
-
-def _templates(host: Host) -> Templates | None:
-    """QEMU cannot freeze a VM with a vsock device."""
-    if not host.settings.templates.enabled or host.settings.vmm.link == LinkKind.VSOCK:
+def _templates(host: Host, vmm: VmmInfo) -> Templates | None:
+    if not host.settings.templates.enabled or not vmm.can_snapshot:
         return None
     templates = Templates(host)
     templates.open()
@@ -72,10 +59,11 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
             locks.append(lock_directory(path))
         records = await store.open()
         images = ImageStore(settings.images.images_dir)
-        driver = _driver(settings, images)
+        driver = await choose_driver(settings, images)
+        vmm = await driver.probe()
         host = Host(settings, paths, driver, DiskMaker(paths.disk_templates))
-        templates = _templates(host)
-        manager = Manager(host, images, Node(settings, await driver.probe()), store, templates)
+        templates = _templates(host, vmm)
+        manager = Manager(host, images, Node(settings, vmm), store, templates)
         await reconcile(host, manager, store, records)
         server = ApiServer(settings, manager)
         preparing = asyncio.create_task(manager.prepare_templates())

@@ -135,7 +135,7 @@ def _vsock(settings: Settings) -> list[Check]:
         backend = ""
     needed = settings.vmm.link == "vsock"
     lacking = Status.MISSING if needed and why_not and not backend else Status.WARN
-    use = "" if needed else "; not needed: vmm.link is serial"
+    use = "" if needed else "; not needed: vmm.link is not vsock"
     return [
         Check("vhost-vsock", Status.OK, "/dev/vhost-vsock opens") if not why_not
         else Check("vhost-vsock", lacking, f"/dev/vhost-vsock does not open ({why_not}){use}", "modprobe vhost_vsock"),

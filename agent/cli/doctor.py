@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -70,38 +71,42 @@ async def _checks(settings: Settings, *, probe: bool) -> AsyncIterator[Check]:
 
 async def _vmm_checks(settings: Settings, *, probe: bool) -> AsyncIterator[Check]:
     # The daemon's own search, so that both say the same. A client of a remote node never comes here.
+    from agent.sandbox.vmm_choice import CLOUD_HYPERVISOR, QEMU
+    from agent.vmm.cloud_hypervisor import binary as cloud_hypervisor
     from agent.vmm.qemu import find_qemu
 
+    vmm = settings.vmm
+    chosen = CLOUD_HYPERVISOR if CLOUD_HYPERVISOR in Path(vmm.binary).name else QEMU
+    of_qemu, of_other = (vmm.binary if name == chosen else "" for name in (QEMU, CLOUD_HYPERVISOR))
     try:
-        binary, version = await find_qemu(settings.vmm.binary)
+        binary, version = await find_qemu(of_qemu)
+        yield Check(QEMU, Status.OK, f"{version} at {binary}")
     except AgentError as error:
-        yield Check("qemu", Status.MISSING, error.message, "apt-get install qemu-system-x86")
-        return
-    yield Check("qemu", Status.OK, f"{version} at {binary}")
+        status = Status.WARN if vmm.driver == CLOUD_HYPERVISOR else Status.MISSING
+        yield Check(QEMU, status, error.message, "apt-get install qemu-system-x86")
+    try:
+        binary, version = await cloud_hypervisor.find(of_other, settings.paths.tools_dir)
+        yield Check(CLOUD_HYPERVISOR, Status.OK, f"{version} at {binary}")
+    except AgentError as error:
+        status = Status.MISSING if vmm.driver == CLOUD_HYPERVISOR else Status.WARN
+        yield Check(CLOUD_HYPERVISOR, status, error.message, "only needed for VMs on KVM without QEMU")
     if probe:
-        yield await _verdict(settings, binary, version)
+        yield await _verdict(settings)
 
 
-async def _verdict(settings: Settings, binary: str, version: str) -> Check:
-    import asyncio
-
+async def _verdict(settings: Settings) -> Check:
     from agent.rootfs import ImageStore
-    from agent.vmm.accelerator import AcceleratorProbe
+    from agent.sandbox.vmm_choice import choose_driver
 
-    kernel = initramfs = None
     try:
-        image = await asyncio.to_thread(ImageStore(settings.images.images_dir).get, settings.images.default_image)
-        kernel, initramfs = image.kernel.path, image.initramfs.path
-    except AgentError:
-        kernel = None  # choose() says so
-    try:
-        probe = AcceleratorProbe(settings.paths.cache_dir, kernel, initramfs)
-        accelerator, why = await probe.choose(settings.vmm.accelerator, binary, version)
+        driver = await choose_driver(settings, ImageStore(settings.images.images_dir))
+        info = await driver.probe()
     except AgentError as error:
-        return Check("accelerator", Status.MISSING, error.message, "set vmm.accelerator to auto")
+        return Check("vmm", Status.MISSING, error.message, "set vmm.driver and vmm.accelerator to auto")
     except OSError as error:
-        return Check("accelerator", Status.WARN, f"cannot keep a verdict: {error}", "run as root")
-    return Check("accelerator", Status.OK if accelerator == "kvm" else Status.WARN, f"{accelerator}: {why}")
+        return Check("vmm", Status.WARN, f"cannot keep a verdict: {error}", "run as root")
+    status = Status.OK if info.accelerator == "kvm" else Status.WARN
+    return Check("vmm", status, f"{info.name} {info.version} ({info.accelerator}): {info.reason}")
 
 
 def _image_checks(settings: Settings) -> list[Check]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from agent.cli import copy, doctor, execute, image, logs, node, options, ports, process, sandbox, template, top
+from agent.cli import copy, doctor, execute, image, logs, node, options, ports, process, sandbox, template, top, vmm
 from agent.cli.options import add_command
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -15,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False, context_settings=_SETTINGS,
 )  # fmt: skip
 images = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Images that sandboxes boot.")
+vmms = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What runs virtual machines on this host.")
 templates = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Frozen VMs that sandboxes start from.")
 
 
@@ -61,6 +62,8 @@ add_command(templates, template.ls)
 add_command(templates, template.prepare)
 add_command(templates, template.rm)
 app.add_typer(templates, name="template")
+add_command(vmms, vmm.install)
+app.add_typer(vmms, name="vmm")
 add_command(app, doctor.doctor)
 add_command(app, node.version)
 

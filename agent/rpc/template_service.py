@@ -30,7 +30,8 @@ class TemplateService(node_pb2_grpc.TemplateServiceServicer):
     def _templates(self) -> Templates:
         if self._manager.templates is None:
             raise InvalidState(
-                "this node makes no templates: templates.enabled is false, or vmm.link is vsock", reason="TEMPLATES_OFF"
+                "this node makes no templates: templates.enabled is false, or vmm.link is vsock with QEMU",
+                reason="TEMPLATES_OFF",
             )
         return self._manager.templates
 

@@ -52,6 +52,7 @@ class Shape:
     memory_bytes: int  # RAM of the VM
     cmdline: str
     snapshot_key: str
+    link: str = LinkKind.SERIAL.value
 
     @property
     def digest(self) -> str:
@@ -62,9 +63,9 @@ class Shape:
 
 def shape_of(settings: Settings, image: Image, vcpu_count: int, memory_bytes: int, vmm: VmmInfo) -> Shape:
     """Returns the shape of a sandbox that asks for so many CPUs and bytes."""
-    arguments = f"sandboxd.root={image.root_format} sandboxd.link={settings.vmm.link} {settings.vmm.extra_kernel_args}"
+    arguments = f"sandboxd.root={image.root_format} sandboxd.link={vmm.link} {settings.vmm.extra_kernel_args}"
     cmdline = f"{_KERNEL_ARGS} {arguments}".strip()
-    return Shape(image.digest, vcpu_count, ram_bytes(memory_bytes), cmdline, vmm.snapshot_key)
+    return Shape(image.digest, vcpu_count, ram_bytes(memory_bytes), cmdline, vmm.snapshot_key, vmm.link.value)
 
 
 def vm_spec(
@@ -87,7 +88,7 @@ def vm_spec(
         nic=NicSpec(netns.TAP, GUEST_MAC),
         netns=sandbox_id,
         run_dir=paths.sandbox_run(sandbox_id),
-        link=LinkKind(vmm.link),
+        link=LinkKind(shape.link),
         console_limit_bytes=vmm.console_limit_bytes,
         memory_file=memory_file,
         restore_from=restore_from,

@@ -90,7 +90,8 @@ class VmmInfo:
     """Which VMM this is: `version` as it reports it, `accelerator` "kvm" or "tcg", and why that was chosen.
 
     `snapshot_key` is one line that must be equal where a snapshot is made and where it is restored: VMM, version, and
-    what of the host's CPU the guest sees.
+    what of the host's CPU the guest sees. `link` is what carries the byte stream to the guests of this VMM;
+    `can_snapshot` says whether they can be made templates.
     """
 
     name: str
@@ -98,6 +99,8 @@ class VmmInfo:
     accelerator: str
     reason: str
     snapshot_key: str = ""
+    link: LinkKind = LinkKind.SERIAL
+    can_snapshot: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +188,13 @@ class Driver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class VmmOptions:
-    """What an operator may set about the VMM; empty means the driver finds it itself."""
+    """What an operator may set about the VMM; empty means the driver finds it itself.
+
+    `note` is added to the reason that the driver gives for its choice.
+    """
 
     binary: str = ""
     accelerator: str = "auto"  # auto | kvm | tcg
+    link: str = "auto"  # auto | serial | vsock
+    note: str = ""
     extra_args: tuple[str, ...] = field(default=())

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import http.server
+import json
+import os
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,9 +78,10 @@ class Listening(http.server.ThreadingHTTPServer):
 
 
 class Server:
-    def __init__(self, port: int, context: ssl.SSLContext) -> None:
+    def __init__(self, port: int, certificate: Path) -> None:
         self.base = f"https://localhost:{port}"
-        self.context = context
+        self.certificate = certificate
+        self.context = ssl.create_default_context(cafile=str(certificate))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +97,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     listening = Listening(ours)
     thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield Server(listening.server_address[1], ssl.create_default_context(cafile=str(directory / "cert.pem")))
+    yield Server(listening.server_address[1], directory / "cert.pem")
     listening.shutdown()
     thread.join()
     listening.server_close()
@@ -185,3 +189,24 @@ async def test_no_digest_no_download(tmp_path: Path, digest: str) -> None:
 def test_the_release_is_pinned() -> None:
     assert URL.startswith("https://")
     assert "/v53.0/" in URL
+
+
+@pytest.mark.parametrize("source", ["option", "settings"])
+def test_the_command(server: Server, tmp_path: Path, source: str) -> None:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SANDBOXD_")}
+    own |= {
+        "SSL_CERT_FILE": str(server.certificate),
+        "SANDBOXD_PATHS__TOOLS_DIR": str(tmp_path),
+        "SANDBOXD_VMM__DOWNLOAD_URL": f"{server.base}/good",
+    }
+    words = [sys.executable, "-m", "agent.cli.main", "--json", "vmm", "install"]
+    without = subprocess.run(words, env=own, capture_output=True, text=True, timeout=60, check=False)
+    assert without.returncode != 0
+    assert "vmm.download_sha256" in without.stderr
+    if source == "option":
+        words += ["--sha256", DIGEST]
+    else:
+        own["SANDBOXD_VMM__DOWNLOAD_SHA256"] = DIGEST
+    done = subprocess.run(words, env=own, capture_output=True, text=True, timeout=60, check=False)
+    assert json.loads(done.stdout) == {"path": str(tmp_path / "cloud-hypervisor"), "sha256": DIGEST}, done.stderr
+    assert (tmp_path / "cloud-hypervisor").read_bytes() == PROGRAM

@@ -38,7 +38,7 @@ def test_file_and_environment_the_environment_wins(tmp_path: Path) -> None:
         ("[sandbox]\nmax_vcpus = -1\n", r"sandbox.max_vcpus must not be negative"),
         ("[sandbox]\nmax_vcpus = true\n", r"must not be true or false"),
         ("[sandbox]\nmax_vcpus = 1.5\n", r"must be a whole number"),
-        ('[vmm]\nlink = "carrier pigeon"\n', r"must be one of serial, vsock"),
+        ('[vmm]\nlink = "carrier pigeon"\n', r"must be one of auto, serial, vsock"),
         ('[api]\ntcp_address = "0.0.0.0:1"\n', r"mutual TLS"),
         ('[metrics]\naddress = "nine"\n', r"write host:port"),
         ("[node\n", r"not valid TOML"),

@@ -20,6 +20,7 @@ from agent import daemon
 from agent.config import Settings
 from agent.daemon import agent, notify
 from agent.errors import InvalidState
+from agent.rootfs import ImageStore
 from sandboxd.v1 import node_pb2
 from tests.client import Client
 from tests.unit.daemon_fakes import FakeDriver, World, settings
@@ -35,7 +36,10 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def fake_vmm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon, "_driver", lambda settings, images: FakeDriver(World()))
+    async def fake(settings: Settings, images: ImageStore) -> FakeDriver:
+        return FakeDriver(World())
+
+    monkeypatch.setattr(daemon, "choose_driver", fake)
 
 
 async def test_it_serves_while_the_context_lasts(directory: Path) -> None:

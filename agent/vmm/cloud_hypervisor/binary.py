@@ -24,7 +24,8 @@ async def find(configured: str, tools_dir: Path) -> tuple[str, str]:
     binary = configured or shutil.which(NAME, path=str(tools_dir)) or shutil.which(NAME) or ""
     if not binary:
         raise VmmError(
-            f"{NAME} is neither in PATH nor in {tools_dir}: install v{MAJOR_VERSION}.0, or set vmm.binary",
+            f"{NAME} is neither in PATH nor in {tools_dir}: install v{MAJOR_VERSION}.0 (`sandboxctl vmm install`), "
+            "or set vmm.binary",
             reason="VMM_MISSING",
         )
     try:

@@ -14,7 +14,7 @@ from agent.errors import GuestUnreachable, VmmError
 from agent.vmm import process as processes
 from agent.vmm import sockets
 from agent.vmm.accelerator import AcceleratorProbe
-from agent.vmm.api import VmmInfo, VmmOptions, VmSpec
+from agent.vmm.api import LinkKind, VmmInfo, VmmOptions, VmSpec
 from agent.vmm.cloud_hypervisor import binary, config
 from agent.vmm.cloud_hypervisor.landlock import landlock_works
 from agent.vmm.cloud_hypervisor.layout import Layout
@@ -65,6 +65,10 @@ class CloudHypervisorDriver:
 
     async def probe(self) -> VmmInfo:
         """Finds Cloud Hypervisor, checks its version, and that a kernel boots in it."""
+        if self._options.link == LinkKind.SERIAL:
+            raise VmmError(
+                "Cloud Hypervisor has no virtio-serial port; set vmm.link to auto or vsock", reason="VMM_UNSUPPORTED"
+            )
         if self._info is None:
             self._binary, version = await binary.find(self._options.binary, self._tools_dir)
             accelerator, reason = await self._probe.choose(
@@ -76,7 +80,8 @@ class CloudHypervisorDriver:
                     reason="KVM_UNUSABLE",
                 )
             key = f"{binary.NAME} {version} {accelerator} {cpu_key()}"
-            self._info = VmmInfo(binary.NAME, version, accelerator, reason, key)
+            reason = "; ".join(filter(None, (reason, self._options.note)))
+            self._info = VmmInfo(binary.NAME, version, accelerator, reason, key, LinkKind.VSOCK)
         return self._info
 
     async def start(self, spec: VmSpec) -> CloudHypervisorVm:

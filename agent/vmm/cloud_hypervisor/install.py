@@ -55,7 +55,10 @@ async def install(tools_dir: Path, sha256: str, url: str = URL, *, context: ssl.
     :raises VmmError: the download failed or is not what the digest says. Nothing is left behind.
     """
     if re.fullmatch(r"[0-9a-fA-F]{64}", sha256) is None:
-        raise InvalidSpec(f"installing {NAME} needs the SHA-256 digest of the release, in 64 hexadecimal digits")
+        raise InvalidSpec(
+            f"installing {NAME} needs the SHA-256 digest of the release, in 64 hexadecimal digits: give --sha256, or "
+            "set vmm.download_sha256"
+        )
     _require_https(url)
     target = tools_dir / NAME
     given_up = threading.Event()
