@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import errno
 import os
 import time
 from collections.abc import AsyncIterator
@@ -14,17 +13,19 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from agent.channel.channel import Channel
-from agent.errors import AgentError, HostError, ResourceExhausted
+from agent.errors import AgentError, HostError, ResourceExhausted, VmmError
 from agent.model import new_sandbox_id
 from agent.rootfs import Image
 from agent.sandbox import dialogue, template_files
 from agent.sandbox.host import Host, finish, make_directories, make_network, remove_tree
 from agent.sandbox.shape import TEMPLATE_DISK_BYTES, Shape, vm_spec
 from agent.sandbox.template_files import Template
+from agent.sparse import NO_SPACE
 from agent.vmm.api import MemoryFile, Vm
 
 # The guest notices that its link is down, and whatever it had to do after its last answer is done.
 _SETTLE_S = 0.2
+_FULL_BYTES = 1 << 20  # a file system with less room than this is full
 
 
 async def make(host: Host, shape: Shape, image: Image, draft: Path, path: Path) -> Template:
@@ -34,15 +35,28 @@ async def make(host: Host, shape: Shape, image: Image, draft: Path, path: Path) 
     """
     try:
         return await _make(host, shape, image, draft, path)
+    except VmmError as error:
+        # RAM is a sparse file: a guest that touches a page for which there is no room kills its VMM (SIGBUS).
+        if _is_full(draft):
+            raise _no_space(path.parent) from error
+        raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceExhausted(
-                f"no space left for a template in {path.parent}: free some, or lower templates.budget_bytes",
-                reason="DISK_FULL",
-            ) from error
+        if error.errno in NO_SPACE:
+            raise _no_space(path.parent) from error
         raise HostError(f"cannot make a template in {path.parent}: {error}", reason="TEMPLATE_FAILED") from error
     finally:
         await asyncio.shield(asyncio.to_thread(remove_tree, draft))
+
+
+def _is_full(directory: Path) -> bool:
+    facts = os.statvfs(directory)
+    return facts.f_bavail * facts.f_frsize < _FULL_BYTES
+
+
+def _no_space(directory: Path) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"no space left for a template in {directory}: free some, or lower templates.budget_bytes", reason="DISK_FULL"
+    )
 
 
 async def _make(host: Host, shape: Shape, image: Image, draft: Path, path: Path) -> Template:

@@ -1,0 +1,172 @@
+"""What can happen to templates and to those who make them: a clear error, nothing left, and the next create works."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from sandboxd.v1 import node_pb2
+from sandboxd.v1 import sandbox_pb2 as pb
+from tests.client import MIB, Client
+from tests.daemon import Daemon, connected, daemon_with, refused, start_daemon
+
+pytestmark = pytest.mark.vm
+MEMORY_BYTES = 144 * MIB
+# What a maker has in its draft directory, in the order in which it appears.
+STEPS = ("ram", "vmm/state", "manifest.json")
+
+
+def templates_of(directory: Path) -> Path:
+    return directory / "state" / "templates"
+
+
+@contextmanager
+def tmpfs(path: Path, size_mib: int) -> Iterator[None]:
+    path.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "none", str(path)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+async def remount(path: Path, options: str) -> None:
+    await asyncio.to_thread(subprocess.run, ["mount", "-o", f"remount,{options}", str(path)], check=True)
+
+
+async def create(client: Client, memory_bytes: int = MEMORY_BYTES) -> list[str]:
+    """Creates, uses and deletes a sandbox; returns the names of the phases of its create."""
+    async with client.sandbox(memory_bytes=memory_bytes) as sandbox:
+        assert (await client.run(sandbox.id, "echo", "hi")).stdout == b"hi\n"
+        return [phase.name for phase in sandbox.phases]
+
+
+async def prepare(client: Client) -> node_pb2.Template:
+    request = node_pb2.PrepareTemplateRequest(memory_bytes=MEMORY_BYTES)
+    made: node_pb2.Template = await client.templates.PrepareTemplate(request)
+    return made
+
+
+@asynccontextmanager
+async def daemon_and_client(directory: Path) -> AsyncIterator[tuple[Daemon, Client]]:
+    with daemon_with(directory) as daemon:
+        async with connected(daemon) as client:
+            yield daemon, client
+
+
+async def test_a_full_directory(directory: Path) -> None:
+    with tmpfs(templates_of(directory), size_mib=24):
+        async with daemon_and_client(directory) as (daemon, client):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await create(client)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "templates.budget_bytes" in str(caught.value.details())
+            assert list(templates_of(directory).iterdir()) == []
+            assert daemon.left() == []
+            await remount(templates_of(directory), "size=1g")
+            assert "template.make" in await create(client)
+
+
+async def test_a_read_only_directory(directory: Path) -> None:
+    with tmpfs(templates_of(directory), size_mib=1024):
+        async with daemon_and_client(directory) as (daemon, client):
+            await prepare(client)
+            await remount(templates_of(directory), "ro")
+            assert "template.make" not in await create(client)  # what is there serves on
+            with pytest.raises(grpc.aio.AioRpcError, match="Read-only file system"):
+                await create(client, 160 * MIB)
+            assert daemon.left() == []
+            await remount(templates_of(directory), "rw")
+            assert "template.make" in await create(client, 160 * MIB)
+
+
+async def test_a_directory_that_is_removed_under_clones(directory: Path) -> None:
+    async with daemon_and_client(directory) as (_, client):
+        await prepare(client)
+        async with client.sandbox(memory_bytes=MEMORY_BYTES) as sandbox:
+            shutil.rmtree(templates_of(directory))
+            assert (await client.run(sandbox.id, "python3", "-c", "print(bytes(30 << 20).count(0))")).code == 0
+            assert "template.make" in await create(client)
+            assert (await client.run(sandbox.id, "echo", "hi")).stdout == b"hi\n"
+
+
+async def test_bits_that_flipped(directory: Path) -> None:
+    """As long as an agent runs, a write is noticed by the file's times; at its start, the digests are compared."""
+    async with daemon_and_client(directory) as (_, client):
+        path = templates_of(directory) / (await prepare(client)).name
+        flip(path / "vmm/state")
+        assert "template.make" in await create(client)
+        flip(path / "ram")
+    async with daemon_and_client(directory) as (daemon, client):
+        assert "template.make" in await create(client)
+        assert "a template is made again" in daemon.log
+        assert "template.make" not in await create(client)
+
+
+def flip(path: Path) -> None:
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 0x10]))
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_maker_that_is_killed(directory: Path, step: str) -> None:
+    daemon = start_daemon(directory)
+    try:
+        async with connected(daemon) as client:
+            making = asyncio.ensure_future(create(client))
+            await asyncio.to_thread(wait_for, templates_of(directory), step)
+            daemon.kill()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await making
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            daemon.kill()
+    assert [path.name[:4] for path in templates_of(directory).iterdir()] == ["tmp-"]
+    async with daemon_and_client(directory) as (again, client):
+        assert list(templates_of(directory).iterdir()) == []
+        assert again.left() == []
+        listed = await client.sandboxes.ListSandboxes(pb.ListSandboxesRequest())
+        assert list(listed.sandboxes) == []
+        assert "template.make" in await create(client)
+
+
+def wait_for(templates: Path, name: str) -> None:
+    """Returns once a maker's draft has this file."""
+    deadline = time.monotonic() + 60
+    while not any(templates.glob(f"tmp-*/{name}")):
+        assert time.monotonic() < deadline, name
+        time.sleep(0.001)
+
+
+async def test_a_vmm_that_is_gone_comes_back(directory: Path) -> None:
+    qemu = directory / "qemu"
+    found = shutil.which("qemu-system-x86_64")
+    assert found is not None
+    qemu.symlink_to(found)
+    with daemon_with(directory, vmm__binary=str(qemu)) as daemon:
+        async with connected(daemon) as client:
+            await prepare(client)
+            qemu.unlink()
+            with refused(grpc.StatusCode.INTERNAL, "VMM_NOT_STARTED"):
+                await create(client)
+            qemu.write_text("#!/bin/sh\necho 'no room for you' >&2\nexit 3\n")
+            qemu.chmod(0o755)
+            with pytest.raises(grpc.aio.AioRpcError, match="no room for you"):
+                await create(client)
+            assert daemon.left() == []
+            qemu.unlink()
+            qemu.symlink_to(found)
+            assert await create(client)
