@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import sys
 
 from tests.bench import boot, files, stream
@@ -37,8 +38,8 @@ def main() -> int:
     rounds = options.rounds or (_BOOT_ROUNDS if "boot" in options.names else _ROUNDS)
     if rounds < 1:
         parser.error("--rounds must be at least 1")
-    if options.plot and "boot" not in options.names:
-        parser.error("--plot needs the benchmark boot")
+    if options.plot and ("boot" not in options.names or importlib.util.find_spec("matplotlib") is None):
+        parser.error("--plot needs the benchmark boot, and matplotlib (uv sync --group plot)")
     report = asyncio.run(_run(options.names, rounds))
     bench = " ".join(options.names)
     report.print_json(bench) if options.json else report.print_table(bench)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from matplotlib.figure import Figure
+
 from tests.bench.harness import Report, percentile
 
 _PREFIX, _SUFFIX = "phase: ", ", ms"
@@ -25,11 +27,7 @@ def phases(report: Report) -> list[tuple[str, float, float, float]]:
 
 
 def draw(report: Report, path: str) -> None:
-    """Writes the PNG. :raises SystemExit: matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: uv sync --group plot") from None
+    """Writes the PNG."""
     rows = phases(report)
     figure = Figure(figsize=(9, 0.36 * len(rows) + 1.4), layout="constrained")
     axes = figure.add_subplot()

@@ -1,0 +1,255 @@
+"""What every VMM driver must do alike: QEMU with the real Linux guest, Cloud Hypervisor with what its host can run."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import pytest
+
+from agent.channel.channel import Channel
+from agent.config import Settings
+from agent.errors import NotFound, VmmError
+from agent.paths import Paths
+from agent.rootfs import ImageStore
+from agent.sandbox import dialogue
+from agent.sandbox.shape import shape_of, vm_spec
+from agent.vmm.accelerator import AcceleratorProbe
+from agent.vmm.api import Driver, MemoryFile, Vm, VmmOptions, VmSpec
+from agent.vmm.qemu import QemuDriver
+from tests import cloud_hypervisor_bench as bare
+from tests.bare_guest import GREETING
+from tests.client import MIB
+from tests.conftest import IMAGES_DIR
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(120)]
+LOGS = {"vmm.log", "vmm.log.1", "console.log", "console.log.1"}
+BOOT_TIMEOUT_S = 60.0
+STANDS_S = 0.5
+
+
+class Rig(Protocol):
+    """A driver, and a guest that can tell whether it runs and what it has in memory."""
+
+    driver: Driver
+
+    def spec(self, name: str) -> VmSpec:
+        """Returns a VM with memory of its own; its run directory is there."""
+
+    async def up(self, vm: Vm) -> bytes:
+        """Returns once the guest runs: something that is on its console then."""
+
+    async def turns(self, vm: Vm) -> None:
+        """Returns once the guest has done something since the call."""
+
+    async def differ(self, one: Vm, two: Vm) -> None:
+        """Makes each of two clones write, and checks that neither has what the other wrote."""
+
+
+class Linux:
+    """QEMU and the guest of the image `minimal`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._image = ImageStore(IMAGES_DIR).get("minimal")
+        probe = AcceleratorProbe(directory, self._image.kernel.path, self._image.initramfs.path)
+        self.driver: Driver = QemuDriver(VmmOptions(), directory, probe)
+        self._channels: dict[int, Channel] = {}
+
+    async def open(self) -> None:
+        self._shape = shape_of(Settings(), self._image, 1, 128 * MIB, await self.driver.probe())
+
+    def spec(self, name: str) -> VmSpec:
+        run_dir = self._directory / name
+        run_dir.mkdir(mode=0o700)
+        spec = vm_spec(Settings(), Paths(self._directory, self._directory), name, self._shape, self._image)
+        return dataclasses.replace(spec, netns=None, nic=None, disks=spec.disks[:1], run_dir=run_dir)
+
+    @asynccontextmanager
+    async def _channel(self, vm: Vm, *, fresh: bool = False) -> AsyncIterator[Channel]:
+        channel = await dialogue.connect(vm, fresh=fresh, timeout_s=BOOT_TIMEOUT_S)
+        try:
+            yield channel
+        finally:
+            await channel.aclose()
+
+    async def up(self, vm: Vm) -> bytes:
+        async with self._channel(vm, fresh=True) as channel:
+            assert (await channel.call("sys.hello"))["pid"] == 1
+        return b"sandboxd-init: serving"
+
+    async def turns(self, vm: Vm) -> None:
+        async with self._channel(vm) as channel:
+            await channel.call("sys.hello")
+
+    async def differ(self, one: Vm, two: Vm) -> None:
+        async with self._channel(one) as first, self._channel(two) as second:
+            mine = {"new_path": "/run/mine", "user": "root"}
+            await first.call("fs.symlink", target="one", **mine)
+            with pytest.raises(NotFound):
+                await second.call("fs.readlink", path="/run/mine", user="root")
+            await second.call("fs.symlink", target="two", **mine)
+            for channel, word in ((first, "one"), (second, "two")):
+                assert await channel.call("fs.readlink", path="/run/mine", user="root") == {"target": word}
+
+
+class Bare:
+    """Cloud Hypervisor and a guest that counts in memory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._bench = bare.Bench(directory)
+        self.driver: Driver = self._bench.driver(shim=True)
+
+    def spec(self, name: str) -> VmSpec:
+        return self._bench.spec(name)
+
+    async def up(self, vm: Vm) -> bytes:
+        await bare.until(lambda: GREETING in vm.console_tail(1 << 20))
+        return GREETING
+
+    async def turns(self, vm: Vm) -> None:
+        await bare.counts(vm.pid)
+
+    async def differ(self, one: Vm, two: Vm) -> None:
+        await one.pause()
+        stands = bare.counter(one.pid)
+        await bare.counts(two.pid)
+        assert await bare.counts(two.pid) != stands
+        assert bare.counter(one.pid) == stands
+        await one.resume()
+
+
+@pytest.fixture(params=["qemu", "cloud-hypervisor"])
+async def rig(request: pytest.FixtureRequest, directory: Path) -> Rig:
+    if request.param == "qemu":
+        linux = Linux(directory)
+        await linux.open()
+        return linux
+    if (reason := bare.why_not()) is not None:
+        pytest.skip(reason)
+    return Bare(directory)
+
+
+def left(spec: VmSpec) -> set[str]:
+    """What is in the run directory besides logs."""
+    return set(os.listdir(spec.run_dir)) - LOGS
+
+
+@asynccontextmanager
+async def running(rig: Rig, spec: VmSpec) -> AsyncIterator[Vm]:
+    """A VM whose guest runs, and of which nothing is left."""
+    vm = await rig.driver.start(spec)
+    try:
+        if spec.restore_from is None:
+            await rig.up(vm)
+        yield vm
+    finally:
+        await vm.stop()
+        assert not left(spec)
+        assert vm.pid not in psutil.pids()
+
+
+async def test_it_pauses_and_goes_on(rig: Rig) -> None:
+    async with running(rig, rig.spec("one")) as vm:
+        await rig.turns(vm)
+        await vm.pause()
+        await vm.pause()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(STANDS_S):
+                await rig.turns(vm)
+        await vm.resume()
+        await vm.resume()
+        await rig.turns(vm)
+        await vm.power_button()
+
+
+async def test_its_end_is_told_to_all_who_wait(rig: Rig) -> None:
+    spec = rig.spec("one")
+    vm = await rig.driver.start(spec)
+    waiting = [asyncio.create_task(vm.wait()) for _ in range(2)]
+    said = await rig.up(vm)
+    gives_up = asyncio.create_task(vm.wait())
+    await asyncio.sleep(0)
+    gives_up.cancel()
+    os.kill(vm.pid, signal.SIGKILL)
+    async with asyncio.timeout(2):
+        for task in waiting:
+            assert (await task).signal == signal.SIGKILL
+    await vm.stop()
+    await vm.stop()
+    assert said in vm.console_tail(1 << 20)
+    assert len(vm.console_tail(5)) == 5
+    assert not left(spec)
+
+
+async def test_another_agent_finds_it_and_no_other(rig: Rig) -> None:
+    spec = rig.spec("one")
+    async with running(rig, spec) as vm:
+        token = dict(vm.resume_token)
+        for wrong in ({}, {"pid": "x"}, token | {"start_time": "1"}, token | {"pid": str(os.getpid())}):
+            assert await rig.driver.adopt("one", spec.run_dir, wrong) is None
+        again = await rig.driver.adopt("one", spec.run_dir, token)
+        assert again is not None
+        assert (again.pid, dict(again.resume_token)) == (vm.pid, token)
+        await rig.turns(again)
+        await again.stop()
+        assert (await again.wait()).describe() in ("ended", "killed by signal 9")
+    assert await rig.driver.adopt("one", spec.run_dir, token) is None
+
+
+async def test_clones_go_their_own_ways(rig: Rig, directory: Path) -> None:
+    ram, snapshot = directory / "mem0", directory / "snapshot"
+    snapshot.mkdir()
+    spec = rig.spec("template")
+    with ram.open("wb") as file:
+        os.ftruncate(file.fileno(), spec.memory_bytes)
+    spec = dataclasses.replace(spec, memory_file=MemoryFile(ram, private=False))
+    async with running(rig, spec) as vm:
+        await rig.turns(vm)
+        await vm.snapshot(snapshot)
+    before = hashlib.sha256(ram.read_bytes()).digest()
+    changes: dict[str, Any] = {"memory_file": MemoryFile(ram, private=True), "restore_from": snapshot}
+    one, two = (
+        dataclasses.replace(spec, id=name, run_dir=rig.spec(name).run_dir, **changes) for name in ("one", "two")
+    )
+    async with running(rig, one) as first, running(rig, two) as second:
+        await rig.differ(first, second)
+    assert hashlib.sha256(ram.read_bytes()).digest() == before
+
+
+async def test_what_cannot_start_leaves_nothing(rig: Rig, directory: Path) -> None:
+    broken = directory / "broken"
+    broken.mkdir()
+    ram = directory / "mem0"
+    ram.touch()
+    faults: tuple[dict[str, Any], ...] = (
+        {"kernel": directory / "none"},
+        {"netns": "sbx-none"},
+        {"restore_from": broken, "memory_file": MemoryFile(ram, private=True)},
+    )
+    for number, fault in enumerate(faults):
+        spec = dataclasses.replace(rig.spec(f"vm{number}"), **fault)
+        with pytest.raises(VmmError):
+            await rig.driver.start(spec)
+        assert not left(spec)
+
+
+async def test_a_cancelled_start_leaves_nothing(rig: Rig) -> None:
+    await rig.driver.probe()
+    for number, delay in enumerate((0.0, 0.005, 0.02, 0.05)):
+        spec = rig.spec(f"vm{number}")
+        task = asyncio.create_task(rig.driver.start(spec))
+        await asyncio.sleep(delay)
+        task.cancel()
+        (result,) = await asyncio.gather(task, return_exceptions=True)
+        if not isinstance(result, BaseException):
+            await result.stop()
+        assert not left(spec)
