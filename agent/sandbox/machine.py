@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
@@ -108,7 +107,7 @@ class Boot:
                     CLONE_RETRIES.labels(error.reason).inc()
                     log.warning("a clone failed; trying again", sandbox_id=self._record.id, reason=error.message)
                     if error.reason in _BAD_TEMPLATE:
-                        await asyncio.to_thread(templates.discard, template, error.message)
+                        templates.refuse(template, error.message)
                     continue
                 self._record.template = template.digest
                 stack.push_async_callback(trial.pop_all().aclose)

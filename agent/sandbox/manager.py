@@ -23,6 +23,7 @@ from agent.sandbox.events import Event, Events, EventType
 from agent.sandbox.host import Host
 from agent.sandbox.machine import Boot, Machine
 from agent.sandbox.node import Node, NodeInfo
+from agent.sandbox.preparer import keep_prepared
 from agent.sandbox.record import Record
 from agent.sandbox.spec import MAX_LIFETIME_S, check_labels
 from agent.sandbox.store import Store
@@ -350,16 +351,9 @@ class Manager:
     # -- starting and stopping -----------------------------------------------------------------------------------------
 
     async def prepare_templates(self) -> None:
-        """Makes the templates of the configured sizes, one after another; one that fails is logged, the rest go on."""
-        if self.templates is None:
-            return
-        settings = self._host.settings
-        for memory_bytes in settings.templates.prepare:
-            try:
-                image = self.images.get(settings.images.default_image)
-                await self.templates.get(image, settings.sandbox.default_vcpus, memory_bytes)
-            except AgentError as error:
-                log.error("cannot prepare a template", memory_bytes=memory_bytes, error=error.message)
+        """Keeps the templates of the configured sizes ready until it is cancelled; see `keep_prepared`."""
+        if self.templates is not None:
+            await keep_prepared(self._host.settings, self.images, self.templates)
 
     def adopt(self, record: Record, adopted: Machine) -> None:
         """Takes over a sandbox that an earlier agent left running."""

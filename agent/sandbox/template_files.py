@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,12 @@ def _facts(path: Path) -> dict[str, object]:
 
 
 def publish(draft: Path, path: Path) -> Template:
-    """Gives a whole template its name and returns it. Blocks. :raises OSError:"""
+    """Gives a whole template its name, in place of one that has it, and returns it. Blocks. :raises OSError:"""
+    replaced = draft.with_name(f"{draft.name}-replaced")  # a draft by its name: killed here, it is removed at start
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(replaced)
     draft.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
     return read(path)
 
 

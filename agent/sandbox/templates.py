@@ -38,6 +38,7 @@ class Templates:
         self._dir = host.paths.templates
         self._making: dict[str, asyncio.Task[Template]] = {}
         self._sound: dict[str, tuple[Template, tuple[object, ...]]] = {}
+        self._refused: set[str] = set()
         self._users: Counter[str] = Counter()
 
     # -- the directory -------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Templates:
             template_files.touch(known[0])
             return known[0]
         if known is not None:
-            self.discard(known[0], "its files were changed")
+            del self._sound[shape.digest]  # somebody touched its files: all of them are compared again
         making = self._making.get(shape.digest)
         if making is None:
             making = asyncio.create_task(self._find_or_make(shape, image), name=f"template-{shape.digest}")
@@ -126,7 +127,7 @@ class Templates:
 
     async def _find_or_make(self, shape: Shape, image: Image) -> Template:
         path = self._dir / shape.digest
-        if path.exists():
+        if path.exists() and shape.digest not in self._refused:
             try:
                 with step("template.verify"):
                     template = await asyncio.to_thread(template_files.verified, path, shape)
@@ -134,9 +135,12 @@ class Templates:
             except TemplateDamaged as error:
                 log.warning("a template is made again", template=shape.digest, reason=error.message)
                 await asyncio.to_thread(self._drop, shape.digest)
-        with step("template.make"):
-            draft = self._dir / f"{_DRAFT_PREFIX}{shape.digest}-{os.urandom(4).hex()}"
-            template = await make(self._host, shape, image, draft, path)
+        try:
+            with step("template.make"):
+                draft = self._dir / f"{_DRAFT_PREFIX}{shape.digest}-{os.urandom(4).hex()}"
+                template = await make(self._host, shape, image, draft, path)
+        finally:
+            self._refused.discard(shape.digest)  # if not even a new one can be made, the old one was not to blame
         log.info("template made", template=shape.digest, image=image.name, bytes=template.size_bytes)
         self._accept(template)
         await asyncio.to_thread(self._fit_budget, shape.digest)
@@ -147,12 +151,15 @@ class Templates:
         template_files.touch(template)
         return template
 
-    def discard(self, template: Template, reason: str) -> None:
-        """Removes a template that proved to be damaged, so that the next need makes it again. Clones keep their
+    def refuse(self, template: Template, reason: str) -> None:
+        """Has the next need make a template again that the VMM does not take.
+
+        The old one goes only when the new one is whole, for it may be the VMM that is out of order. Clones keep their
         pages.
         """
-        log.warning("a template is discarded", template=template.digest, reason=reason)
-        self._drop(template.digest)
+        log.warning("a template was refused", template=template.digest, reason=reason)
+        self._sound.pop(template.digest, None)
+        self._refused.add(template.digest)
 
     def _fit_budget(self, newest: str) -> None:
         """Removes the templates that were not used in the longest time until all fit; never one that is in use."""

@@ -92,7 +92,7 @@ class Linux:
 
     async def differ(self, one: Vm, two: Vm) -> None:
         async with self._channel(one) as first, self._channel(two) as second:
-            mine = {"new_path": "/run/mine", "user": "root"}
+            mine: dict[str, Any] = {"new_path": "/run/mine", "user": "root"}
             await first.call("fs.symlink", target="one", **mine)
             with pytest.raises(NotFound):
                 await second.call("fs.readlink", path="/run/mine", user="root")
