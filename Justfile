@@ -56,6 +56,10 @@ check: lint type unit
 bench *ARGS: proto image
     @{{ python }} -m tests.bench {{ ARGS }}
 
+# Measure where the time of a create goes, and draw it
+waterfall: proto image
+    @uv run --frozen --group plot python -m tests.bench boot --plot docs/create-waterfall.png
+
 # Say what this host has, lacks, and what will be used
 doctor: proto
     .venv/bin/sandboxctl doctor

@@ -137,4 +137,5 @@ class Identity:
         size = req.get("data_disk_bytes")
         if isinstance(size, int):
             root.await_size(device, size)
+        root.drop_cache(device)
         root.mount_writable_root(device)

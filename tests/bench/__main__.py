@@ -39,7 +39,7 @@ def main() -> int:
     if rounds < 1:
         parser.error("--rounds must be at least 1")
     if options.plot and ("boot" not in options.names or importlib.util.find_spec("matplotlib") is None):
-        parser.error("--plot needs the benchmark boot, and matplotlib (uv sync --group plot)")
+        parser.error("--plot needs the benchmark boot, and matplotlib: just waterfall")
     report = asyncio.run(_run(options.names, rounds))
     bench = " ".join(options.names)
     report.print_json(bench) if options.json else report.print_table(bench)

@@ -10,6 +10,7 @@ import pytest
 from agent import model
 from sandboxd.v1 import sandbox_pb2 as pb
 from tests.client import MIB, Client
+from tests.daemon import until
 
 pytestmark = pytest.mark.vm
 
@@ -99,3 +100,15 @@ async def test_there_is_no_way_out(client: Client, sandbox: pb.Sandbox) -> None:
 def _has_route() -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         return probe.connect_ex(("192.0.2.1", 9)) == 0
+
+
+async def test_the_program_that_was_run_ahead_is_gone(client: Client) -> None:
+    """In a guest of two CPUs a child of PID 1 does so (`guest/ahead.py`); nobody is to see it."""
+    async with client.sandbox(memory_bytes=MEMORY_BYTES, vcpus=2) as sandbox:
+
+        async def only_the_asker() -> bool:
+            asked = await client.run(sandbox.id, "sh", "-c", "echo $$; cat /proc/1/task/1/children", user="root")
+            own, *children = asked.stdout.split()
+            return children == [own]
+
+        await until(only_the_asker)
