@@ -116,7 +116,8 @@ def test_doctor_finds_all_that_these_tests_need(ctl: Ctl) -> None:
         "ok"
     }
     (node,) = ctl.objects("node")
-    assert checks["accelerator"]["detail"].startswith(node["accelerator"])
+    used = f"{node['vmm']} {node['vmm_version']} ({node['accelerator']}): "
+    assert checks["vmm"]["detail"] == used + node["vmm_reason"]
 
 
 def test_top_once(ctl: Ctl, box: str) -> None:
