@@ -14,6 +14,7 @@ import pytest
 
 from sandboxd.v1 import sandbox_pb2, sandbox_pb2_grpc
 from tests.client import MIB, Client
+from tests.ctl import Ctl
 from tests.daemon import Daemon, start_daemon
 from tests.files import HOME, Files
 
@@ -66,3 +67,16 @@ async def files(client: Client, sandbox: sandbox_pb2.Sandbox) -> AsyncIterator[F
     """The files of a sandbox, in a home directory that is empty again for each test."""
     yield Files(client, sandbox)
     await client.run(sandbox.id, "sh", "-c", f"rm -rf {HOME} && mkdir {HOME} && chown 1000:1000 {HOME}", user="root")
+
+
+@pytest.fixture(scope="module")
+def ctl(daemon: Daemon) -> Ctl:
+    return Ctl(daemon.env)
+
+
+@pytest.fixture(scope="module")
+def box(ctl: Ctl) -> Iterator[str]:
+    """One sandbox for the module, by `create` and `rm`."""
+    made = ctl("create", "--memory", "256MiB", "--label", "test=cli", "-e", "GREETING=hello").decode().strip()
+    yield made
+    assert ctl("rm", made).decode().strip() == made
