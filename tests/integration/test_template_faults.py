@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 import subprocess
 import time
@@ -12,17 +11,19 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from sandboxd.v1 import node_pb2
 from sandboxd.v1 import sandbox_pb2 as pb
+from tests import leaks
 from tests.client import MIB, Client
-from tests.daemon import Daemon, connected, daemon_with, refused, start_daemon
+from tests.daemon import AGENT, Daemon, connected, daemon_with, refused, start_daemon
 
 pytestmark = pytest.mark.vm
 MEMORY_BYTES = 144 * MIB
-# What a maker has in its draft directory, in the order in which it appears.
-STEPS = ("ram", "vmm/state", "manifest.json")
+# How far a maker is, by what its draft directory or the arguments of its VMM have, in the order in which this comes.
+STEPS = ("ram", "share=on", "vmm/state", "manifest.json", "share=off")
 
 
 def templates_of(directory: Path) -> Path:
@@ -121,34 +122,79 @@ def flip(path: Path) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
-@pytest.mark.parametrize("step", STEPS)
-async def test_a_maker_that_is_killed(directory: Path, step: str) -> None:
-    daemon = start_daemon(directory)
-    try:
-        async with connected(daemon) as client:
-            making = asyncio.ensure_future(create(client))
-            await asyncio.to_thread(wait_for, templates_of(directory), step)
+async def test_makers_that_are_killed(directory: Path) -> None:
+    for step in STEPS:
+        daemon = start_daemon(directory)
+        try:
+            await nothing_left(daemon)
+            await die_at(daemon, step)
+        finally:
             daemon.kill()
-            with pytest.raises(grpc.aio.AioRpcError):
-                await making
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            daemon.kill()
-    assert [path.name[:4] for path in templates_of(directory).iterdir()] == ["tmp-"]
-    async with daemon_and_client(directory) as (again, client):
-        assert list(templates_of(directory).iterdir()) == []
-        assert again.left() == []
-        listed = await client.sandboxes.ListSandboxes(pb.ListSandboxesRequest())
-        assert list(listed.sandboxes) == []
+        assert [path.name[:4] for path in templates_of(directory).iterdir()] == ["tmp-"], step
+    async with daemon_and_client(directory) as (daemon, client):
+        await nothing_left(daemon)
         assert "template.make" in await create(client)
 
 
-def wait_for(templates: Path, name: str) -> None:
-    """Returns once a maker's draft has this file."""
+async def nothing_left(daemon: Daemon) -> None:
+    """Fails unless a daemon that has just started has removed all that the one before it left."""
+    templates = templates_of(daemon.directory)
+    assert not templates.exists() or list(templates.iterdir()) == []
+    assert daemon.left() == []
+    assert vmms_of(daemon.directory) == []
+    assert leaks.snapshot().namespaces == frozenset()
+    async with connected(daemon) as client:
+        listed = await client.sandboxes.ListSandboxes(pb.ListSandboxesRequest())
+        assert list(listed.sandboxes) == []
+
+
+async def die_at(daemon: Daemon, step: str) -> None:
+    """Has the daemon make a template for a sandbox, and kills it at a step of that."""
+    async with connected(daemon) as client:
+        making = asyncio.ensure_future(create(client))
+        await asyncio.to_thread(wait_for, daemon.directory, step)
+        daemon.kill()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await making
+
+
+def wait_for(directory: Path, step: str) -> None:
+    """Returns once a maker's draft has this file, or its VMM has this in its arguments."""
     deadline = time.monotonic() + 60
-    while not any(templates.glob(f"tmp-*/{name}")):
-        assert time.monotonic() < deadline, name
+    while not any(templates_of(directory).glob(f"tmp-*/{step}")) and not any(
+        step in arguments for arguments in vmms_of(directory)
+    ):
+        assert time.monotonic() < deadline, step
         time.sleep(0.001)
+
+
+def vmms_of(directory: Path) -> list[str]:
+    """Returns the arguments of the VMMs that run with files of this directory."""
+    processes = psutil.process_iter(["name", "cmdline"])
+    found = [(process.info["name"] or "", " ".join(process.info["cmdline"] or [])) for process in processes]
+    return [arguments for name, arguments in found if name.startswith(leaks.PREFIX) and str(directory) in arguments]
+
+
+async def test_another_agent_leaves_a_maker_alone(directory: Path) -> None:
+    async with daemon_and_client(directory) as (daemon, client):
+        making = asyncio.ensure_future(create(client))
+        await asyncio.to_thread(wait_for, directory, "ram")
+        env = {**daemon.env, "SANDBOXD_PATHS__RUN_DIR": str(directory / "run2")}
+        other = await asyncio.to_thread(subprocess.run, AGENT, env=env, capture_output=True, text=True, timeout=30)
+        assert other.returncode == 1
+        assert "another sandboxd owns" in other.stdout + other.stderr
+        assert "template.make" in await making
+        assert daemon.left() == []
+
+
+async def test_more_memory_than_the_node_has(directory: Path) -> None:
+    async with daemon_and_client(directory) as (daemon, client):
+        node = await client.nodes.GetNode(node_pb2.GetNodeRequest())
+        request = node_pb2.PrepareTemplateRequest(memory_bytes=(node.memory_bytes.allocatable // MIB + 1) * MIB)
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "NODE_FULL"):
+            await client.templates.PrepareTemplate(request)
+        assert not templates_of(directory).exists()
+        assert daemon.left() == []
 
 
 async def test_a_vmm_that_is_gone_comes_back(directory: Path) -> None:
@@ -169,4 +215,9 @@ async def test_a_vmm_that_is_gone_comes_back(directory: Path) -> None:
             assert daemon.left() == []
             qemu.unlink()
             qemu.symlink_to(found)
-            assert await create(client)
+            assert "template.make" not in await create(client)  # it was not the template that was to blame
+    qemu.unlink()
+    qemu.write_text("#!/bin/sh\necho 'QEMU emulator version 7.2.0'\n")
+    qemu.chmod(0o755)
+    with pytest.raises(AssertionError, match=r"is QEMU 7\.2; 8\.2 or newer is needed"):
+        start_daemon(directory, vmm__binary=str(qemu))

@@ -164,6 +164,26 @@ async def test_a_template_that_the_vmm_refuses_is_made_again(host: Bench) -> Non
     assert host.world.starts == 1 + MADE + 1
 
 
+async def test_a_template_stays_if_the_vmm_takes_no_other_either(host: Bench) -> None:
+    template = await create_and_delete(host)
+    host.world.faults["vmm.start"] = VmmError("no such file", reason="VMM_NOT_STARTED")
+    with pytest.raises(VmmError, match="no such file"):
+        await host.manager.create(spec())
+    assert (files(host), host.left()) == ([template], [])
+    host.world.faults.clear()
+    host.world.starts = 0
+    assert await create_and_delete(host) == template
+    assert host.world.starts == 1
+
+
+async def test_a_template_that_was_touched_and_is_sound_serves_on(host: Bench) -> None:
+    template = await create_and_delete(host)
+    (host.host.paths.templates / template / "ram").touch()
+    host.world.starts = 0
+    assert await create_and_delete(host) == template
+    assert host.world.starts == 1
+
+
 async def test_the_budget_takes_the_least_used_and_never_one_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
