@@ -101,6 +101,9 @@ class VmmSettings:
     `driver` is auto (Cloud Hypervisor if it boots a guest here, else QEMU), qemu or cloud-hypervisor; `accelerator`
     auto, kvm or tcg; `link` auto (what the VMM does best), serial or vsock. `sandboxctl vmm install` takes the release
     from `download_url` (empty: where its makers publish it), if it has the SHA-256 digest `download_sha256`.
+
+    `uid` and `gid` are whom Cloud Hypervisor runs as, and need an agent that is root; 0: the agent's own user. All VMMs
+    share that user: what keeps them from one another's disks is Landlock, where the kernel has it.
     """
 
     driver: str = "auto"
@@ -109,6 +112,8 @@ class VmmSettings:
     link: str = "auto"
     download_url: str = ""
     download_sha256: str = ""
+    uid: int = 0
+    gid: int = 0
     console_limit_bytes: int = 1 << 20
     extra_kernel_args: str = ""
 
@@ -305,6 +310,7 @@ def _check(settings: Settings) -> None:
             value = getattr(values, entry.name)
             if isinstance(value, int | float) and value < 0:
                 raise ConfigError(f"{table.name}.{entry.name} must not be negative")
+    _check_user(settings.vmm)
     api = settings.api
     if api.tcp_address and not (api.tls_cert and api.tls_key and api.tls_client_ca) and not api.allow_insecure_loopback:
         raise ConfigError(
@@ -313,6 +319,17 @@ def _check(settings: Settings) -> None:
         )
     split_address(api.tcp_address, "api.tcp_address")
     split_address(settings.metrics.address, "metrics.address")
+
+
+def _check_user(vmm: VmmSettings) -> None:
+    if (vmm.uid == 0) != (vmm.gid == 0):
+        raise ConfigError(
+            "vmm.uid and vmm.gid go together: set both to a user and a group that are not root's, or none"
+        )
+    if vmm.uid and vmm.driver == "qemu":
+        raise ConfigError(
+            "vmm.uid is for Cloud Hypervisor; QEMU runs as the agent's user: leave it 0, or change vmm.driver"
+        )
 
 
 def split_address(address: str, name: str) -> tuple[str, int]:

@@ -90,7 +90,7 @@ def serve(kind: str) -> None:
     log(f"serving on {kind}")
     reactor.run_until(lambda: system.power_off_asked)
     for _ in range(4):  # the answer to sys.poweroff leaves before the VM does
-        reactor.run_once()
+        reactor.run_once(wait=False)
     kernel.power_off()
 
 

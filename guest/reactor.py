@@ -203,10 +203,10 @@ def run_until(done: Callable[[], bool]) -> None:
         run_once()
 
 
-def run_once() -> None:
-    """Waits for events, dispatches them, then gives each ready task one turn."""
+def run_once(*, wait: bool = True) -> None:
+    """Waits for events (or only looks for them), dispatches them, then gives each ready task one turn."""
     _turn.wake()
-    events = _poller().poll(_timeout(), 64)
+    events = _poller().poll(_timeout() if wait else 0, 64)
     for fd, mask in events:
         descriptor = _descriptors.get(fd)
         if descriptor is None:

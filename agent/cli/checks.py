@@ -133,9 +133,10 @@ def _vsock(settings: Settings) -> list[Check]:
         backend = find_binary(settings.paths.tools_dir)
     except AgentError:
         backend = ""
-    needed = settings.vmm.link == "vsock"
+    # Cloud Hypervisor has a vsock device of its own.
+    needed = settings.vmm.link == "vsock" and settings.vmm.driver != "cloud-hypervisor"
     lacking = Status.MISSING if needed and why_not and not backend else Status.WARN
-    use = "" if needed else "; not needed: vmm.link is not vsock"
+    use = "" if needed else "; only QEMU with vmm.link vsock needs it"
     return [
         Check("vhost-vsock", Status.OK, "/dev/vhost-vsock opens") if not why_not
         else Check("vhost-vsock", lacking, f"/dev/vhost-vsock does not open ({why_not}){use}", "modprobe vhost_vsock"),

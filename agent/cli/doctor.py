@@ -86,10 +86,11 @@ async def _vmm_checks(settings: Settings, *, probe: bool) -> AsyncIterator[Check
         yield Check(QEMU, status, error.message, "apt-get install qemu-system-x86")
     try:
         binary, version = await cloud_hypervisor.find(of_other, settings.paths.tools_dir)
-        yield Check(CLOUD_HYPERVISOR, Status.OK, f"{version} at {binary}")
+        known = "" if probe else "; whether a kernel boots in it, only a boot says (--probe)"
+        yield Check(CLOUD_HYPERVISOR, Status.OK, f"{version} at {binary}{known}")
     except AgentError as error:
         status = Status.MISSING if vmm.driver == CLOUD_HYPERVISOR else Status.WARN
-        yield Check(CLOUD_HYPERVISOR, status, error.message, "only needed for VMs on KVM without QEMU")
+        yield Check(CLOUD_HYPERVISOR, status, error.message, "sandboxctl vmm install; without it, QEMU is used")
     if probe:
         yield await _verdict(settings)
 
@@ -168,5 +169,5 @@ async def _daemon_check() -> Check:
     except grpc.aio.AioRpcError as error:
         detail = f"no answer at {address()}: {error.details() or error.code().name}"
         return Check("daemon", Status.WARN, detail, START_IT)
-    used = f"{node.vmm} {node.vmm_version} with {node.accelerator}"
+    used = f"{node.vmm} {node.vmm_version} with {node.accelerator}: {node.vmm_reason}"
     return Check("daemon", Status.OK, f"sandboxd {node.version} at {address()}, {used}")

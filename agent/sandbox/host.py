@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
@@ -34,13 +35,23 @@ class Host:
 
 
 async def make_directories(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
-    """Makes run and state directory; `stack` removes them. :raises HostError:"""
+    """Makes run and state directory; `stack` removes them. :raises HostError:
+
+    The way to the disk is open to the group of a VMM that is another user.
+    """
     for path in (host.paths.sandbox_run(sandbox_id), host.paths.sandbox_state(sandbox_id)):
         try:
             path.mkdir(mode=0o700, parents=True)
         except OSError as error:
             raise HostError(f"cannot make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
         stack.push_async_callback(asyncio.to_thread, remove_tree, path)
+    if host.settings.vmm.uid:
+        state = host.paths.sandbox_state(sandbox_id)
+        try:
+            os.chown(state, -1, host.settings.vmm.gid)
+            state.chmod(0o710)
+        except OSError as error:
+            raise HostError(f"cannot give {state} to vmm.gid: {error.strerror}", reason="STATE_UNAVAILABLE") from error
 
 
 async def make_network(sandbox_id: str, stack: AsyncExitStack) -> None:

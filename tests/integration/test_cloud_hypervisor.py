@@ -227,13 +227,18 @@ async def test_as_another_user(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     snapshot.mkdir(mode=0o700)
     async with netns.namespace("sbx-ch-user") as namespace:
         template = bench.template(netns=namespace, nic=NicSpec("tap0", "02:00:00:00:00:01"))
-        os.chown(bench.memory, USER, USER)
+        disk = bench.sized("disk", MIB)
+        disk.chmod(0o600)
+        template = dataclasses.replace(template, disks=(DiskSpec(disk, "disk0", read_only=False),))
+        bench.memory.chmod(0o600)
         async with running(driver, template) as vm:
             await greets(vm)
+            assert (bench.memory.stat().st_uid, disk.stat().st_uid) == (USER, USER)
             await counts(vm.pid)
             check_confinement(vm.pid, USER)
             await vm.snapshot(snapshot)
-        os.chown(bench.memory, 0, 0)
+        assert bench.memory.stat().st_uid == 0  # clones could write to what is theirs
+        bench.memory.chmod(0o444)
         assert (snapshot / "state.json").stat().st_uid == 0
         async with running(driver, bench.clone(template, "one", snapshot)) as vm:
             await counts(vm.pid)

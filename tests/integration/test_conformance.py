@@ -1,4 +1,8 @@
-"""What every VMM driver must do alike: QEMU with the real Linux guest, Cloud Hypervisor with what its host can run."""
+"""What every VMM driver must do alike.
+
+QEMU runs the real Linux guest. Cloud Hypervisor runs it where its probe says that it boots, and everywhere else a guest
+without an operating system, which is enough for all but what only Linux can do.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,18 @@ import pytest
 from agent.channel.channel import Channel
 from agent.config import Settings
 from agent.errors import NotFound, VmmError
+from agent.model import SandboxSpec, State
+from agent.net import netns
 from agent.paths import Paths
-from agent.rootfs import ImageStore
+from agent.rootfs import DiskMaker, ImageStore
 from agent.sandbox import dialogue
-from agent.sandbox.shape import shape_of, vm_spec
-from agent.vmm.accelerator import AcceleratorProbe
+from agent.sandbox.record import Record
+from agent.sandbox.shape import TEMPLATE_DISK_BYTES, shape_of, vm_spec
+from agent.vmm.accelerator import AcceleratorProbe, qemu_trial
 from agent.vmm.api import Driver, MemoryFile, Vm, VmmOptions, VmSpec
+from agent.vmm.cloud_hypervisor.driver import CloudHypervisorDriver, trial
 from agent.vmm.qemu import QemuDriver
+from guest.wire import Frame
 from tests import cloud_hypervisor_bench as bare
 from tests.bare_guest import GREETING
 from tests.client import MIB
@@ -34,12 +43,23 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(120)]
 LOGS = {"vmm.log", "vmm.log.1", "console.log", "console.log.1"}
 BOOT_TIMEOUT_S = 60.0
 STANDS_S = 0.5
+ENDS_S = 10.0
+NAMESPACE = "sbx-conform"
+# It says that it is a VMM that its driver knows, and never runs one.
+GIVES_UP = """#!/bin/sh
+case "$*" in *-version) echo "QEMU emulator version 10.0.2, cloud-hypervisor v53.0"; exit;; esac
+echo "no luck" >&2
+exit 3
+"""
 
 
 class Rig(Protocol):
     """A driver, and a guest that can tell whether it runs and what it has in memory."""
 
     driver: Driver
+
+    def driver_of(self, binary: Path) -> Driver:
+        """Returns a driver of the same kind with another program."""
 
     def spec(self, name: str) -> VmSpec:
         """Returns a VM with memory of its own; its run directory is there."""
@@ -55,14 +75,23 @@ class Rig(Protocol):
 
 
 class Linux:
-    """QEMU and the guest of the image `minimal`."""
+    """A driver and the guest of the image `minimal`.
 
-    def __init__(self, directory: Path) -> None:
+    :param verdicts: where it is kept what boots here, for all tests of a run.
+    """
+
+    def __init__(self, directory: Path, name: str, verdicts: Path) -> None:
         self._directory = directory
         self._image = ImageStore(IMAGES_DIR).get("minimal")
-        probe = AcceleratorProbe(directory, self._image.kernel.path, self._image.initramfs.path)
-        self.driver: Driver = QemuDriver(VmmOptions(), directory, probe)
-        self._channels: dict[int, Channel] = {}
+        self._files = (verdicts, self._image.kernel.path, self._image.initramfs.path)
+        self._is_qemu = name == "qemu"
+        self.driver = self.driver_of(None if self._is_qemu else Path(bare.BINARY))
+
+    def driver_of(self, binary: Path | None) -> Driver:
+        options = VmmOptions(binary="" if binary is None else str(binary))
+        if self._is_qemu:
+            return QemuDriver(options, self._directory, AcceleratorProbe(*self._files, qemu_trial))
+        return CloudHypervisorDriver(options, self._directory, AcceleratorProbe(*self._files, trial))
 
     async def open(self) -> None:
         self._shape = shape_of(Settings(), self._image, 1, 128 * MIB, await self.driver.probe())
@@ -74,7 +103,20 @@ class Linux:
         return dataclasses.replace(spec, netns=None, nic=None, disks=spec.disks[:1], run_dir=run_dir)
 
     @asynccontextmanager
-    async def _channel(self, vm: Vm, *, fresh: bool = False) -> AsyncIterator[Channel]:
+    async def sandbox_spec(self) -> AsyncIterator[VmSpec]:
+        """A VM with the disk and the card of a sandbox."""
+        paths = Paths(self._directory, self._directory)
+        disk = paths.disk("one")
+        disk.parent.mkdir(parents=True)
+        await DiskMaker(self._directory / "disks").make_disk(disk, TEMPLATE_DISK_BYTES)
+        run_dir = self._directory / "one"
+        run_dir.mkdir(mode=0o700)
+        async with netns.namespace(NAMESPACE) as namespace:
+            spec = vm_spec(Settings(), paths, "one", self._shape, self._image)
+            yield dataclasses.replace(spec, netns=namespace, run_dir=run_dir)
+
+    @asynccontextmanager
+    async def channel(self, vm: Vm, *, fresh: bool = False) -> AsyncIterator[Channel]:
         channel = await dialogue.connect(vm, fresh=fresh, timeout_s=BOOT_TIMEOUT_S)
         try:
             yield channel
@@ -82,16 +124,16 @@ class Linux:
             await channel.aclose()
 
     async def up(self, vm: Vm) -> bytes:
-        async with self._channel(vm, fresh=True) as channel:
+        async with self.channel(vm, fresh=True) as channel:
             assert (await channel.call("sys.hello"))["pid"] == 1
         return b"sandboxd-init: serving"
 
     async def turns(self, vm: Vm) -> None:
-        async with self._channel(vm) as channel:
+        async with self.channel(vm) as channel:
             await channel.call("sys.hello")
 
     async def differ(self, one: Vm, two: Vm) -> None:
-        async with self._channel(one) as first, self._channel(two) as second:
+        async with self.channel(one) as first, self.channel(two) as second:
             mine: dict[str, Any] = {"new_path": "/run/mine", "user": "root"}
             await first.call("fs.symlink", target="one", **mine)
             with pytest.raises(NotFound):
@@ -107,6 +149,11 @@ class Bare:
     def __init__(self, directory: Path) -> None:
         self._bench = bare.Bench(directory)
         self.driver: Driver = self._bench.driver(shim=True)
+
+    def driver_of(self, binary: Path) -> Driver:
+        probe = AcceleratorProbe(self._bench.directory, None, None, trial)
+        options = VmmOptions(binary=str(binary), accelerator="kvm")
+        return CloudHypervisorDriver(options, self._bench.directory, probe)
 
     def spec(self, name: str) -> VmSpec:
         return self._bench.spec(name)
@@ -127,12 +174,34 @@ class Bare:
         await one.resume()
 
 
+@pytest.fixture(scope="session")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("verdicts")
+
+
+async def linux_with(name: str, directory: Path, verdicts: Path) -> Linux:
+    """Returns a driver with a Linux guest; skips the test, with the driver's reason, where it boots none."""
+    if name != "qemu" and (reason := bare.why_not()) is not None:
+        pytest.skip(reason)
+    found = Linux(directory, name, verdicts)
+    try:
+        await found.open()
+    except VmmError as error:
+        if name == "qemu":
+            raise
+        pytest.skip(error.message)
+    return found
+
+
 @pytest.fixture(params=["qemu", "cloud-hypervisor"])
-async def rig(request: pytest.FixtureRequest, directory: Path) -> Rig:
-    if request.param == "qemu":
-        linux = Linux(directory)
-        await linux.open()
-        return linux
+async def linux(request: pytest.FixtureRequest, directory: Path, verdicts: Path) -> Linux:
+    return await linux_with(request.param, directory, verdicts)
+
+
+@pytest.fixture(params=["qemu", "cloud-hypervisor", "cloud-hypervisor-bare"])
+async def rig(request: pytest.FixtureRequest, directory: Path, verdicts: Path) -> Rig:
+    if request.param != "cloud-hypervisor-bare":
+        return await linux_with(request.param, directory, verdicts)
     if (reason := bare.why_not()) is not None:
         pytest.skip(reason)
     return Bare(directory)
@@ -155,6 +224,36 @@ async def running(rig: Rig, spec: VmSpec) -> AsyncIterator[Vm]:
         await vm.stop()
         assert not left(spec)
         assert vm.pid not in psutil.pids()
+
+
+async def test_a_guest_becomes_a_sandbox(linux: Linux) -> None:
+    async with linux.sandbox_spec() as spec, running(linux, spec) as vm:
+        asked = SandboxSpec("minimal", 1, 128 * MIB, TEMPLATE_DISK_BYTES, env={"GREETING": "hello"})
+        async with linux.channel(vm) as channel:
+            emulated = (await linux.driver.probe()).accelerator == "tcg"
+            await dialogue.prepare(channel, emulated=emulated)
+            await dialogue.configure(channel, Record("sbx-one", asked, State.CREATING, 0.0), BOOT_TIMEOUT_S)
+            assert (await channel.call("sys.hello"))["configured"] is True
+            assert await shell(channel, 'echo "$GREETING $(hostname)"; exit 7') == (b"hello sbx-one\n", 7)
+
+
+async def test_a_guest_that_is_told_to_ends_in_order(linux: Linux) -> None:
+    async with running(linux, linux.spec("one")) as vm:
+        async with linux.channel(vm) as channel:
+            await channel.call("sys.poweroff")
+        async with asyncio.timeout(ENDS_S):
+            ended = await vm.wait()
+        assert ended.exit_code == 0
+
+
+async def shell(channel: Channel, script: str) -> tuple[bytes, int]:
+    """Returns what a program printed, and its exit code."""
+    said = b""
+    async with channel.stream("proc.exec", argv=["/bin/sh", "-c", script], stdin="null") as stream:
+        while (frame := await stream.recv()) is not None and frame[0] is not Frame.RESULT:
+            said += frame[1] if frame[0] is Frame.STDOUT else b""
+        assert frame is not None
+        return said, frame[1]["exit"]["code"]
 
 
 async def test_it_pauses_and_goes_on(rig: Rig) -> None:
@@ -240,6 +339,17 @@ async def test_what_cannot_start_leaves_nothing(rig: Rig, directory: Path) -> No
         with pytest.raises(VmmError):
             await rig.driver.start(spec)
         assert not left(spec)
+
+
+async def test_a_program_that_gives_up_leaves_nothing_but_its_words(rig: Rig, directory: Path) -> None:
+    program = directory / "gives-up"
+    program.write_text(GIVES_UP)
+    program.chmod(0o755)
+    spec = rig.spec("one")
+    with pytest.raises(VmmError, match="exited with status 3 at once: no luck") as caught:
+        await rig.driver_of(program).start(dataclasses.replace(spec, netns=None))
+    assert caught.value.reason == "VMM_NOT_STARTED"
+    assert not left(spec)
 
 
 async def test_a_cancelled_start_leaves_nothing(rig: Rig) -> None:

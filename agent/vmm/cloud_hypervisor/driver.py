@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from agent.vmm import process as processes
 from agent.vmm import sockets
 from agent.vmm.accelerator import AcceleratorProbe
 from agent.vmm.api import LinkKind, VmmInfo, VmmOptions, VmSpec
-from agent.vmm.cloud_hypervisor import binary, config
+from agent.vmm.cloud_hypervisor import binary, config, lending
 from agent.vmm.cloud_hypervisor.landlock import landlock_works
 from agent.vmm.cloud_hypervisor.layout import Layout
 from agent.vmm.cloud_hypervisor.pipes import Events, Log
@@ -41,8 +42,8 @@ class CloudHypervisorDriver:
     """Starts VMs with Cloud Hypervisor v53.
 
     :param probe: made with `trial`.
-    :param confinement: whom the VMMs run as; where that is another user, /dev/kvm, kernels, disks and memory files must
-        be open to it.
+    :param confinement: whom the VMMs run as. To another user, /dev/kvm, the way to all files, and what is only read
+        must be open. What it writes to it owns: disks for good, a template's RAM until the VM is stopped.
     :param landlock: whether VMMs confine themselves by Landlock, too; None: where the kernel can.
     """
 
@@ -95,9 +96,14 @@ class CloudHypervisorDriver:
             console, log, events = _open_pipes(layout, spec.console_limit_bytes)
             for pipe in (console.pipe, log.pipe, events.pipe):
                 undo.callback(pipe.close)
+            give_back = functools.partial(lending.take_back, spec, self._confinement)
+            undo.callback(give_back)
+            lending.lend(spec, self._confinement)
             process = await self._spawn(spec, layout, console, log, events)
             undo.push_async_callback(_finish, process)
-            vm = CloudHypervisorVm(layout, process, console, log, events, is_template=config.is_template(spec))
+            vm = CloudHypervisorVm(
+                layout, process, console, log, events, is_template=config.is_template(spec), give_back=give_back
+            )
             try:
                 await self._bring_up(vm, spec, layout)
             except (VmmError, GuestUnreachable) as error:

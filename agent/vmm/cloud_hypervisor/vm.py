@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from agent.errors import VmmError
@@ -25,11 +25,13 @@ class CloudHypervisorVm:
     """A VMM process with its sockets, console and events.
 
     :param is_template: its RAM is a shared file, so that it can be snapshotted.
+    :param give_back: called once the VMM is gone: takes back what it was lent.
     """
 
     def __init__(
-        self, layout: Layout, process: VmmProcess, console: Log, log: Log, events: Events, *, is_template: bool
-    ) -> None:
+        self, layout: Layout, process: VmmProcess, console: Log, log: Log, events: Events, *, is_template: bool,
+        give_back: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.api = RestClient(layout.api)
         self._layout = layout
         self._process = process
@@ -37,6 +39,7 @@ class CloudHypervisorVm:
         self._log = log
         self._events = events
         self._is_template = is_template
+        self._give_back = give_back
         self._ending: asyncio.Task[None] | None = None
         events.on_event = self._on_event
 
@@ -73,6 +76,7 @@ class CloudHypervisorVm:
     async def stop(self) -> None:
         """Ends the VMM and removes its sockets and pipes; logs stay."""
         await self._process.kill()
+        self._give_back()
         self._events.on_event = None
         for pipe in (self._console.pipe, self._log.pipe, self._events.pipe):
             pipe.close()
