@@ -141,8 +141,9 @@ async def test_a_terminal_has_a_size_that_changes(client: Client, sandbox: sandb
     shell.send(stdin=b"stty size\n")
     await shell.shows(b"7 8\r\n")
     # ^C ends what runs in the foreground, not the shell.
-    shell.send(stdin=b"sleep 60\n")
-    await shell.shows(b"sleep 60")
+    # The shell's echo of the line comes before its program runs: words that only the program says tell that it does.
+    shell.send(stdin=b"sh -c 'echo in $((1 + 1)); exec sleep 60'\n")
+    await shell.shows(b"in 2\r\n")
     shell.send(stdin=b"\x03")
     shell.send(stdin=b"echo after; exit 4\n")
     assert (await shell.ended()).exit_code == 4

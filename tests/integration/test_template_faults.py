@@ -123,26 +123,30 @@ def flip(path: Path) -> None:
 
 
 async def test_makers_that_are_killed(directory: Path) -> None:
+    before = leaks.snapshot().namespaces
     for step in STEPS:
         daemon = start_daemon(directory)
         try:
-            await nothing_left(daemon)
+            await nothing_left(daemon, before)
             await die_at(daemon, step)
         finally:
             daemon.kill()
         assert [path.name[:4] for path in templates_of(directory).iterdir()] == ["tmp-"], step
     async with daemon_and_client(directory) as (daemon, client):
-        await nothing_left(daemon)
+        await nothing_left(daemon, before)
         assert "template.make" in await create(client)
 
 
-async def nothing_left(daemon: Daemon) -> None:
-    """Fails unless a daemon that has just started has removed all that the one before it left."""
+async def nothing_left(daemon: Daemon, before: frozenset[str]) -> None:
+    """Fails unless a daemon that has just started has removed all that the one before it left.
+
+    `before` has the namespaces that were there before any of them.
+    """
     templates = templates_of(daemon.directory)
     assert not templates.exists() or list(templates.iterdir()) == []
     assert daemon.left() == []
     assert vmms_of(daemon.directory) == []
-    assert leaks.snapshot().namespaces == frozenset()
+    assert leaks.snapshot().namespaces == before
     async with connected(daemon) as client:
         listed = await client.sandboxes.ListSandboxes(pb.ListSandboxesRequest())
         assert list(listed.sandboxes) == []
