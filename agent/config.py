@@ -120,7 +120,9 @@ class VmmSettings:
 
 @dataclass(frozen=True, slots=True)
 class TemplateSettings:
-    """Templates: `prepare` are memory sizes that are made ready at start, for the default image and number of CPUs.
+    """Templates: `prepare` are memory sizes that are made ready for the default image and number of CPUs.
+
+    That is done at start, and again when the image was rebuilt.
 
     Without them (`enabled = false`) every sandbox boots from its kernel on. A clone that has not answered, or not taken
     its configuration, within `clone_timeout_s` is ended and another one is tried.

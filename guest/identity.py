@@ -129,6 +129,11 @@ class Identity:
         reactor.spawn(_say_configured())
         return {"phases": phases}
 
+    async def clock(self, call: Call) -> dict[str, object]:
+        """sys.clock: sets the wall clock."""
+        _clock(call.req)
+        return {}
+
     def _root(self, req: dict[str, object]) -> None:
         serial = _text(req, "data_disk_serial")
         if not serial:

@@ -58,6 +58,7 @@ class System:
             "sys.hello": self.hello,
             "sys.prepare": self.prepare.prepare,
             "sys.configure": self.identity.configure,
+            "sys.clock": self.identity.clock,
             "sys.poweroff": self.power_off,
             **self.processes.handlers(),
             **FILE_OPS,

@@ -20,6 +20,8 @@ _FIRST_REDIAL_S, _LAST_REDIAL_S = 0.002, 0.05
 _CONSOLE_TAIL_BYTES = 4000  # a panic says why before its registers and call trace
 _PREPARE_TIMEOUT_S = 120.0
 _GUEST_PHASES = frozenset({"entropy", "clock", "root", "names", "network", "resolver"})
+# A clock is right to within the time that setting it took; the last of the tries may take any time.
+_CLOCK_TRIES, _CLOCK_GOOD_S = 4, 0.03
 _NET = {
     "address": GUEST_IPV4, "gateway": GATEWAY_IPV4.partition("/")[0],
     "address6": GUEST_IPV6, "gateway6": GATEWAY_IPV6.partition("/")[0],
@@ -81,6 +83,18 @@ async def configure(channel: Channel, record: Record, timeout_s: float) -> None:
         **NETWORK,
     )
     _note_phases(result.get("phases"))
+
+
+async def set_clock(channel: Channel, timeout_s: float) -> None:
+    """Sets the guest's wall clock to the host's; better than by sys.configure, whose code is cold in a fresh clone.
+
+    :raises AgentError:
+    """
+    for _ in range(_CLOCK_TRIES):
+        start = time.monotonic()
+        await channel.call("sys.clock", timeout_s=timeout_s, time_ns=time.time_ns())
+        if time.monotonic() - start <= _CLOCK_GOOD_S:
+            return
 
 
 def _note_phases(phases: object) -> None:

@@ -138,6 +138,8 @@ class Boot:
             stack.push_async_callback(channel.aclose)
             with step("guest.configure"):
                 await dialogue.configure(channel, self._record, timeout_s)
+            with step("guest.clock_sync"):
+                await dialogue.set_clock(channel, timeout_s)
         except AgentError as error:
             error.message += dialogue.console_note(vm)
             error.args = (error.message,)

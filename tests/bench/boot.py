@@ -25,7 +25,7 @@ _BURST = 32
 _ECHO = ("/bin/echo", "hi")
 _ROOM = {"node__cpu_overcommit": "64", "node__memory_overcommit": "4"}
 # The phases of a create in which the VMM or the guest is at work; all else is the agent's own share.
-_NOT_AGENT = ("vmm.start", "vmm.restore", "guest.boot", "guest.answer", "guest.configure")
+_NOT_AGENT = ("vmm.start", "vmm.restore", "guest.boot", "guest.answer", "guest.configure", "guest.clock_sync")
 
 
 def _spec(vcpus: int) -> sandbox_pb2.CreateSandboxRequest:

@@ -128,7 +128,6 @@ async def clock_offset(client: Client, sandbox_id: str) -> tuple[float, float]:
     return offset_s, error_s
 
 
-@pytest.mark.xfail(reason="the clock is set to the time at which sys.configure was sent: about 0.1 s late under TCG")
 async def test_a_clones_clock_is_the_hosts(client: Client, template: node_pb2.Template) -> None:
     async with client.sandbox(memory_bytes=160 * MIB) as sandbox:
         offset_s, error_s = await clock_offset(client, sandbox.id)
