@@ -15,11 +15,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from agent.proc import Confinement
 from agent.vmm.accelerator import AcceleratorProbe
 from agent.vmm.api import LinkKind, MemoryFile, VmmOptions, VmSpec
 from agent.vmm.cloud_hypervisor.driver import CloudHypervisorDriver, trial
 from agent.vmm.cloud_hypervisor.vm import CloudHypervisorVm
-from agent.vmm.process import Confinement
 from tests import no_nested_state
 from tests.bare_guest import COUNTER_ADDRESS, GREETING, BareGuest
 

@@ -13,6 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from agent.proc import ExitInfo
+
 
 class LinkKind(StrEnum):
     """What carries the byte stream between host and guest."""
@@ -101,25 +103,6 @@ class VmmInfo:
     snapshot_key: str = ""
     link: LinkKind = LinkKind.SERIAL
     can_snapshot: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class ExitInfo:
-    """How a VMM process ended: exactly one of `exit_code` and `signal` is set; both are None if it was not our
-    child.
-    """
-
-    exit_code: int | None
-    signal: int | None
-    stderr_tail: str
-
-    def describe(self) -> str:
-        """One phrase for error messages."""
-        if self.signal is not None:
-            return f"killed by signal {self.signal}"
-        if self.exit_code is not None:
-            return f"exited with status {self.exit_code}"
-        return "ended"
 
 
 class Vm(Protocol):

@@ -1,4 +1,4 @@
-"""The QEMU driver: starts, finds again and ends QEMU processes."""
+"""The QEMU driver: starts, finds again and ends QEMU proc."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from agent import proc
 from agent.errors import GuestUnreachable, VmmError
+from agent.proc import ExitInfo, HostProcess
 from agent.vmm import migration, qemu_args, sockets, vsock_backend
-from agent.vmm import process as processes
 from agent.vmm.accelerator import AcceleratorProbe
-from agent.vmm.api import ExitInfo, LinkKind, VmmInfo, VmmOptions, VmSpec
+from agent.vmm.api import LinkKind, VmmInfo, VmmOptions, VmSpec
 from agent.vmm.console import Console
 from agent.vmm.cpu import cpu_key
-from agent.vmm.process import VmmProcess
 from agent.vmm.qmp import Qmp
 
 LINK_PORT = 1024
@@ -35,7 +35,7 @@ class QemuVm:
     """One QEMU process and its sockets; see `agent.vmm.api.Vm`."""
 
     def __init__(
-        self, run_dir: Path, link: LinkKind, process: VmmProcess, backend: VmmProcess | None, console: Console
+        self, run_dir: Path, link: LinkKind, process: HostProcess, backend: HostProcess | None, console: Console
     ) -> None:
         self._run_dir = run_dir
         self._link = link
@@ -175,19 +175,19 @@ class QemuDriver:
                 (spec.run_dir / f"{name}.sock").unlink(missing_ok=True)
             raise
 
-    async def _start_backend(self, spec: VmSpec) -> VmmProcess | None:
+    async def _start_backend(self, spec: VmSpec) -> HostProcess | None:
         if spec.link is LinkKind.SERIAL or os.path.exists("/dev/vhost-vsock"):  # noqa: ASYNC240, PTH110  devtmpfs
             return None
         binary = vsock_backend.find_binary(self._tools_dir)
         return await vsock_backend.start(binary, spec.run_dir, qemu_args.GUEST_CID)
 
-    async def _start_qemu(self, spec: VmSpec, accelerator: str, backend: VmmProcess | None) -> QemuVm:
+    async def _start_qemu(self, spec: VmSpec, accelerator: str, backend: HostProcess | None) -> QemuVm:
         names = [name for name in _SOCKETS if name != "link" or spec.link is LinkKind.SERIAL]
         listeners = {name: sockets.listen(spec.run_dir / f"{name}.sock") for name in names}
-        process: VmmProcess | None = None
+        process: HostProcess | None = None
         console: Console | None = None
         try:
-            process = await processes.spawn(
+            process = await proc.spawn(
                 self._argv(spec, accelerator, backend, listeners),
                 netns=spec.netns,
                 stderr_path=spec.run_dir / "vmm.log",
@@ -209,7 +209,7 @@ class QemuDriver:
         return QemuVm(spec.run_dir, spec.link, process, backend, console)
 
     def _argv(
-        self, spec: VmSpec, accelerator: str, backend: VmmProcess | None, listeners: Mapping[str, socket.socket]
+        self, spec: VmSpec, accelerator: str, backend: HostProcess | None, listeners: Mapping[str, socket.socket]
     ) -> list[str]:
         link = listeners.get("link")
         vsock = None
@@ -241,12 +241,12 @@ class QemuDriver:
         return QemuVm(run_dir, link, process, backend, console)
 
 
-def _adopt(token: Mapping[str, str], prefix: str, stderr_path: Path) -> VmmProcess | None:
+def _adopt(token: Mapping[str, str], prefix: str, stderr_path: Path) -> HostProcess | None:
     pid, started = int(token.get(f"{prefix}pid", "0")), int(token.get(f"{prefix}start_time", "0"))
-    return processes.adopt(pid, started, stderr_path)
+    return proc.adopt(pid, started, stderr_path)
 
 
-async def _run(process: VmmProcess, console: Console, spec: VmSpec) -> None:
+async def _run(process: HostProcess, console: Console, spec: VmSpec) -> None:
     """Connects the console, restores, and lets the paused VM run. :raises VmmError: with what QEMU said if it ended."""
     try:
         console.attach(await sockets.connect(spec.run_dir / "console.sock"))

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from agent.errors import VmmError
-from agent.vmm.process import VmmProcess, spawn
+from agent.proc import HostProcess, spawn
 
 _BINARY = "vhost-device-vsock"
 _START_TIMEOUT_S = 5.0
@@ -31,7 +31,7 @@ def find_binary(tools_dir: Path) -> str:
     return found
 
 
-async def start(binary: str, run_dir: Path, cid: int) -> VmmProcess:
+async def start(binary: str, run_dir: Path, cid: int) -> HostProcess:
     """Starts a backend that listens at `run_dir/vhost.sock` for QEMU and `run_dir/vsock.sock` for hosts.
 
     :raises VmmError: it did not start; nothing is left.

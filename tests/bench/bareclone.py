@@ -27,11 +27,11 @@ from agent.config import load
 from agent.model import new_sandbox_id
 from agent.net import netns
 from agent.paths import Paths
+from agent.proc import enter_netns
 from agent.rootfs import DiskMaker, ImageStore
 from agent.sandbox import dialogue, template_files
 from agent.sandbox.shape import DATA_DISK, vm_spec
 from agent.vmm.api import MemoryFile, VmSpec
-from agent.vmm.process import enter_netns
 from agent.vmm.qemu_args import device_args, machine_args
 from guest import wire
 from guest.wire import Frame, FrameReader

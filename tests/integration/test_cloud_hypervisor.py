@@ -16,13 +16,13 @@ import pytest
 
 from agent.errors import VmmError
 from agent.net import netns
+from agent.proc import Confinement
 from agent.vmm import accelerator
 from agent.vmm.accelerator import AcceleratorProbe
 from agent.vmm.api import DiskSpec, LinkKind, NicSpec, VmmOptions
 from agent.vmm.cloud_hypervisor.driver import CloudHypervisorDriver, trial
 from agent.vmm.cloud_hypervisor.landlock import landlock_works
 from agent.vmm.cloud_hypervisor.vm import CloudHypervisorVm
-from agent.vmm.process import Confinement
 from tests import no_nested_state
 from tests.bare_guest import FILLED_PAGES, BareGuest
 from tests.cloud_hypervisor_bench import (

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from agent import proc
 from agent.errors import VmmError
-from agent.vmm import process as processes
+from agent.proc import Confinement
 from agent.vmm.cloud_hypervisor import binary
-from agent.vmm.process import Confinement
 
 pytestmark = pytest.mark.timeout(30)
 NONE = Path("/none")
@@ -105,7 +105,7 @@ async def test_what_is_confined_has_no_power(
     confinement: Confinement, ids: tuple[str, str, set[str]], tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    process = await processes.spawn(confinement.argv(["cat", "/proc/self/status"]), netns=None, stderr_path=log)
+    process = await proc.spawn(confinement.argv(["cat", "/proc/self/status"]), netns=None, stderr_path=log)
     assert (await process.wait()).exit_code == 0
     facts = dict(line.split(":\t", 1) for line in log.read_text().splitlines() if ":\t" in line)
     assert facts["Uid"].split() == [ids[0]] * 4
@@ -119,7 +119,7 @@ async def test_what_is_confined_has_no_power(
 
 async def test_output_goes_where_it_is_told(tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
-        process = await processes.spawn(
+        process = await proc.spawn(
             [sys.executable, "-c", "import sys; print('out'); sys.exit('err')"],
             netns=None, stderr_path=tmp_path / "err", output_fds=(out.fileno(), err.fileno()),
         )  # fmt: skip

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from agent.errors import VmmError
+from agent.proc import Confinement
 from agent.vmm.cloud_hypervisor import layout as layouts
 from agent.vmm.cloud_hypervisor.layout import Layout
-from agent.vmm.process import Confinement
 
 NOBODY = Confinement()
 

@@ -12,11 +12,11 @@ import pytest
 
 from agent.config import PathSettings, Settings, VmmSettings
 from agent.errors import AgentError, VmmError
+from agent.proc import Confinement
 from agent.rootfs import ImageStore
 from agent.sandbox import vmm_choice
 from agent.sandbox.vmm_choice import choose_driver
 from agent.vmm.api import LinkKind, VmmInfo
-from agent.vmm.process import Confinement
 
 BOOTS = "echo 'Run /init as init process'"
 HANGS = "echo nothing"

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from agent import proc
 from agent.errors import GuestUnreachable, VmmError
-from agent.vmm import process as processes
+from agent.proc import Confinement, HostProcess
 from agent.vmm import sockets
 from agent.vmm.accelerator import AcceleratorProbe
 from agent.vmm.api import LinkKind, VmmInfo, VmmOptions, VmSpec
@@ -23,7 +24,6 @@ from agent.vmm.cloud_hypervisor.pipes import Events, Log
 from agent.vmm.cloud_hypervisor.tap import open_tap
 from agent.vmm.cloud_hypervisor.vm import CloudHypervisorVm
 from agent.vmm.cpu import cpu_key
-from agent.vmm.process import Confinement, VmmProcess
 
 _CONSOLE_FOR_ADOPTED_BYTES = 1 << 20
 _RESUMED_TIMEOUT_S = 10.0
@@ -111,7 +111,7 @@ class CloudHypervisorDriver:
             undo.pop_all()
         return vm
 
-    async def _spawn(self, spec: VmSpec, layout: Layout, console: Log, log: Log, events: Events) -> VmmProcess:
+    async def _spawn(self, spec: VmSpec, layout: Layout, console: Log, log: Log, events: Events) -> HostProcess:
         with (
             sockets.listen(layout.api) as listener,
             console.pipe.writer() as stdout,
@@ -126,7 +126,7 @@ class CloudHypervisorDriver:
                 *self._options.extra_args,
             ]
             # Its death closes what is connected, since it alone listens from here on.
-            return await processes.spawn(
+            return await proc.spawn(
                 self._confinement.argv(argv),
                 netns=spec.netns,
                 stderr_path=layout.log,
@@ -172,7 +172,7 @@ class CloudHypervisorDriver:
             pid, started = int(token.get("pid", "0")), int(token.get("start_time", "0"))
         except ValueError:
             return None
-        process = processes.adopt(pid, started, layout.log)
+        process = proc.adopt(pid, started, layout.log)
         if process is None:
             return None
         console, log, events = _open_pipes(layout, _CONSOLE_FOR_ADOPTED_BYTES)
@@ -184,7 +184,7 @@ def _open_pipes(layout: Layout, console_limit_bytes: int) -> tuple[Log, Log, Eve
     return console, Log(layout.log_pipe, layout.log), Events(layout.events)
 
 
-async def _finish(process: VmmProcess) -> None:
+async def _finish(process: HostProcess) -> None:
     await asyncio.shield(asyncio.ensure_future(process.kill()))
 
 

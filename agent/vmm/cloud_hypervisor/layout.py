@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import VmmError
-from agent.vmm.process import Confinement
+from agent.proc import Confinement
 
 _MAX_STATE_BYTES = 64 << 20
 _STATE_FILES = ("config.json", "state.json")

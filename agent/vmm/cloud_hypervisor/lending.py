@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from agent.errors import VmmError
+from agent.proc import Confinement
 from agent.vmm.api import VmSpec
 from agent.vmm.cloud_hypervisor.config import is_template
-from agent.vmm.process import Confinement
 
 
 def lend(spec: VmSpec, confinement: Confinement) -> None:

@@ -14,7 +14,7 @@ import struct
 import threading
 
 from agent.errors import VmmError
-from agent.vmm.process import enter_netns
+from agent.proc import enter_netns
 
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000  # as agent.net makes them

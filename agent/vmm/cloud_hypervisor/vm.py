@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from agent.errors import VmmError
+from agent.proc import ExitInfo, HostProcess
 from agent.vmm import sockets
-from agent.vmm.api import ExitInfo
 from agent.vmm.cloud_hypervisor.config import disk_id
 from agent.vmm.cloud_hypervisor.layout import Layout
 from agent.vmm.cloud_hypervisor.pipes import Events, Log
 from agent.vmm.cloud_hypervisor.rest import RestClient
-from agent.vmm.process import VmmProcess
 
 LINK_PORT = 1024
 _LAST_WORDS_BYTES = 4096
@@ -29,7 +28,7 @@ class CloudHypervisorVm:
     """
 
     def __init__(
-        self, layout: Layout, process: VmmProcess, console: Log, log: Log, events: Events, *, is_template: bool,
+        self, layout: Layout, process: HostProcess, console: Log, log: Log, events: Events, *, is_template: bool,
         give_back: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.api = RestClient(layout.api)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from agent import proc
 from agent.errors import VmmError
-from agent.vmm import process as processes
-from agent.vmm.process import adopt, spawn, start_time
+from agent.proc import adopt, spawn, start_time
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -108,7 +108,7 @@ async def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cancels", [1, 2, 5])
 async def test_a_cancelled_spawn_leaves_nothing(monkeypatch: pytest.MonkeyPatch, log: Path, cancels: int) -> None:
     started, go_on, pids = threading.Event(), threading.Event(), []
-    real = processes._spawn_here
+    real = proc._spawn_here
 
     def slow(*args: object) -> int:
         started.set()
@@ -116,7 +116,7 @@ async def test_a_cancelled_spawn_leaves_nothing(monkeypatch: pytest.MonkeyPatch,
         pids.append(real(*args))  # type: ignore[arg-type]
         return pids[0]
 
-    monkeypatch.setattr(processes, "_spawn_here", slow)
+    monkeypatch.setattr(proc, "_spawn_here", slow)
     task = asyncio.create_task(spawn(["sleep", "60"], netns=None, stderr_path=log))
     await asyncio.to_thread(started.wait)
     for _ in range(cancels):
@@ -178,7 +178,7 @@ async def test_a_pid_that_changes_hands_while_it_is_looked_at(
             seen = 99
             return real_open(pid)
 
-        monkeypatch.setattr(processes, "start_time", look)
+        monkeypatch.setattr(proc, "start_time", look)
         monkeypatch.setattr(os, "pidfd_open", open_pidfd)
         assert adopt(stranger.pid, wanted, log) is None
         assert pidfds() == 0

@@ -1,5 +1,5 @@
-"""A VMM process: started inside a network namespace, watched through its pidfd, found again after an agent's
-restart.
+"""A process of the host (a VMM, the egress process): started inside a network namespace, watched through its pidfd,
+found again after an agent's restart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import VmmError
-from agent.vmm.api import ExitInfo
 
 _CLONE_NEWNET = 0x40000000
 _STDERR_TAIL_BYTES = 4096
@@ -33,7 +32,26 @@ def start_time(pid: int) -> int:
     return int(stat.rpartition(b")")[2].split()[19])
 
 
-class VmmProcess:
+@dataclass(frozen=True, slots=True)
+class ExitInfo:
+    """How a VMM process ended: exactly one of `exit_code` and `signal` is set; both are None if it was not our
+    child.
+    """
+
+    exit_code: int | None
+    signal: int | None
+    stderr_tail: str
+
+    def describe(self) -> str:
+        """One phrase for error messages."""
+        if self.signal is not None:
+            return f"killed by signal {self.signal}"
+        if self.exit_code is not None:
+            return f"exited with status {self.exit_code}"
+        return "ended"
+
+
+class HostProcess:
     """One process, by pidfd: waiting for it never confuses it with another that got its PID."""
 
     def __init__(self, pid: int, stderr_path: Path, *, is_child: bool) -> None:
@@ -67,7 +85,7 @@ class VmmProcess:
             self._ended.set_result(ExitInfo(code, number, self.stderr_tail()))
 
     def stderr_tail(self) -> str:
-        """Returns the end of what the VMM wrote to stderr."""
+        """Returns the end of what the process wrote to stderr."""
         try:
             with self._stderr_path.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _STDERR_TAIL_BYTES))
@@ -93,12 +111,12 @@ class VmmProcess:
         await self.wait()
 
 
-def adopt(pid: int, started: int, stderr_path: Path) -> VmmProcess | None:
+def adopt(pid: int, started: int, stderr_path: Path) -> HostProcess | None:
     """Returns the process that had `pid` and started at `started`, or None if it is gone."""
     if started == 0 or start_time(pid) != started:
         return None
     try:
-        process = VmmProcess(pid, stderr_path, is_child=False)
+        process = HostProcess(pid, stderr_path, is_child=False)
     except OSError:
         return None
     if process.start_time == started:
@@ -109,7 +127,7 @@ def adopt(pid: int, started: int, stderr_path: Path) -> VmmProcess | None:
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """What a VMM may not do: it has no capability and cannot get one, and may run as another user than the agent.
+    """What a process may not do: it has no capability and cannot get one, and may run as another user than the agent.
 
     :param uid: the user to run as, for an agent that is root; None: the agent's own.
     :param groups: further groups, such as that of /dev/kvm.
@@ -143,7 +161,7 @@ async def spawn(
     stderr_path: Path,
     pass_fds: Sequence[int] = (),
     output_fds: tuple[int, int] | None = None,
-) -> VmmProcess:
+) -> HostProcess:
     """Starts `argv` in its own session and in the namespace `netns`, with stdout and stderr in a file.
 
     :param output_fds: where stdout and stderr go instead; `stderr_path` is then only read, for the end of stderr.
@@ -161,13 +179,13 @@ async def spawn(
         else:
             loop.call_soon_threadsafe(started.set_result, pid)
 
-    threading.Thread(target=run, name="spawn-vmm", daemon=True).start()
+    threading.Thread(target=run, name="spawn", daemon=True).start()
     try:
         # Shielded: a cancelled caller would lose the PID of a process that is about to exist.
         pid = await _uncancelled(started)
     except (OSError, ValueError) as error:  # ValueError: a NUL in a word
         raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
-    return VmmProcess(pid, stderr_path, is_child=True)
+    return HostProcess(pid, stderr_path, is_child=True)
 
 
 async def _uncancelled(future: asyncio.Future[int]) -> int:
