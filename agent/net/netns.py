@@ -18,6 +18,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from agent.errors import HostError
 from agent.model import GATEWAY_IPV4, GATEWAY_IPV6, ID_PREFIX
@@ -36,6 +37,7 @@ _SIOCSIFHWADDR, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK, _SI
 _ARPHRD_ETHER = 1
 _IFF_UP = 1
 
+_T = TypeVar("_T")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -76,13 +78,15 @@ def _make(path: Path) -> None:
         _check(_libc.unshare(_CLONE_NEWNET), "unshare")
         own = f"/proc/self/task/{threading.get_native_id()}/ns/net"
         _check(_libc.mount(own.encode(), os.fsencode(path), b"none", ctypes.c_ulong(_MS_BIND), None), f"mount {path}")
-        _make_tap()
+        _make_device()
+        _set_up_device()
     except BaseException:
         _remove(path)
         raise
 
 
-def _make_tap() -> None:
+def _make_device() -> None:
+    """Makes the tap."""
     tun = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
     try:
         name = TAP.encode()
@@ -90,6 +94,10 @@ def _make_tap() -> None:
         fcntl.ioctl(tun, _TUNSETPERSIST, 1)
     finally:
         os.close(tun)
+
+
+def _set_up_device() -> None:
+    name = TAP.encode()
     mac = bytes.fromhex(TAP_MAC.replace(":", ""))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         fcntl.ioctl(sock, _SIOCSIFHWADDR, struct.pack("16sH6s16x", name, _ARPHRD_ETHER, mac))
@@ -135,6 +143,37 @@ def _explain(error: OSError, name: str) -> HostError:
     elif error.errno == errno.EEXIST:
         hint = "; a namespace of this name is left from before: remove it with `ip netns delete`"
     return HostError(f"cannot make network namespace {name}: {error}{hint}", reason="NETNS_FAILED")
+
+
+def enter(fd: int) -> None:
+    """Moves the calling thread into the network namespace of this descriptor. :raises OSError:"""
+    _check(_libc.setns(fd, _CLONE_NEWNET), "setns")
+
+
+async def run_in(fd: int, work: Callable[[], _T], what: str) -> _T:
+    """Returns what `work` returns, from a thread in the network namespace `fd` that ends with it.
+
+    It runs to its end even if the caller is cancelled. :raises HostError: the kernel refused something.
+    """
+    results: list[_T] = []
+
+    def inside() -> None:
+        enter(fd)
+        results.append(work())
+
+    try:
+        await asyncio.shield(_in_thread(inside, "netns-work"))
+    except OSError as error:
+        raise HostError(f"cannot {what}: {error}", reason="NETNS_FAILED") from error
+    return results[0]
+
+
+def open_namespace(name: str) -> int:
+    """Returns a descriptor of `/run/netns/<name>`. :raises HostError:"""
+    try:
+        return os.open(NETNS_DIR / name, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(f"there is no network namespace {name}: {error.strerror}", reason="NETNS_FAILED") from error
 
 
 async def make(name: str) -> None:

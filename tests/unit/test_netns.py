@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from agent import proc
 from agent.errors import HostError
 from agent.model import GATEWAY_IPV4, GATEWAY_IPV6, ID_PREFIX
 from agent.net import netns
-from agent.vmm import process as processes
 
 HAS_IPV6 = os.path.exists("/proc/sys/net/ipv6")
 pytestmark = [
@@ -99,7 +99,7 @@ async def test_a_name_that_is_taken_keeps_what_is_there(name: str) -> None:
 async def test_a_namespace_in_use_is_removed_by_name(name: str, tmp_path: Path) -> None:
     await netns.make(name)
     number = path(name).stat().st_ino
-    process = await processes.spawn(["sleep", "60"], netns=name, stderr_path=tmp_path / "log")
+    process = await proc.spawn(["sleep", "60"], netns=name, stderr_path=tmp_path / "log")
     assert os.stat(f"/proc/{process.pid}/ns/net").st_ino == number
     await netns.remove(name)
     assert not path(name).exists()
@@ -107,7 +107,7 @@ async def test_a_namespace_in_use_is_removed_by_name(name: str, tmp_path: Path) 
     await process.kill()
 
 
-@pytest.mark.parametrize("step", ["_make_tap", "_set_ipv4", "_set_ipv6"])
+@pytest.mark.parametrize("step", ["_make_device", "_set_ipv4", "_set_ipv6"])
 async def test_nothing_is_left_when_a_step_fails(name: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if step == "_set_ipv6" and not HAS_IPV6:
         pytest.skip("this kernel has no IPv6")
@@ -126,7 +126,7 @@ async def test_a_tap_whose_kernel_module_is_missing(name: str, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise FileNotFoundError(2, "No such file or directory", "/dev/net/tun")
 
-    monkeypatch.setattr(netns, "_make_tap", fail)
+    monkeypatch.setattr(netns, "_make_device", fail)
     with pytest.raises(HostError, match="kernel module tun"):
         await netns.make(name)
 
