@@ -20,6 +20,7 @@ from guest.prepare import Prepare
 from guest.process import Registry
 from guest.process_ops import ProcessOps
 from guest.stats import OPS as STATS_OPS
+from guest.trust import Trust
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class System:
         self.registry = Registry(OomWatcher())
         self.processes = ProcessOps(self.registry)
         self.identity = Identity(self.processes)
+        self.trust = Trust(self.processes)
         self.ahead = Ahead()
         self.prepare = Prepare(self.identity, self.processes, self.ahead)
         self.power_off_asked = False
@@ -59,6 +61,7 @@ class System:
             "sys.prepare": self.prepare.prepare,
             "sys.configure": self.identity.configure,
             "sys.clock": self.identity.clock,
+            "sys.trust": self.trust.trust,
             "sys.poweroff": self.power_off,
             **self.processes.handlers(),
             **FILE_OPS,

@@ -1,0 +1,169 @@
+"""The agent's orders, carried out: which sandboxes there are, with what policy, secrets and sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from agent.egress.ca import SandboxCa
+from agent.egress.dns import DnsServer
+from agent.egress.report import Reporter
+from agent.egress.state import Sandbox
+from agent.egress.tcp import TcpProxy
+from agent.egress.wire import SOCKETS, Link, LinkClosed, close_all
+from agent.errors import AgentError
+from agent.policy.policy import Policy
+from agent.policy.secret import Secret
+
+_REPORT_EVERY_S = 0.25
+_PEER_CREDENTIALS = struct.Struct("iii")  # struct ucred, unix(7)
+
+
+@dataclass(slots=True)
+class Served:
+    """A sandbox with its servers."""
+
+    sandbox: Sandbox
+    digest: str
+    dns: DnsServer
+    tcp: TcpProxy
+
+    async def aclose(self) -> None:
+        """Ends its servers and all that it has open."""
+        await self.dns.aclose()
+        await self.tcp.aclose()
+        self.sandbox.close()
+
+
+class Control:
+    """Serves the control socket. The newest link counts: an agent that restarted takes over from the one before.
+
+    :param make_servers: makes the two servers of a sandbox.
+    :param owner_uid: whom links are taken from.
+    """
+
+    def __init__(
+        self, make_servers: Callable[[Sandbox], tuple[DnsServer, TcpProxy]], identity: dict[str, Any], owner_uid: int
+    ) -> None:
+        self._make_servers = make_servers
+        self._identity = identity
+        self._owner_uid = owner_uid
+        self._served: dict[str, Served] = {}
+        self._reporter = Reporter()
+        self._link: Link | None = None
+        self._done = asyncio.Event()
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serves until there is neither an agent nor a sandbox left."""
+        listener.setblocking(False)
+        loop = asyncio.get_running_loop()
+        reporting = asyncio.create_task(self._report())
+        accepting = asyncio.create_task(self._accept(loop, listener))
+        try:
+            await self._done.wait()
+        finally:
+            for task in (accepting, reporting):
+                task.cancel()
+            await asyncio.gather(accepting, reporting, return_exceptions=True)
+            for served in list(self._served.values()):
+                await served.aclose()
+
+    async def _accept(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+        serving: set[asyncio.Task[None]] = set()
+        while True:
+            sock, _ = await loop.sock_accept(listener)
+            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+            if _PEER_CREDENTIALS.unpack(raw)[1] != self._owner_uid:
+                sock.close()
+                continue
+            if self._link is not None:
+                self._link.close()
+            self._link = Link(sock)
+            task = asyncio.create_task(self._serve(self._link))
+            serving.add(task)
+            task.add_done_callback(serving.discard)
+
+    async def _serve(self, link: Link) -> None:
+        try:
+            while True:
+                message, fds = await link.receive()
+                answer: dict[str, Any] = {"seq": message.get("seq")}
+                try:
+                    answer["result"] = await self._carry_out(message, fds)
+                except AgentError as error:
+                    answer["error"] = error.message
+                except (KeyError, ValueError, TypeError, OSError) as error:
+                    answer["error"] = f"{type(error).__name__}: {error}"
+                finally:
+                    close_all(fds)
+                await link.send(answer)
+        except LinkClosed:
+            pass
+        finally:
+            link.close()
+            if self._link is link:
+                self._link = None
+                if not self._served:
+                    self._done.set()
+
+    async def _carry_out(self, message: dict[str, Any], fds: list[int]) -> Any:
+        match message["op"]:
+            case "hello":
+                sandboxes = {served.sandbox.id: served.digest for served in self._served.values()}
+                return {**self._identity, "pid": os.getpid(), "sandboxes": sandboxes}
+            case "assign":
+                return await self._assign(message, fds)
+            case "remove":
+                served = self._served.pop(message["sandbox"], None)
+                if served is not None:
+                    await served.aclose()
+                return {}
+            case _:
+                raise ValueError(f"unknown operation {message['op']!r}; the egress process is older than the agent")
+
+    async def _assign(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        policy = Policy.from_json(message["policy"])
+        secrets = tuple(Secret.from_json(value) for value in message["secrets"])
+        ca = SandboxCa.load(**message["ca"]) if message["ca"] else None
+        served = self._served.get(message["sandbox"])
+        if served is not None and not message["sockets"]:
+            served.digest = message["digest"]
+            return {"ended": served.sandbox.update(policy, secrets, ca)}
+        if served is not None:  # new sockets: those it had are of a namespace that is gone
+            await self._served.pop(message["sandbox"]).aclose()
+        if len(message["sockets"]) != len(fds) or not set(message["sockets"]) <= set(SOCKETS):
+            raise ValueError("sockets and descriptors do not fit")
+        sandbox = Sandbox(message["sandbox"], policy, self._reporter, secrets, ca)
+        dns, tcp = self._make_servers(sandbox)
+        sockets = {kind: socket.socket(fileno=os.dup(fd)) for kind, fd in zip(message["sockets"], fds, strict=True)}
+        for sock in sockets.values():
+            sock.setblocking(False)
+        dns.start(_of(sockets, "dns-udp"), _of(sockets, "dns-tcp"))
+        tcp.start(_of(sockets, "tcp"))
+        self._served[sandbox.id] = Served(sandbox, message["digest"], dns, tcp)
+        return {"ended": 0}
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_EVERY_S)
+            link = self._link
+            report = self._reporter.take() if link is not None else None
+            if link is not None and report is not None:
+                with contextlib.suppress(LinkClosed):
+                    await link.send(report)
+
+
+def _of(sockets: dict[str, socket.socket], kind: str) -> list[socket.socket]:
+    return [sock for name, sock in sockets.items() if name in (f"{kind}4", f"{kind}6")]
+
+
+def note(text: str) -> None:
+    """Writes a line to the process's log, which the agent keeps. Never anything that a guest sent."""
+    print(f"egress: {text}", file=sys.stderr, flush=True)  # noqa: T201
