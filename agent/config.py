@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from agent.errors import InvalidSpec
+from agent.policy.addresses import parse_network
+from agent.policy.rules import parse_rules
 
 ENV_PREFIX = "SANDBOXD_"
 DEFAULT_CONFIG = Path("/etc/sandboxd/config.toml")
@@ -157,6 +159,35 @@ class SandboxSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class EgressSettings:
+    """What sandboxes may reach, as the operator has it, and how it is enforced.
+
+    `uplink` is the network namespace (of `ip netns`) that leads out, empty for the agent's own. `uid` and `gid` are
+    whom the egress process runs as. `resolvers` are "address" or "address:port"; without any, those of
+    /etc/resolv.conf. `always` and `deny` are lists of rules (hosts, addresses, ranges, each with an optional port):
+    what every sandbox may reach and what none may. `permit_private` are ranges that would be blocked, such as
+    "10.1.0.0/16". `tenants` has the most that a tenant's sandboxes may reach, as rules with commas between.
+    `pool_ipv4` and `pool_ipv6` are addresses between sandboxes and uplink, which nothing else may use. Limits are per
+    sandbox; 0: none.
+    """
+
+    uplink: str = ""
+    uid: int = 65534
+    gid: int = 65534
+    resolvers: tuple[str, ...] = ()
+    upstream_ca_file: str = ""
+    always: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+    permit_private: tuple[str, ...] = ()
+    tenants: Mapping[str, str] = field(default_factory=dict)
+    pool_ipv4: str = "100.64.0.0/10"
+    pool_ipv6: str = "fd73:6279::/48"
+    connections: int = 1024
+    connections_per_s: int = 0
+    bytes_per_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class MetricsSettings:
     """Prometheus over HTTP at `address` (host:port); empty: off."""
 
@@ -189,6 +220,7 @@ class Settings:
     vmm: VmmSettings = field(default_factory=VmmSettings)
     templates: TemplateSettings = field(default_factory=TemplateSettings)
     sandbox: SandboxSettings = field(default_factory=SandboxSettings)
+    egress: EgressSettings = field(default_factory=EgressSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     tracing: TracingSettings = field(default_factory=TracingSettings)
     log: LogSettings = field(default_factory=LogSettings)
@@ -273,7 +305,9 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must not be true or false")
     if kind is int:
-        return (parse_size(value) if name.endswith("_bytes") else int(value)) if text else _whole(value)
+        return (
+            (parse_size(value) if name.endswith(("_bytes", "bytes_per_s")) else int(value)) if text else _whole(value)
+        )
     if kind is float:
         return (parse_duration(value) if name.endswith("_s") else float(value)) if text else float(value)
     if kind is Path:
@@ -284,9 +318,18 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
         return value
     if kind == tuple[int, ...]:
         return tuple(_number(item) for item in (value.split(",") if text else value))
+    if kind == tuple[str, ...]:
+        return _words(value)
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise ValueError("must be a table of text")
     return dict(value)
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ValueError("must be a list of text")
+    return tuple(item.strip() for item in items if item.strip())
 
 
 def _number(value: Any) -> int:
@@ -313,6 +356,7 @@ def _check(settings: Settings) -> None:
             if isinstance(value, int | float) and value < 0:
                 raise ConfigError(f"{table.name}.{entry.name} must not be negative")
     _check_user(settings.vmm)
+    _check_egress(settings.egress)
     api = settings.api
     if api.tcp_address and not (api.tls_cert and api.tls_key and api.tls_client_ca) and not api.allow_insecure_loopback:
         raise ConfigError(
@@ -321,6 +365,25 @@ def _check(settings: Settings) -> None:
         )
     split_address(api.tcp_address, "api.tcp_address")
     split_address(settings.metrics.address, "metrics.address")
+
+
+def _check_egress(egress: EgressSettings) -> None:
+    if not (egress.uid and egress.gid):
+        raise ConfigError("egress.uid and egress.gid must be a user's and a group's that are not root's")
+    lists = {"always": egress.always, "deny": egress.deny}
+    lists |= {f"tenants.{name}": tuple(rules.split(",")) for name, rules in egress.tenants.items()}
+    for name, rules in lists.items():
+        try:
+            parse_rules((rule for rule in rules if rule.strip()), name)
+        except InvalidSpec as error:
+            raise ConfigError(f"egress.{name}: {error.message}") from None
+    pools = {"pool_ipv4": (egress.pool_ipv4,), "pool_ipv6": (egress.pool_ipv6,)}
+    for name, networks in {"permit_private": egress.permit_private, **pools}.items():
+        for network in networks:
+            try:
+                parse_network(network)
+            except ValueError as error:
+                raise ConfigError(f"egress.{name}: {error}; write a range such as 10.1.0.0/16") from None
 
 
 def _check_user(vmm: VmmSettings) -> None:

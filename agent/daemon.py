@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from agent import telemetry
 from agent.config import Settings
@@ -16,11 +17,13 @@ from agent.rootfs import DiskMaker, ImageStore
 from agent.rpc.server import ApiServer
 from agent.sandbox.host import Host
 from agent.sandbox.manager import Manager
+from agent.sandbox.network import SandboxNetwork
 from agent.sandbox.node import Node
 from agent.sandbox.reconcile import reconcile
 from agent.sandbox.store import Store, lock_directory
 from agent.sandbox.templates import Templates
 from agent.sandbox.vmm_choice import choose_driver
+from agent.secrets.vault import Vault
 from agent.telemetry import log
 from agent.vmm.api import VmmInfo
 
@@ -54,6 +57,7 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     store = Store(paths.database)
     locks: list[int] = []
+    started = AsyncExitStack()
     try:
         for path in (paths.lock, paths.run_lock):
             locks.append(lock_directory(path))
@@ -61,20 +65,26 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
         images = ImageStore(settings.images.images_dir)
         driver = await choose_driver(settings, images)
         vmm = await driver.probe()
-        host = Host(settings, paths, driver, DiskMaker(paths.disk_templates))
+        network = SandboxNetwork(settings, paths, Vault(paths.secrets))
+        await network.start()
+        started.push_async_callback(network.aclose, keep=settings.sandbox.on_stop == "keep")
+        host = Host(settings, paths, driver, DiskMaker(paths.disk_templates), network)
         templates = _templates(host, vmm)
         manager = Manager(host, images, Node(settings, vmm), store, templates)
+        network.on_denial = manager.on_denial
         await reconcile(host, manager, store, records)
         server = ApiServer(settings, manager)
-        preparing = asyncio.create_task(manager.prepare_templates())
+        working = [asyncio.create_task(work) for work in (manager.prepare_templates(), manager.count_drops())]
         try:
             await server.start()
             yield server
         finally:
-            preparing.cancel()
+            for task in working:
+                task.cancel()
             await server.stop(_STOP_GRACE_S)
             await manager.stop(keep=settings.sandbox.on_stop == "keep")
     finally:
+        await started.aclose()
         await store.aclose()
         for lock in locks:
             os.close(lock)
@@ -82,6 +92,7 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
 
 async def run(settings: Settings) -> None:
     """Runs until SIGTERM or SIGINT. A second one ends the process without cleaning up."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core of ours, or of a VMM, has secrets and guests in it
     telemetry.setup(settings.log, settings.metrics, settings.tracing, settings.node.name)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

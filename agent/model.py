@@ -63,6 +63,31 @@ class Lifetime:
 
 
 @dataclass(frozen=True, slots=True)
+class SecretSpec:
+    """A secret without its value, which only the vault and the egress process have.
+
+    :param name: of the environment variable that holds the placeholder.
+    :param hosts: rules (`agent.policy.rules`) of the hosts that get the value.
+    :param placeholder: what the guest sees in its place; the same for as long as the sandbox lives.
+    """
+
+    name: str
+    hosts: tuple[str, ...]
+    placeholder: str
+    in_body: bool = False
+    redact: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class NetSpec:
+    """What a sandbox may reach. `allow` has rules (`agent.policy.rules`); None is the open internet, () nothing."""
+
+    allow: tuple[str, ...] | None = None
+    tenant: str = ""
+    inspect: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxSpec:
     """What a caller asked for, validated; sizes in bytes."""
 
@@ -74,3 +99,5 @@ class SandboxSpec:
     labels: dict[str, str] = field(default_factory=dict)
     lifetime: Lifetime = Lifetime()
     request_id: str = ""
+    net: NetSpec = NetSpec()
+    secrets: tuple[SecretSpec, ...] = ()

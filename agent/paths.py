@@ -46,6 +46,11 @@ class Paths:
         return self.state_dir / "templates"
 
     @property
+    def secrets(self) -> Path:
+        """Values of secrets, encrypted."""
+        return self.state_dir / "secrets"
+
+    @property
     def sandboxes_state(self) -> Path:
         """Holds one directory per sandbox."""
         return self.state_dir / "sandboxes"

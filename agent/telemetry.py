@@ -48,6 +48,12 @@ TEMPLATE_BYTES = Gauge("sandboxd_template_bytes", "What the templates take on th
 CLONE_RETRIES = Counter(
     "sandboxd_clone_retries", "Clones of templates that failed and were tried again", ["reason"], registry=registry
 )
+EGRESS_STARTS = Counter(
+    "sandboxd_egress_starts", "Egress processes started, or found running by a new agent", ["how"], registry=registry
+)
+EGRESS_DENIALS = Counter(
+    "sandboxd_egress_denials", "What sandboxes were not let do, by reason", ["reason"], registry=registry
+)
 RECONCILED = Counter(
     "sandboxd_reconciled", "What a starting agent found of an earlier one", ["kind"], registry=registry
 )

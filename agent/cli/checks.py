@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -49,7 +50,8 @@ def nearest(path: Path) -> Path:
 def host_checks(settings: Settings) -> list[Check]:
     """Returns the checks that need no more than a look, in the order of the report."""
     return [
-        _kernel(), _cpus(), _memory(settings), _root(), _kvm(settings), _tun(), *_vsock(settings), _ext4(),
+        _kernel(), _cpus(), _memory(settings), _root(), _kvm(settings), _tun(), _nftables(), _uplink(settings),
+        *_vsock(settings), _ext4(),
         _builder("mkfs.erofs", "erofs-utils"), _builder("mmdebstrap", "mmdebstrap"), _cgroup(),
     ]  # fmt: skip
 
@@ -122,6 +124,27 @@ def _tun() -> Check:
         return Check("tun", Status.OK, "/dev/net/tun opens")
     status = Status.MISSING if os.geteuid() == 0 else Status.WARN
     return Check("tun", status, f"/dev/net/tun does not open ({why_not})", "modprobe tun, run as root")
+
+
+def _nftables() -> Check:
+    """What sandboxes may reach is held by the kernel's packet filter, loaded through its library."""
+    try:
+        ctypes.CDLL("libnftables.so.1")
+    except OSError:
+        return Check(
+            "nftables", Status.MISSING, "libnftables.so.1 is not found: sandboxes need it",
+            "apt-get install libnftables1",
+        )  # fmt: skip
+    return Check("nftables", Status.OK, "libnftables.so.1 is there")
+
+
+def _uplink(settings: Settings) -> Check:
+    name = settings.egress.uplink
+    if not name:
+        return Check("uplink", Status.OK, "sandboxes leave through this host's own network")
+    if Path("/run/netns", name).exists():
+        return Check("uplink", Status.OK, f"sandboxes leave through the network namespace {name}")
+    return Check("uplink", Status.MISSING, f"egress.uplink: there is no namespace {name}", f"ip netns add {name}")
 
 
 def _vsock(settings: Settings) -> list[Check]:

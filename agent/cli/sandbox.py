@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent.cli import output, text
+from agent.cli import network, output, text
 from agent.cli.connect import Api, connected, described_address
 from agent.cli.errors import CliError, complain, from_rpc, warn
 from agent.model import State
@@ -66,6 +66,11 @@ async def create(
         typer.Option(parser=text.duration_option, metavar="TIME", help="Keep it until Ctrl-C; lapses so long after."),
     ] = None,
     request_id: Annotated[str, typer.Option(help="Makes a repeated create find the first one's sandbox.")] = "",
+    allow: network.Allow = None,
+    no_network: network.NoNetwork = False,
+    inspect: network.Inspect = False,
+    secret: network.Secrets = None,
+    tenant: Annotated[str, typer.Option(help="Whose it is; the operator may have set limits for it.")] = "",
 ) -> int | None:
     """Create a sandbox and print its id once it runs."""
     if lifetime is not None and lease is not None:
@@ -73,6 +78,11 @@ async def create(
     variables = (text.env_file(env_file) if env_file else {}) | text.pairs(env or (), "--env")
     labels = text.pairs(label or (), "--label")
     request = _create_request(image, vcpus, memory, disk, variables, labels, lifetime, lease, request_id)
+    request.tenant = tenant
+    if (policy := network.policy(allow, nothing=no_network, inspect=inspect)) is not None:
+        request.network.CopyFrom(policy)
+    for name, message in network.secrets(secret).items():
+        request.secrets[name].CopyFrom(message)
     async with connected() as api:
         made = await _created(api, request)
         if output.json_wanted():
@@ -166,6 +176,7 @@ async def inspect(id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
         ("created", f"{sandbox.create_time.ToJsonString()} ({output.since(sandbox.create_time)} ago)"),
         ("expires", expires), ("labels", output.labels_text(sandbox.labels) or "-"),
     ]  # fmt: skip
+    facts += network.facts(sandbox)
     facts += [(f"  {phase.name}", f"{phase.duration.ToMicroseconds() / 1e3:.0f} ms") for phase in sandbox.phases]
     for name, value in facts:
         output.say(f"{name:<20}{value}")
@@ -227,17 +238,28 @@ async def update(
     no_expire: Annotated[bool, typer.Option("--no-expire", help="Keep it until it is deleted.")] = False,
     label: Labels = None,
     unlabel: Annotated[list[str] | None, typer.Option(metavar="KEY", help="Remove a label; repeatable.")] = None,
+    allow: network.Allow = None,
+    no_network: network.NoNetwork = False,
+    open_network: Annotated[bool, typer.Option("--open-network", help="Everything public may be reached.")] = False,
+    inspect: network.Inspect = False,
+    secret: network.Secrets = None,
+    remove_secret: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Remove a secret; repeatable.")
+    ] = None,
 ) -> None:
-    """Change when a sandbox expires, or its labels."""
+    """Change when a sandbox expires, its labels, what it may reach, or its secrets."""
     from sandboxd.v1 import sandbox_pb2
 
     if expire_in is not None and no_expire:
         raise typer.BadParameter("give --expire-in or --no-expire, not both")
-    if expire_in is None and not no_expire and not label and not unlabel:
-        raise typer.BadParameter("nothing to change: give --expire-in, --no-expire, --label or --unlabel")
+    policy = network.policy(allow, nothing=no_network, inspect=inspect, everything=open_network)
+    nothing = (expire_in is None, not no_expire, not label, not unlabel, policy is None, not secret, not remove_secret)
+    if all_true(list(nothing)):
+        raise typer.BadParameter("nothing to change: give --expire-in, --label, --allow, --secret or another option")
     request = sandbox_pb2.UpdateSandboxRequest(
-        id=id, clear_expire_time=no_expire, set_labels=text.pairs(label or (), "--label"), remove_labels=unlabel or []
-    )
+        id=id, clear_expire_time=no_expire, set_labels=text.pairs(label or (), "--label"), remove_labels=unlabel or [],
+        network=policy, set_secrets=network.secrets(secret), remove_secrets=remove_secret or [],
+    )  # fmt: skip
     if expire_in is not None:
         try:
             request.expire_time.FromMicroseconds(round((time.time() + expire_in) * 1e6))

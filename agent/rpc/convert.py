@@ -9,12 +9,15 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.errors import GuestUnreachable
-from agent.model import Lifetime, State
+from agent.model import Lifetime, NetSpec, SecretSpec, State
+from agent.policy.rules import parse_rules
 from agent.rootfs import Image
 from agent.sandbox.events import Event, EventType
 from agent.sandbox.node import NodeInfo, Resource
 from agent.sandbox.record import Record
+from agent.sandbox.spec import check_value
 from agent.sandbox.template_files import Template
+from agent.secrets.placeholder import new_placeholder
 from sandboxd.v1 import node_pb2, process_pb2, sandbox_pb2
 
 STATES = {
@@ -31,6 +34,7 @@ _EVENTS = {
     EventType.UPDATED: sandbox_pb2.SandboxEvent.TYPE_UPDATED,
     EventType.DELETED: sandbox_pb2.SandboxEvent.TYPE_DELETED,
     EventType.SYNCED: sandbox_pb2.SandboxEvent.TYPE_SYNCED,
+    EventType.DENIED: sandbox_pb2.SandboxEvent.TYPE_DENIED,
 }
 
 
@@ -69,6 +73,44 @@ def lifetime_from(message: sandbox_pb2.Lifetime) -> Lifetime:
     return Lifetime()
 
 
+def net_from(message: sandbox_pb2.NetworkPolicy, tenant: str) -> NetSpec:
+    """Returns the network policy that a message asks for, its rules as they are kept. :raises InvalidSpec:"""
+    allow = None
+    if message.HasField("allow"):
+        allow = tuple(str(rule) for rule in parse_rules(message.allow.rules, "network.allow"))
+    return NetSpec(allow=allow, tenant=tenant, inspect=message.inspect)
+
+
+def secrets_from(messages: Mapping[str, sandbox_pb2.Secret]) -> dict[str, tuple[SecretSpec, str]]:
+    """Returns each secret that is asked for, with a fresh placeholder, and its value. :raises InvalidSpec:"""
+    found = {}
+    for name, message in sorted(messages.items()):
+        check_value(name, message.value)
+        secret = SecretSpec(
+            name=name,
+            hosts=tuple(str(rule) for rule in parse_rules(message.hosts, f"the hosts of secret {name[:80]!r}")),
+            placeholder=new_placeholder(message.value if message.keep_shape else ""),
+            in_body=message.in_body,
+            redact=not message.allow_reflection,
+        )
+        found[name] = (secret, message.value)
+    return found
+
+
+def _network(net: NetSpec) -> sandbox_pb2.NetworkPolicy:
+    message = sandbox_pb2.NetworkPolicy(inspect=net.inspect)
+    if net.allow is not None:
+        message.allow.rules.extend(net.allow)
+        message.allow.SetInParent()
+    return message
+
+
+def _secret_info(secret: SecretSpec) -> sandbox_pb2.SecretInfo:
+    return sandbox_pb2.SecretInfo(
+        hosts=secret.hosts, placeholder=secret.placeholder, in_body=secret.in_body, allow_reflection=not secret.redact
+    )
+
+
 def sandbox(record: Record, region: str) -> sandbox_pb2.Sandbox:
     """Returns the message of a sandbox."""
     spec = record.spec
@@ -77,6 +119,8 @@ def sandbox(record: Record, region: str) -> sandbox_pb2.Sandbox:
         vcpus=spec.vcpu_count, memory_bytes=spec.memory_bytes, disk_bytes=spec.disk_bytes, labels=record.labels,
         create_time=timestamp(record.create_time), error=record.error, vmm=record.vmm, region=region,
         phases=[sandbox_pb2.Phase(name=name, duration=duration(seconds)) for name, seconds in record.phases],
+        network=_network(record.net), tenant=record.net.tenant, denials=record.denials,
+        secrets={secret.name: _secret_info(secret) for secret in record.secrets},
     )  # fmt: skip
     if spec.lifetime.duration_s is not None:
         message.lifetime.duration.CopyFrom(duration(spec.lifetime.duration_s))
@@ -92,6 +136,14 @@ def event(value: Event, region: str) -> sandbox_pb2.SandboxEvent:
     message = sandbox_pb2.SandboxEvent(type=_EVENTS[value.type], time=timestamp(value.time), reason=value.reason)
     if value.record is not None:
         message.sandbox.CopyFrom(sandbox(value.record, region))
+    if value.denial is not None:
+        denial = value.denial
+        message.denial.CopyFrom(
+            sandbox_pb2.Denial(
+                reason=denial.reason.value, host=printable(denial.host), port=denial.port, protocol=denial.protocol,
+                count=denial.count,
+            )
+        )  # fmt: skip
     return message
 
 

@@ -16,6 +16,7 @@ from agent.errors import InvalidSpec, NotFound
 from agent.model import State
 from agent.rpc import convert
 from agent.sandbox.manager import Manager
+from agent.sandbox.policy_change import PolicyChange
 from agent.sandbox.record import Record
 from agent.sandbox.spec import complete
 from sandboxd.v1 import sandbox_pb2 as pb
@@ -44,6 +45,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
 
     async def CreateSandbox(self, request: pb.CreateSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
         """See sandbox.proto."""
+        secrets = convert.secrets_from(request.secrets)
         spec = complete(
             self._settings.sandbox,
             image=request.image or self._settings.images.default_image,
@@ -54,12 +56,15 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             labels=request.labels,
             lifetime=convert.lifetime_from(request.lifetime),
             request_id=request.request_id,
+            net=convert.net_from(request.network, request.tenant),
+            secrets=tuple(secret for secret, _ in secrets.values()),
         )
-        return self._message(await self._manager.create(spec))
+        values = {name: value for name, (_, value) in secrets.items()}
+        return self._message(await self._manager.create(spec, values))
 
     async def GetSandbox(self, request: pb.GetSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
         """See sandbox.proto."""
-        return self._message(self._manager.get(request.id))
+        return self._message(await self._manager.fresh(request.id))
 
     async def ListSandboxes(  # noqa: N802
         self, request: pb.ListSandboxesRequest, context: Context
@@ -84,12 +89,17 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
 
     async def UpdateSandbox(self, request: pb.UpdateSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
         """See sandbox.proto."""
+        network = None
+        if request.HasField("network"):
+            network = convert.net_from(request.network, self._manager.get(request.id).net.tenant)
+        change = PolicyChange(network, convert.secrets_from(request.set_secrets), tuple(request.remove_secrets))
         record = await self._manager.update(
             request.id,
             expire_time=convert.seconds(request.expire_time) if request.HasField("expire_time") else None,
             clear_expire_time=request.clear_expire_time,
             set_labels=request.set_labels,
             remove_labels=request.remove_labels,
+            policy=change,
         )
         return self._message(record)
 

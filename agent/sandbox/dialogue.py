@@ -11,10 +11,11 @@ import time
 from agent.channel.channel import Channel
 from agent.errors import AgentError, DeadlineExceeded, GuestUnreachable, InvalidState, VmmError
 from agent.model import GATEWAY_IPV4, GATEWAY_IPV6, GUEST_IPV4, GUEST_IPV6
+from agent.proc import ExitInfo
 from agent.sandbox.record import Record
 from agent.sandbox.shape import DATA_DISK
 from agent.telemetry import note_phase
-from agent.vmm.api import ExitInfo, Vm
+from agent.vmm.api import Vm
 
 _FIRST_REDIAL_S, _LAST_REDIAL_S = 0.002, 0.05
 _CONSOLE_TAIL_BYTES = 4000  # a panic says why before its registers and call trace

@@ -11,12 +11,15 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from agent.errors import AgentError
+from agent.policy.reasons import Reason
 from agent.sandbox.record import Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MAX_QUEUED = 1024
+# A guest makes as many denials as it likes: they must not push out what a watcher needs to know.
+_MAX_QUEUED_DENIALS = 256
 
 
 class WatcherTooSlowError(AgentError):
@@ -33,16 +36,29 @@ class EventType(StrEnum):
     UPDATED = "updated"
     DELETED = "deleted"
     SYNCED = "synced"
+    DENIED = "denied"
+
+
+@dataclass(frozen=True, slots=True)
+class Denial:
+    """Something that a sandbox was not let do, `count` times. `host` is what it asked for: text from the guest."""
+
+    reason: Reason
+    host: str
+    port: int
+    protocol: str
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event; `record` is a snapshot, None only in SYNCED."""
+    """One event; `record` is a snapshot, None only in SYNCED; `denial` is set only in DENIED."""
 
     type: EventType
     record: Record | None
     time: float
     reason: str = ""
+    denial: Denial | None = None
 
 
 class _Watcher:
@@ -67,6 +83,13 @@ class Events:
                     watcher.queue.put_nowait(event)
                 except asyncio.QueueFull:
                     watcher.too_slow = True
+
+    def publish_denial(self, record: Record, denial: Denial) -> None:
+        """Queues a denial for every watcher that wants this sandbox and has room for it."""
+        event = Event(EventType.DENIED, record.copy(), time.time(), denial.reason.value, denial)
+        for watcher in self._watchers:
+            if watcher.wanted(record) and watcher.queue.qsize() < _MAX_QUEUED_DENIALS:
+                watcher.queue.put_nowait(event)
 
     async def watch(self, present: Iterable[Record], wanted: Callable[[Record], bool]) -> AsyncIterator[Event]:
         """Yields a SNAPSHOT of each present sandbox, SYNCED, then every event. :raises WatcherTooSlowError:"""

@@ -8,20 +8,60 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
 from agent.config import Settings
 from agent.errors import HostError
-from agent.net import netns
 from agent.paths import Paths
 from agent.rootfs import DiskMaker
+from agent.sandbox.record import Record
 from agent.vmm.api import Driver
+
+
+class Network(Protocol):
+    """What the lifecycle of sandboxes needs of `agent.sandbox.network`."""
+
+    async def make(self, record: Record, stack: AsyncExitStack) -> None:
+        """Makes a sandbox's network; `stack` removes it. :raises AgentError:"""
+
+    async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
+        """Makes a namespace with a tap that leads nowhere; `stack` removes it. :raises HostError:"""
+
+    async def adopt(self, record: Record) -> None:
+        """Takes over what an earlier agent made. :raises AgentError:"""
+
+    async def update(self, record: Record) -> None:
+        """Puts the record's network policy and secrets into force. :raises AgentError:"""
+
+    async def remove(self, sandbox_id: str) -> None:
+        """Removes all of a sandbox's network. Idempotent. :raises HostError:"""
+
+    async def count_drops(self, record: Record) -> None:
+        """Adds what the kernel dropped since the last look to the record's denials. :raises HostError:"""
+
+    async def hold(self, record: Record, values: Mapping[str, str]) -> dict[str, str]:
+        """Keeps these values of the record's secrets, forgets those of no secret, and makes a CA where one is needed.
+
+        Returns the values that there were before. :raises HostError:
+        """
+
+    def fingerprint(self, values: Mapping[str, str]) -> str:
+        """Returns what tells these values of secrets from others, and nothing about them without the node's key."""
+
+    async def release(self, sandbox_id: str) -> None:
+        """Forgets what `hold` kept. Idempotent. :raises HostError:"""
+
+    async def trust(self, record: Record) -> dict[str, object] | None:
+        """Returns the fields of sys.trust for this sandbox's guest; None if it needs to trust nobody new.
+
+        :raises HostError:
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +72,7 @@ class Host:
     paths: Paths
     driver: Driver
     disks: DiskMaker
+    network: Network
 
 
 async def make_directories(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
@@ -52,12 +93,6 @@ async def make_directories(host: Host, sandbox_id: str, stack: AsyncExitStack) -
             state.chmod(0o710)
         except OSError as error:
             raise HostError(f"cannot give {state} to vmm.gid: {error.strerror}", reason="STATE_UNAVAILABLE") from error
-
-
-async def make_network(sandbox_id: str, stack: AsyncExitStack) -> None:
-    """Makes the network namespace; `stack` removes it. :raises HostError:"""
-    stack.push_async_callback(netns.remove, sandbox_id)
-    await finish(netns.make(sandbox_id))
 
 
 async def finish(work: Coroutine[Any, Any, None]) -> None:
@@ -101,7 +136,7 @@ def push_removal(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
     """Makes `stack` remove all that a sandbox has on the host besides its VM; absence is success."""
     for path in (host.paths.sandbox_run(sandbox_id), host.paths.sandbox_state(sandbox_id)):
         stack.push_async_callback(asyncio.to_thread, remove_tree, path)
-    stack.push_async_callback(netns.remove, sandbox_id)
+    stack.push_async_callback(host.network.remove, sandbox_id)
 
 
 def remove_tree(path: Path) -> None:

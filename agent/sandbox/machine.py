@@ -9,7 +9,7 @@ from agent.channel.channel import Channel
 from agent.errors import AgentError, DeadlineExceeded, GuestUnreachable, VmmError
 from agent.rootfs import Image
 from agent.sandbox import dialogue
-from agent.sandbox.host import Host, finish, make_directories, make_network, push_removal
+from agent.sandbox.host import Host, finish, make_directories, push_removal
 from agent.sandbox.record import Record
 from agent.sandbox.shape import shape_of, vm_spec
 from agent.sandbox.template_files import Template
@@ -74,8 +74,7 @@ class Boot:
         async with AsyncExitStack() as stack:
             with step("directories"):
                 await make_directories(self._host, self._record.id, stack)
-            with step("netns"):
-                await make_network(self._record.id, stack)
+            await self._host.network.make(self._record, stack)
             if self._templates is None:
                 vm, channel = await self._start(stack, await self._cold(), None)
             else:
@@ -138,6 +137,9 @@ class Boot:
             stack.push_async_callback(channel.aclose)
             with step("guest.configure"):
                 await dialogue.configure(channel, self._record, timeout_s)
+            if (order := await self._host.network.trust(self._record)) is not None:
+                with step("guest.trust"):
+                    await channel.call("sys.trust", timeout_s=timeout_s, **order)
             with step("guest.clock_sync"):
                 await dialogue.set_clock(channel, timeout_s)
         except AgentError as error:
@@ -156,6 +158,7 @@ async def adopt(host: Host, record: Record) -> Machine | None:
             return None
         stack.push_async_callback(vm.stop)
         try:
+            await host.network.adopt(record)
             channel = await dialogue.connect(vm, fresh=False, timeout_s=host.settings.sandbox.relink_timeout_s)
             hello = await channel.call("sys.hello")
         except AgentError as error:

@@ -12,23 +12,28 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from agent.channel.channel import Channel
 from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, NodeDraining, NotFound
 from agent.model import SandboxSpec, State, is_sandbox_id, new_sandbox_id
 from agent.rootfs import Image, ImageStore
-from agent.sandbox import dialogue, host
-from agent.sandbox.events import Event, Events, EventType
+from agent.sandbox import dialogue, host, policy_change
+from agent.sandbox.events import Denial, Event, Events, EventType
 from agent.sandbox.host import Host
 from agent.sandbox.machine import Boot, Machine
 from agent.sandbox.node import Node, NodeInfo
+from agent.sandbox.policy_change import PolicyChange
 from agent.sandbox.preparer import keep_prepared
 from agent.sandbox.record import Record
-from agent.sandbox.spec import MAX_LIFETIME_S, check_labels
+from agent.sandbox.spec import MAX_LIFETIME_S, check_labels, same_request
 from agent.sandbox.store import Store
 from agent.sandbox.templates import Templates
 from agent.telemetry import CREATES, DELETES, SANDBOXES, collect_phases, log, step, tracer
+
+_COUNT_EVERY_S = 2.0
+_NO_CHANGE = PolicyChange()
 
 
 @dataclass(eq=False, slots=True)
@@ -42,6 +47,7 @@ class Entry:
     monitor: asyncio.Task[None] | None = None
     expiry: asyncio.TimerHandle | None = None
     half_removed: bool = False
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the template of an adopted one
 
 
@@ -114,16 +120,18 @@ class Manager:
 
     # -- creating ------------------------------------------------------------------------------------------------------
 
-    async def create(self, spec: SandboxSpec) -> Record:
+    async def create(self, spec: SandboxSpec, values: Mapping[str, str] = MappingProxyType({})) -> Record:
         """Creates a sandbox and returns it once it runs; with a request_id seen before, returns that one's.
+
+        :param values: of the specification's secrets, by name.
 
         :raises AlreadyExists: the request_id was used for another request.
         :raises AgentError: it failed; nothing is left.
         """
         entry = self._by_request.get(spec.request_id) if spec.request_id else None
         if entry is None:
-            entry = self._begin(spec)
-        elif entry.record.spec != spec:
+            entry = self._begin(spec, values)
+        elif not same_request(entry.record.spec, spec) or entry.record.fingerprint != self._fingerprint(spec, values):
             raise AlreadyExists(
                 f"request_id {spec.request_id} was used for another request; use a fresh one",
                 reason="REQUEST_ID_REUSED",
@@ -152,7 +160,11 @@ class Manager:
             )
         return image
 
-    def _begin(self, spec: SandboxSpec) -> Entry:
+    def _fingerprint(self, spec: SandboxSpec, values: Mapping[str, str]) -> str:
+        """Tells requests with the same id apart by the values of their secrets, which no record holds."""
+        return self._host.network.fingerprint(values) if spec.request_id and values else ""
+
+    def _begin(self, spec: SandboxSpec, values: Mapping[str, str]) -> Entry:
         image = self.fitting_image(spec)
         if self.node.draining:
             raise NodeDraining("this node is draining and takes no sandboxes; try another")
@@ -161,23 +173,25 @@ class Manager:
         duration = spec.lifetime.duration_s or spec.lifetime.lease_s
         record = Record(
             new_sandbox_id(), spec, State.CREATING, now, labels=dict(spec.labels), image_digest=image.digest,
-            expire_time=None if duration is None else now + duration,
+            expire_time=None if duration is None else now + duration, net=spec.net, secrets=spec.secrets,
+            fingerprint=self._fingerprint(spec, values),
         )  # fmt: skip
         entry = Entry(record)
         self._entries[record.id] = entry
         if spec.request_id:
             self._by_request[spec.request_id] = entry
         self._publish(EventType.CREATED, entry)
-        entry.creating = asyncio.create_task(self._create(entry, image), name=f"create-{record.id}")
+        entry.creating = asyncio.create_task(self._create(entry, image, values), name=f"create-{record.id}")
         return entry
 
-    async def _create(self, entry: Entry, image: Image) -> None:
+    async def _create(self, entry: Entry, image: Image, values: Mapping[str, str]) -> None:
         record = entry.record
         outcome = "failed"
         try:
             with collect_phases() as phases, tracer.start_as_current_span("create"), step("create"):
                 with step("intent"):
                     await self._store.put(record)
+                    await self._host.network.hold(record, values)
                 entry.machine = await Boot(
                     self._host, self.templates, record, image, lambda: self._store.put(record)
                 ).run()
@@ -210,6 +224,7 @@ class Manager:
         elif entry.half_removed:
             await host.remove(self._host, entry.record.id)
         entry.held.close()
+        await self._host.network.release(entry.record.id)
         await self._store.delete(entry.record.id)
         self._entries.pop(entry.record.id, None)
         if self._by_request.get(entry.record.spec.request_id) is entry:
@@ -224,6 +239,27 @@ class Manager:
         for state, count in counts.items():
             SANDBOXES.labels(state.value).set(count)
         self._events.publish(kind, entry.record, reason)
+
+    def on_denial(self, record: Record, denial: Denial) -> None:
+        """Tells watchers what a sandbox was not let do."""
+        self._events.publish_denial(record, denial)
+
+    async def count_drops(self) -> None:
+        """Looks, for ever, at what the kernel dropped of each running sandbox: it tells nobody by itself."""
+        while True:
+            await asyncio.sleep(_COUNT_EVERY_S)
+            for entry in list(self._entries.values()):
+                await self._count_drops_of(entry)
+
+    async def fresh(self, sandbox_id: str) -> Record:
+        """As `get`, with what the kernel dropped until now."""
+        await self._count_drops_of(self._entry(sandbox_id))
+        return self.get(sandbox_id)
+
+    async def _count_drops_of(self, entry: Entry) -> None:
+        if entry.record.state is State.RUNNING and entry.deleting is None:
+            with contextlib.suppress(AgentError):  # it may go in between
+                await self._host.network.count_drops(entry.record)
 
     # -- watching over -------------------------------------------------------------------------------------------------
 
@@ -263,13 +299,13 @@ class Manager:
 
     async def update(
         self, sandbox_id: str, *, expire_time: float | None, clear_expire_time: bool,
-        set_labels: Mapping[str, str], remove_labels: Iterable[str],
+        set_labels: Mapping[str, str], remove_labels: Iterable[str], policy: PolicyChange = _NO_CHANGE,
     ) -> Record:  # fmt: skip
-        """Changes expire time and labels.
+        """Changes expire time, labels, network policy and secrets; what the policy no longer allows has ended then.
 
         :raises NotFound:
         :raises InvalidSpec:
-        :raises InvalidState: it has a lease, or is being deleted.
+        :raises InvalidState: it has a lease, or is being deleted, or its policy is to be changed and it does not run.
         """
         entry = self._entry(sandbox_id)
         record = entry.record
@@ -283,6 +319,9 @@ class Manager:
         for key in remove_labels:
             labels.pop(key, None)
         check_labels(labels)
+        if policy:
+            async with entry.changing:
+                await policy_change.apply(self._host, record, policy, self.running(sandbox_id).channel)
         record.labels = labels
         if expire_time is not None or clear_expire_time:
             record.expire_time = expire_time

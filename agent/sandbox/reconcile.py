@@ -50,6 +50,7 @@ async def reconcile(host: Host, manager: Manager, store: Store, records: list[Re
 
 async def _remove_orphan(host: Host, sandbox_id: str) -> str:
     await resources.remove(host, sandbox_id)
+    await host.network.release(sandbox_id)
     return "orphaned"
 
 
@@ -62,6 +63,7 @@ async def _settle(host: Host, manager: Manager, store: Store, record: Record) ->
             return "adopted"
     else:
         await _end(host, record)
+    await host.network.release(record.id)
     await store.delete(record.id)
     return "ended"
 

@@ -8,12 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.errors import InvalidState
-from agent.model import TRANSITIONS, Lifetime, SandboxSpec, State
+from agent.model import TRANSITIONS, Lifetime, NetSpec, SandboxSpec, SecretSpec, State
 
 
 @dataclass(slots=True)
 class Record:
-    """One sandbox. Times are seconds since 1970; `token` is what the VMM driver needs to adopt the VM."""
+    """One sandbox. Times are seconds since 1970; `token` is what the VMM driver needs to adopt the VM.
+
+    `slot` is its place in the pool of addresses, None if it has no way to the uplink. `net` and `secrets` are as they
+    are now, while `spec` has what the create asked for. `denials` counts what it was not let do, by reason.
+    `fingerprint` stands for the values of the secrets that came with the create.
+    """
 
     id: str
     spec: SandboxSpec
@@ -27,6 +32,11 @@ class Record:
     phases: list[tuple[str, float]] = field(default_factory=list)
     token: dict[str, str] = field(default_factory=dict)
     template: str = ""
+    slot: int | None = None
+    net: NetSpec = field(default_factory=NetSpec)
+    secrets: tuple[SecretSpec, ...] = ()
+    denials: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
 
     def move(self, state: State) -> None:
         """Changes the state. :raises InvalidState: there is no such transition."""
@@ -36,7 +46,9 @@ class Record:
 
     def copy(self) -> Record:
         """Returns a snapshot that later changes do not touch."""
-        return dataclasses.replace(self, labels=dict(self.labels), phases=list(self.phases), token=dict(self.token))
+        return dataclasses.replace(
+            self, labels=dict(self.labels), phases=list(self.phases), token=dict(self.token), denials=dict(self.denials)
+        )
 
     def to_json(self) -> str:
         """Returns the record as it is kept."""
@@ -48,6 +60,20 @@ class Record:
         values: dict[str, Any] = json.loads(text)
         spec = values.pop("spec")
         lifetime = Lifetime(**spec.pop("lifetime"))
+        net = _net(spec.pop("net", {}))
+        secrets = tuple(_secret(secret) for secret in spec.pop("secrets", ()))
         phases = [(str(name), float(seconds)) for name, seconds in values.pop("phases")]
         state = State(values.pop("state"))
-        return cls(spec=SandboxSpec(lifetime=lifetime, **spec), state=state, phases=phases, **values)
+        values["net"] = _net(values.get("net", {}))
+        values["secrets"] = tuple(_secret(secret) for secret in values.get("secrets", ()))
+        asked = SandboxSpec(lifetime=lifetime, net=net, secrets=secrets, **spec)
+        return cls(spec=asked, state=state, phases=phases, **values)
+
+
+def _net(value: dict[str, Any]) -> NetSpec:
+    allow = value.pop("allow", None)
+    return NetSpec(allow=None if allow is None else tuple(allow), **value)
+
+
+def _secret(value: dict[str, Any]) -> SecretSpec:
+    return SecretSpec(hosts=tuple(value.pop("hosts")), **value)

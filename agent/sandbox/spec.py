@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from agent.config import SandboxSettings
 from agent.errors import InvalidSpec
-from agent.model import Lifetime, SandboxSpec
+from agent.model import Lifetime, NetSpec, SandboxSpec, SecretSpec
+from agent.policy.rules import parse_rules
 
 MIB = 1 << 20
 MIN_DISK_BYTES = 16 * MIB
@@ -15,9 +17,14 @@ MAX_ENV_VARIABLES = 1024
 MAX_ENV_BYTES = 128 << 10
 MAX_LABELS = 64
 MAX_LABEL_VALUE_BYTES = 256
+MAX_SECRETS = 64
+MAX_SECRET_BYTES = 16 << 10
+MAX_TENANT_CHARACTERS = 128
 MAX_LIFETIME_S = 10 * 365 * 86400.0
 _LABEL_KEY = re.compile(r"[a-zA-Z0-9._/-]{1,63}")
 _IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_OPEN = NetSpec()
 _REQUEST_ID = re.compile(r"[a-zA-Z0-9._-]{1,128}")
 
 
@@ -53,9 +60,52 @@ def check_lifetime(lifetime: Lifetime) -> None:
             raise InvalidSpec(f"lifetime.{name} is {seconds:g} s; it must be from 1 s to ten years, or left out")
 
 
+def check_secrets(secrets: tuple[SecretSpec, ...], env: Mapping[str, str]) -> None:
+    """:raises InvalidSpec: too many secrets, a name that is no variable's or is taken, or hosts that are no rules."""
+    if len(secrets) > MAX_SECRETS:
+        raise InvalidSpec(f"{len(secrets)} secrets; at most {MAX_SECRETS} are allowed")
+    for secret in secrets:
+        what = f"secret {secret.name[:80]!r}"
+        if _VARIABLE.fullmatch(secret.name) is None:
+            raise InvalidSpec(f"{what}: its name must be an environment variable's: letters, digits and '_'")
+        if secret.name in env:
+            raise InvalidSpec(f"{what}: env has a variable of this name; remove one of the two")
+        rules = parse_rules(secret.hosts, f"the hosts of {what}")
+        if not rules:
+            raise InvalidSpec(f"{what}: name the hosts that may get its value")
+        for rule in rules:
+            if rule.network is not None:
+                raise InvalidSpec(f"{what}: {rule} is an address; a value goes to hosts with a name and a certificate")
+
+
+def check_value(name: str, value: str) -> None:
+    """:raises InvalidSpec: a value that could not be sent in a header (RFC 9110, 5.5)."""
+    if not 1 <= len(value.encode()) <= MAX_SECRET_BYTES:
+        raise InvalidSpec(f"secret {name[:80]!r}: its value must have 1 to {MAX_SECRET_BYTES} bytes")
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        raise InvalidSpec(f"secret {name[:80]!r}: its value has control characters (a line break?); remove them")
+
+
+def check_net(net: NetSpec) -> None:
+    """:raises InvalidSpec: a rule that is none, or too many."""
+    parse_rules(net.allow or (), "allow")
+    if len(net.tenant) > MAX_TENANT_CHARACTERS:
+        raise InvalidSpec(f"tenant has over {MAX_TENANT_CHARACTERS} characters")
+
+
+def same_request(one: SandboxSpec, other: SandboxSpec) -> bool:
+    """Whether both ask for the same; placeholders are drawn anew for each request, so they do not count."""
+    return _without_placeholders(one) == _without_placeholders(other)
+
+
+def _without_placeholders(spec: SandboxSpec) -> SandboxSpec:
+    return replace(spec, secrets=tuple(replace(secret, placeholder="") for secret in spec.secrets))
+
+
 def complete(
     limits: SandboxSettings, *, image: str, vcpu_count: int, memory_bytes: int, disk_bytes: int,
     env: Mapping[str, str], labels: Mapping[str, str], lifetime: Lifetime, request_id: str,
+    net: NetSpec = _OPEN, secrets: tuple[SecretSpec, ...] = (),
 ) -> SandboxSpec:  # fmt: skip
     """Returns a valid specification; zeros become the node's defaults. :raises InvalidSpec:"""
     if _IMAGE_NAME.fullmatch(image) is None:
@@ -76,7 +126,9 @@ def complete(
     check_env(env)
     check_labels(labels)
     check_lifetime(lifetime)
+    check_net(net)
+    check_secrets(secrets, env)
     return SandboxSpec(
         image=image, vcpu_count=vcpus, memory_bytes=memory, disk_bytes=-(-disk // MIB) * MIB, env=dict(env),
-        labels=dict(labels), lifetime=lifetime, request_id=request_id,
+        labels=dict(labels), lifetime=lifetime, request_id=request_id, net=net, secrets=secrets,
     )  # fmt: skip

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from agent.config import Settings, VmmSettings
 from agent.errors import AgentError, VmmError
+from agent.proc import Confinement
 from agent.rootfs import ImageStore
 from agent.vmm.accelerator import AcceleratorProbe, Trial, qemu_trial
 from agent.vmm.api import Driver, LinkKind, VmmOptions
 from agent.vmm.cloud_hypervisor import binary
 from agent.vmm.cloud_hypervisor.driver import CloudHypervisorDriver, trial
-from agent.vmm.process import Confinement
 from agent.vmm.qemu import QemuDriver
 
 QEMU, CLOUD_HYPERVISOR = "qemu", binary.NAME

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,17 +15,18 @@ from agent.channel.channel import Channel
 from agent.config import NodeSettings, PathSettings, SandboxSettings, Settings, TemplateSettings
 from agent.errors import GuestUnreachable, HostError, NotFound
 from agent.model import Lifetime, SandboxSpec, State
-from agent.net import netns
 from agent.paths import Paths
+from agent.proc import ExitInfo
 from agent.rootfs import Artefact, DiskMaker, Image, ImageStore
 from agent.sandbox import dialogue
-from agent.sandbox.host import Host
+from agent.sandbox.host import Host, finish
 from agent.sandbox.manager import Manager
 from agent.sandbox.node import Node
 from agent.sandbox.record import Record
 from agent.sandbox.store import Store
 from agent.sandbox.templates import Templates
-from agent.vmm.api import ExitInfo, Vm, VmmInfo, VmSpec
+from agent.telemetry import step
+from agent.vmm.api import Vm, VmmInfo, VmSpec
 from guest.wire import Frame
 
 MIB = 1 << 20
@@ -231,6 +232,54 @@ class FakeDisks:
         await asyncio.to_thread(path.write_bytes, b"")  # a fake guest does not look at its size
 
 
+class FakeNetwork:
+    """Networks that are names."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.values: dict[str, dict[str, str]] = {}
+        self.updates: list[Record] = []
+        self.update_faults: list[Exception] = []
+
+    async def make(self, record: Record, stack: AsyncExitStack) -> None:
+        with step("netns"):
+            await self.make_bare(record.id, stack)
+
+    async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
+        stack.push_async_callback(self.remove, sandbox_id)
+        await finish(self.world.make_namespace(sandbox_id))
+
+    async def adopt(self, record: Record) -> None:
+        self.world.namespaces.add(record.id)
+
+    async def update(self, record: Record) -> None:
+        if self.update_faults:
+            raise self.update_faults.pop(0)
+        self.updates.append(record.copy())
+
+    async def remove(self, sandbox_id: str) -> None:
+        await self.world.remove_namespace(sandbox_id)
+
+    async def count_drops(self, record: Record) -> None:
+        record.denials["spoofed"] = record.denials.get("spoofed", 0) + 1
+
+    async def hold(self, record: Record, values: Mapping[str, str]) -> dict[str, str]:
+        before = self.values.get(record.id, {})
+        self.values[record.id] = {
+            secret.name: values.get(secret.name) or before[secret.name] for secret in record.secrets
+        }
+        return dict(before)
+
+    def fingerprint(self, values: Mapping[str, str]) -> str:
+        return repr(sorted(values.items()))
+
+    async def release(self, sandbox_id: str) -> None:
+        self.values.pop(sandbox_id, None)
+
+    async def trust(self, record: Record) -> dict[str, object] | None:
+        return {"env": {secret.name: secret.placeholder for secret in record.secrets}} if record.secrets else None
+
+
 class FakeImages:
     """One image, called minimal."""
 
@@ -255,6 +304,7 @@ class Bench:
     host: Host
     manager: Manager
     store: Store
+    network: FakeNetwork
 
     def left(self) -> list[str]:
         """What is on the host now: must be empty once all sandboxes are gone."""
@@ -295,18 +345,17 @@ async def bench(
 ) -> AsyncIterator[Bench]:
     """Yields a manager over an empty fake host; with `templates`, sandboxes are clones."""
     world = World()
-    monkeypatch.setattr(netns, "make", world.make_namespace)
-    monkeypatch.setattr(netns, "remove", world.remove_namespace)
     monkeypatch.setattr(dialogue, "Channel", cast("type[Channel]", FakeChannel))
     chosen = dataclasses.replace(settings(directory, **sandbox), templates=templates or TemplateSettings(enabled=False))
     chosen.paths.state_dir.mkdir(parents=True)
-    host = Host(chosen, Paths.of(chosen), FakeDriver(world), cast("DiskMaker", FakeDisks(world)))
+    network = FakeNetwork(world)
+    host = Host(chosen, Paths.of(chosen), FakeDriver(world), cast("DiskMaker", FakeDisks(world)), network)
     store = Store(host.paths.database)
     await store.open()
     made = Templates(host) if templates is not None else None
     manager = Manager(host, cast("ImageStore", FakeImages()), Node(chosen, VMM), store, made)
     try:
-        yield Bench(world, host, manager, store)
+        yield Bench(world, host, manager, store, network)
     finally:
         world.remove_faults = 0
         await manager.stop(keep=False)

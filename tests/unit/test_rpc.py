@@ -295,7 +295,7 @@ async def test_what_nobody_expected_is_hidden_behind_an_incident(api: Api, monke
     def broken(sandbox_id: str) -> None:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(api.node.manager, "get", broken)
+    monkeypatch.setattr(api.node.manager, "fresh", broken)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await api.client.sandboxes.GetSandbox(sandbox_pb2.GetSandboxRequest(id=ID))
     failed(grpc.StatusCode.INTERNAL, "INTERNAL", caught.value)
