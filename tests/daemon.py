@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import pytest
 
+from tests import uplink
 from tests.client import Client, reason
 
 READY_TIMEOUT_S = 60
@@ -75,6 +76,7 @@ def start_daemon(directory: Path, *, argv: Sequence[str] = AGENT, **settings: st
         "paths__state_dir": str(directory / "state"),
         "node__reserved_memory_bytes": "256MiB",
         "log__level": "debug",
+        "egress__uplink": uplink.name(),
     }
     env |= {f"SANDBOXD_{name.upper()}": value for name, value in {**defaults, **settings}.items()}
     images = os.environ.get("SANDBOXD_IMAGES__IMAGES_DIR")

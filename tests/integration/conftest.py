@@ -15,8 +15,10 @@ import pytest
 from sandboxd.v1 import sandbox_pb2, sandbox_pb2_grpc
 from tests.client import MIB, Client
 from tests.ctl import Ctl
-from tests.daemon import Daemon, start_daemon
+from tests.daemon import Daemon, connected, start_daemon
+from tests.egress import Box
 from tests.files import HOME, Files
+from tests.internet.internet import Internet, running
 
 
 @pytest.fixture
@@ -62,6 +64,43 @@ def sandbox(daemon: Daemon, sandbox_fields: dict[str, Any]) -> Iterator[sandbox_
             stub.DeleteSandbox(sandbox_pb2.DeleteSandboxRequest(id=created.id, allow_missing=True))
 
 
+@pytest.fixture(scope="session")
+def internet() -> Iterator[Internet]:
+    with running() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def net_daemon(internet: Internet) -> Iterator[Daemon]:
+    """A daemon whose sandboxes lead to the test internet."""
+    path = Path(tempfile.mkdtemp(prefix="sbx-"))
+    running_daemon = start_daemon(path, **internet.settings())
+    yield running_daemon
+    assert running_daemon.stop() == 0, running_daemon.log
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def net_sandbox(net_daemon: Daemon) -> Iterator[sandbox_pb2.Sandbox]:
+    """One sandbox for a module's tests of what it may reach."""
+    with grpc.insecure_channel(net_daemon.address) as channel:
+        stub = sandbox_pb2_grpc.SandboxServiceStub(channel)
+        created = stub.CreateSandbox(sandbox_pb2.CreateSandboxRequest(memory_bytes=256 * MIB))
+        try:
+            yield created
+        finally:
+            stub.DeleteSandbox(sandbox_pb2.DeleteSandboxRequest(id=created.id, allow_missing=True))
+
+
+@pytest.fixture
+async def box(net_daemon: Daemon, net_sandbox: sandbox_pb2.Sandbox, internet: Internet) -> AsyncIterator[Box]:
+    """The module's sandbox; each test says what it may reach."""
+    async with connected(net_daemon) as client:
+        made = Box(client, net_sandbox.id, internet)
+        await made.prepare()
+        yield made
+
+
 @pytest.fixture
 async def files(client: Client, sandbox: sandbox_pb2.Sandbox) -> AsyncIterator[Files]:
     """The files of a sandbox, in a home directory that is empty again for each test."""
@@ -75,7 +114,7 @@ def ctl(daemon: Daemon) -> Ctl:
 
 
 @pytest.fixture(scope="module")
-def box(ctl: Ctl) -> Iterator[str]:
+def ctl_box(ctl: Ctl) -> Iterator[str]:
     """One sandbox for the module, by `create` and `rm`."""
     made = ctl("create", "--memory", "256MiB", "--label", "test=cli", "-e", "GREETING=hello").decode().strip()
     yield made

@@ -74,8 +74,8 @@ def terminal(ctl: Ctl, *words: str, **size: int) -> Iterator[Terminal]:
         opened.close()
 
 
-def test_a_shell_on_a_terminal(ctl: Ctl, box: str) -> None:
-    with terminal(ctl, "exec", "-it", "-e", "PS1=ready> ", box, "bash", "--norc", rows=33, cols=101) as screen:
+def test_a_shell_on_a_terminal(ctl: Ctl, ctl_box: str) -> None:
+    with terminal(ctl, "exec", "-it", "-e", "PS1=ready> ", ctl_box, "bash", "--norc", rows=33, cols=101) as screen:
         screen.expect(rb"ready> $")
         assert termios.tcgetattr(screen.slave) != screen.before
         screen.type(b"stty size; tty\r")
@@ -98,8 +98,8 @@ def test_a_shell_on_a_terminal(ctl: Ctl, box: str) -> None:
         assert termios.tcgetattr(screen.slave) == screen.before
 
 
-def test_a_terminal_is_restored_when_the_command_is_ended(ctl: Ctl, box: str) -> None:
-    with terminal(ctl, "exec", "-it", box, "sh", "-c", "echo up; sleep 100") as screen:
+def test_a_terminal_is_restored_when_the_command_is_ended(ctl: Ctl, ctl_box: str) -> None:
+    with terminal(ctl, "exec", "-it", ctl_box, "sh", "-c", "echo up; sleep 100") as screen:
         screen.expect(rb"up\r\n")
         assert termios.tcgetattr(screen.slave) != screen.before
         screen.process.terminate()
@@ -107,31 +107,31 @@ def test_a_terminal_is_restored_when_the_command_is_ended(ctl: Ctl, box: str) ->
         assert termios.tcgetattr(screen.slave) == screen.before
 
 
-def test_a_program_that_cannot_start_leaves_the_terminal_alone(ctl: Ctl, box: str) -> None:
-    with terminal(ctl, "exec", "-it", box, "no-such-program") as screen:
+def test_a_program_that_cannot_start_leaves_the_terminal_alone(ctl: Ctl, ctl_box: str) -> None:
+    with terminal(ctl, "exec", "-it", ctl_box, "no-such-program") as screen:
         assert screen.end() == 127
         assert termios.tcgetattr(screen.slave) == screen.before
 
 
-def test_attach_to_a_terminal_and_leave_it(ctl: Ctl, box: str) -> None:
-    number = ctl("exec", "-dt", "-e", "PS1=ready> ", box, "bash", "--norc").decode().strip()
-    with terminal(ctl, "attach", box, number, rows=50, cols=90) as screen:
+def test_attach_to_a_terminal_and_leave_it(ctl: Ctl, ctl_box: str) -> None:
+    number = ctl("exec", "-dt", "-e", "PS1=ready> ", ctl_box, "bash", "--norc").decode().strip()
+    with terminal(ctl, "attach", ctl_box, number, rows=50, cols=90) as screen:
         screen.expect(rb"ready> $")
         screen.type(b'until [ "$(stty size)" = "50 90" ]; do sleep 0.1; done; echo "now" is $(stty size)\r')
         screen.expect(rb"now is 50 90\r\n")
         screen.type(b"\x1d")
         assert screen.end() == 0
         assert termios.tcgetattr(screen.slave) == screen.before
-    (process,) = [one for one in ctl.objects("ps", box) if one["process_id"] == int(number)]
+    (process,) = [one for one in ctl.objects("ps", ctl_box) if one["process_id"] == int(number)]
     assert (process["terminal"], process["exit"]) == (True, None)
-    ctl("kill", box, number, "--signal", "9")
-    ctl("wait", box, number, status=137)
+    ctl("kill", ctl_box, number, "--signal", "9")
+    ctl("wait", ctl_box, number, status=137)
 
 
-def test_logs_on_a_terminal_have_no_escapes(ctl: Ctl, box: str) -> None:
-    ctl("exec", "-u", "root", box, "sh", "-c", r"printf '\033]0;title\007marker\n' >/dev/console")
-    assert b"\x1b]0;title\x07marker" in ctl("logs", box)
-    with terminal(ctl, "logs", box) as screen:
+def test_logs_on_a_terminal_have_no_escapes(ctl: Ctl, ctl_box: str) -> None:
+    ctl("exec", "-u", "root", ctl_box, "sh", "-c", r"printf '\033]0;title\007marker\n' >/dev/console")
+    assert b"\x1b]0;title\x07marker" in ctl("logs", ctl_box)
+    with terminal(ctl, "logs", ctl_box) as screen:
         assert screen.end() == 0
         assert b"]0;titlemarker\r\n" in screen.seen
         assert b"\x1b" not in screen.seen

@@ -67,62 +67,64 @@ def _plant(root: Path) -> None:
     (root / "deep").chmod(0o555)
 
 
-def test_a_tree_goes_there_and_back_unchanged(ctl: Ctl, box: str, tmp_path: Path) -> None:
+def test_a_tree_goes_there_and_back_unchanged(ctl: Ctl, ctl_box: str, tmp_path: Path) -> None:
     _plant(tmp_path / "tree")
-    (report,) = ctl.objects("cp", str(tmp_path / "tree"), f"{box}:copied")
+    (report,) = ctl.objects("cp", str(tmp_path / "tree"), f"{ctl_box}:copied")
     assert (report["files"], report["folders"], report["links"]) == (7, 6, 4)
     assert report["bytes"] > 20 * MIB
-    listed = ctl("exec", "-u", "root", box, "find", "/home/sandbox/copied", "-name", "private", "-printf", "%m %T@ %u")
+    listed = ctl(
+        "exec", "-u", "root", ctl_box, "find", "/home/sandbox/copied", "-name", "private", "-printf", "%m %T@ %u"
+    )
     assert listed == b"600 1000000000.1234567890 root"
-    ctl("cp", f"{box}:/home/sandbox/copied", str(tmp_path / "back"))
+    ctl("cp", f"{ctl_box}:/home/sandbox/copied", str(tmp_path / "back"))
     assert _facts(tmp_path / "back") == _facts(tmp_path / "tree")
     # Again, over what is there: into the folder, as cp does, and with the contents alone.
-    ctl("cp", f"{box}:copied", str(tmp_path / "back"))
+    ctl("cp", f"{ctl_box}:copied", str(tmp_path / "back"))
     assert _facts(tmp_path / "back" / "copied") == _facts(tmp_path / "tree")
-    ctl("cp", f"{tmp_path}/tree/deep/er/.", f"{box}:copied/empty")
-    assert ctl("exec", box, "cat", "copied/empty/still/file") == b"deep\n"
-    ctl("exec", "-u", "root", box, "rm", "-r", "/home/sandbox/copied")
+    ctl("cp", f"{tmp_path}/tree/deep/er/.", f"{ctl_box}:copied/empty")
+    assert ctl("exec", ctl_box, "cat", "copied/empty/still/file") == b"deep\n"
+    ctl("exec", "-u", "root", ctl_box, "rm", "-r", "/home/sandbox/copied")
 
 
-def test_single_files_and_streams(ctl: Ctl, box: str, tmp_path: Path) -> None:
+def test_single_files_and_streams(ctl: Ctl, ctl_box: str, tmp_path: Path) -> None:
     data = os.urandom(300_000)
-    ctl("cp", "-", f"{box}:/tmp/stream", stdin=data)
-    assert ctl("cp", f"{box}:/tmp/stream", "-") == data
-    ctl("cp", f"{box}:/tmp/stream", str(tmp_path))
+    ctl("cp", "-", f"{ctl_box}:/tmp/stream", stdin=data)
+    assert ctl("cp", f"{ctl_box}:/tmp/stream", "-") == data
+    ctl("cp", f"{ctl_box}:/tmp/stream", str(tmp_path))
     assert (tmp_path / "stream").read_bytes() == data
     odd = os.fsdecode(b"\xff")
     (tmp_path / odd).write_bytes(b"odd")
-    ctl("cp", f"{tmp_path}/{odd}", f"{box}:/tmp")
-    ctl("cp", f"{box}:/tmp/{odd}", f"{tmp_path}/again")
+    ctl("cp", f"{tmp_path}/{odd}", f"{ctl_box}:/tmp")
+    ctl("cp", f"{ctl_box}:/tmp/{odd}", f"{tmp_path}/again")
     assert (tmp_path / "again").read_bytes() == b"odd"
-    ctl("exec", box, "ln", "-s", "/tmp/stream", "way")
-    ctl("cp", f"{box}:way", str(tmp_path))
+    ctl("exec", ctl_box, "ln", "-s", "/tmp/stream", "way")
+    ctl("cp", f"{ctl_box}:way", str(tmp_path))
     assert (tmp_path / "way").readlink() == Path("/tmp/stream")
-    ctl("cp", "-L", f"{box}:way", str(tmp_path / "followed"))
+    ctl("cp", "-L", f"{ctl_box}:way", str(tmp_path / "followed"))
     assert (tmp_path / "followed").read_bytes() == data
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["{box}:/none", "{here}/x"], "ENOENT"),
-        (["{box}:/etc/passwd", "{here}/none/x"], "ENOENT"),
-        (["{here}/none", "{box}:/tmp"], "OS_ERROR"),
-        (["{here}/file", "{box}:/none/x"], "NOT_FOUND"),
-        (["{here}", "{box}:/etc/passwd"], "NOT_A_FOLDER"),
+        (["{ctl_box}:/none", "{here}/x"], "ENOENT"),
+        (["{ctl_box}:/etc/passwd", "{here}/none/x"], "ENOENT"),
+        (["{here}/none", "{ctl_box}:/tmp"], "OS_ERROR"),
+        (["{here}/file", "{ctl_box}:/none/x"], "NOT_FOUND"),
+        (["{here}", "{ctl_box}:/etc/passwd"], "NOT_A_FOLDER"),
         (["sbx-0000000000000000:/x", "{here}/x"], "SANDBOX_NOT_FOUND"),
     ],
 )
-def test_copies_that_cannot_be(ctl: Ctl, box: str, tmp_path: Path, words: list[str], reason: str) -> None:
+def test_copies_that_cannot_be(ctl: Ctl, ctl_box: str, tmp_path: Path, words: list[str], reason: str) -> None:
     (tmp_path / "file").touch()
-    ctl("cp", *(word.format(box=box, here=tmp_path) for word in words), status=1)
+    ctl("cp", *(word.format(ctl_box=ctl_box, here=tmp_path) for word in words), status=1)
     assert f"({reason})" in ctl.err or (reason == "NOT_FOUND" and "(ENOENT)" in ctl.err)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_devices_are_left_out(ctl: Ctl, box: str, tmp_path: Path) -> None:
-    ctl("exec", box, "sh", "-c", "mkdir /tmp/special; mkfifo /tmp/special/pipe; echo x >/tmp/special/file")
-    ctl("cp", f"{box}:/tmp/special", str(tmp_path), status=1)
+def test_devices_are_left_out(ctl: Ctl, ctl_box: str, tmp_path: Path) -> None:
+    ctl("exec", ctl_box, "sh", "-c", "mkdir /tmp/special; mkfifo /tmp/special/pipe; echo x >/tmp/special/file")
+    ctl("cp", f"{ctl_box}:/tmp/special", str(tmp_path), status=1)
     assert "left out /tmp/special/pipe" in ctl.err
     assert [entry.name for entry in (tmp_path / "special").iterdir()] == ["file"]
 
@@ -176,12 +178,12 @@ def _read_all(connections: Sequence[socket.socket]) -> list[bytes]:
     return [b"".join(iter(lambda one=one: one.recv(65536), b"")) for one in connections]  # type: ignore[misc]
 
 
-def test_port_forward(ctl: Ctl, box: str) -> None:
-    server = ctl.start("exec", box, "python3", "-c", _ECHO, stdout=subprocess.PIPE)
+def test_port_forward(ctl: Ctl, ctl_box: str) -> None:
+    server = ctl.start("exec", ctl_box, "python3", "-c", _ECHO, stdout=subprocess.PIPE)
     assert server.stdout is not None
     with server:
         assert server.stdout.readline() == b"up\n"
-        with forwarded(ctl, box, ":9000") as address:
+        with forwarded(ctl, ctl_box, ":9000") as address:
             assert address[0] == "127.0.0.1"
             data = os.urandom(MIB)
             assert _exchange(address, data) == b"%d " % len(data) + data
@@ -194,18 +196,18 @@ def test_port_forward(ctl: Ctl, box: str) -> None:
             assert _read_all(many) == [b"%d " % index + b"x" * index for index in range(10)]
             for one in many:
                 one.close()
-        with forwarded(ctl, box, "0:9001") as address, socket.create_connection(address, TIMEOUT_S) as connection:
+        with forwarded(ctl, ctl_box, "0:9001") as address, socket.create_connection(address, TIMEOUT_S) as connection:
             # The server ends first, while the client's side stays open.
             assert _read_all([connection]) == [b"bye"]
         server.send_signal(signal.SIGINT)
         assert server.wait(TIMEOUT_S) == 130
 
 
-def test_a_port_that_nobody_listens_on(ctl: Ctl, box: str) -> None:
-    with forwarded(ctl, box, ":9999") as address, pytest.raises(ConnectionResetError):
+def test_a_port_that_nobody_listens_on(ctl: Ctl, ctl_box: str) -> None:
+    with forwarded(ctl, ctl_box, ":9999") as address, pytest.raises(ConnectionResetError):
         _exchange(address, b"x")
     ctl("port-forward", "sbx-0000000000000000", "80", status=1)
     assert "SANDBOX_NOT_FOUND" in ctl.err
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ctl("port-forward", box, f"{taken.getsockname()[1]}:80", status=1)
+        ctl("port-forward", ctl_box, f"{taken.getsockname()[1]}:80", status=1)
     assert "CANNOT_LISTEN" in ctl.err

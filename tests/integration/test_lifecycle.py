@@ -64,8 +64,8 @@ async def test_a_create_says_what_was_made(client: Client, sandbox: pb.Sandbox) 
     times = {phase.name: phase.duration.ToMicroseconds() for phase in sandbox.phases}
     inside = {"template.make", "template.verify", *(f"guest.{name}" for name in GUEST_PHASES)}
     assert [name for name in times if name not in inside] == [
-        "intent", "directories", "netns", "template", "disk", "vmm.restore", "token", "guest.answer", "guest.configure",
-        "guest.clock_sync", "create",
+        "intent", "directories", "netns", "network", "template", "disk", "vmm.restore", "token", "guest.answer",
+        "guest.configure", "guest.clock_sync", "create",
     ]  # fmt: skip
     assert set(times) >= {f"guest.{name}" for name in GUEST_PHASES}
     assert sum(spent for name, spent in times.items() if name not in {*inside, "create"}) <= times["create"]
