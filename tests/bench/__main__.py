@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m tests.bench boot exec stream files [--json] [--rounds N]`."""
+"""Command line of the benchmarks: `python -m tests.bench boot egress exec stream files [--json] [--rounds N]`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import asyncio
 import importlib.util
 import sys
 
-from tests.bench import boot, files, stream
+from tests.bench import boot, egress, files, stream
 from tests.bench import exec as exec_bench
 from tests.bench.harness import Report, target
 
 _BENCHES = {"exec": exec_bench.measure, "stream": stream.measure, "files": files.measure}  # on a sandbox that is there
+_ALONE = {"boot": boot.measure, "egress": egress.measure}
 _ROUNDS, _BOOT_ROUNDS = 10, 30
 
 
 async def _run(names: list[str], rounds: int) -> Report:
     report = Report(rounds=rounds)
     for name in names:
-        if name == "boot":
-            await boot.measure(report, rounds)
+        if name in _ALONE:
+            await _ALONE[name](report, rounds)
             continue
         async with target(report, rounds) as one:
             await _BENCHES[name](one)
@@ -29,7 +30,7 @@ async def _run(names: list[str], rounds: int) -> Report:
 def main() -> int:
     """Runs the benchmarks named and prints their figures."""
     parser = argparse.ArgumentParser(prog="just bench", description=__doc__)
-    choices = sorted([*_BENCHES, "boot"])
+    choices = sorted([*_BENCHES, *_ALONE])
     parser.add_argument("names", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices))
     parser.add_argument("--json", action="store_true", help="one JSON object, and nothing else on standard output")
     parser.add_argument("--rounds", type=int, help=f"how often each is measured ({_ROUNDS}; boot: {_BOOT_ROUNDS})")
