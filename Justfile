@@ -46,13 +46,13 @@ unit *ARGS: proto
     {{ python }} -m pytest -m "not vm" {{ ARGS }}
 
 # Check everything and run all tests, VMs included
-test *ARGS: lint type image
+test *ARGS: lint type image (image "default")
     {{ python }} -m pytest {{ ARGS }}
 
 # All checks but the VM tests
 check: lint type unit
 
-# Measure: just bench boot exec stream files [--json]
+# Measure: just bench boot egress exec stream files [--json]
 bench *ARGS: proto image
     @{{ python }} -m tests.bench {{ ARGS }}
 
