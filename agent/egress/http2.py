@@ -17,7 +17,6 @@ import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
-from hyperframe.frame import GoAwayFrame
 
 from agent.egress import substitute
 from agent.egress.dial import DialError
@@ -95,7 +94,7 @@ class Http2Relay:
                 data = await self._guest.stream.read()
             if not data:
                 return
-            for event in self._guest.h2.receive_data(data):
+            for event in self._guest.receive(data):
                 await self._on_guest_event(event)
             await self._guest.flush()
 
@@ -104,11 +103,15 @@ class Http2Relay:
         assert self._server is not None
         server = self._server
         while data := await server.stream.read():
-            for event in server.h2.receive_data(data):
+            for event in server.receive(data):
                 self._on_server_event(server, event)
             await server.flush()
             if self._leaving and not self._by_server:
                 return
+        # Answers that are complete still reach the guest.
+        while any(queued.ended for queued in self._guest.queued.values()):
+            self._guest.sent.clear()
+            await self._guest.sent.wait()
 
     async def _on_guest_event(self, event: h2.events.Event) -> None:
         if isinstance(event, h2.events.RequestReceived):
@@ -130,7 +133,7 @@ class Http2Relay:
         if isinstance(event, h2.events.WindowUpdated | h2.events.RemoteSettingsChanged):
             server.changed.set()
         elif isinstance(event, h2.events.ConnectionTerminated):
-            self._on_leaving(server, event)
+            self._on_leaving(event)
         elif isinstance(event, h2.events.DataReceived) and exchange is None:
             server.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
         elif exchange is None:
@@ -164,6 +167,10 @@ class Http2Relay:
                 queued.pieces.append((rest, 0))
             queued.ended = True
         elif isinstance(event, h2.events.StreamReset):
+            if source is self._server and queued.ended:  # it has said all, and wants no more (RFC 9113, 8.1)
+                exchange.request_ended = True
+                source.queued.pop(exchange.server_id, None)
+                return
             with gone():
                 target.h2.reset_stream(target_id, event.error_code or 0)
             self._forget(exchange)
@@ -246,6 +253,7 @@ class Http2Relay:
                 with gone(partial(end.queued.pop, stream_id, None)):
                     await self._send_stream(end, stream_id)
             await end.flush()
+            end.sent.set()
             await end.changed.wait()
 
     async def _send_stream(self, end: End, stream_id: int) -> None:
@@ -295,15 +303,12 @@ class Http2Relay:
             self._server.changed.set()
         self._forget(exchange)
 
-    def _on_leaving(self, server: End, event: h2.events.ConnectionTerminated) -> None:
+    def _on_leaving(self, event: h2.events.ConnectionTerminated) -> None:
         """The server takes no new requests; those that it has go on (RFC 9113, 6.8)."""
         if event.error_code or not self._by_server:
             raise ConnectionResetError("the server ended the connection")
         self._leaving = True
-        # h2 takes a connection for closed from here on; the protocol does not.
-        server.h2.state_machine.state = h2.connection.ConnectionState.CLIENT_OPEN
-        goodbye = GoAwayFrame(stream_id=0, last_stream_id=max(self._by_guest), error_code=0)
-        self._guest.extra += goodbye.serialize()
+        self._guest.say_goodbye(max(self._by_guest))
         self._guest.changed.set()
 
 

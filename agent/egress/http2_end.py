@@ -10,8 +10,10 @@ from typing import Any
 
 import h2.config
 import h2.connection
+import h2.events
 import h2.exceptions
 import h2.settings
+from hyperframe.frame import GoAwayFrame
 
 from agent.egress.streams import Stream
 from agent.egress.substitute import Headers
@@ -48,9 +50,11 @@ class End:
         )
         self.queued: dict[int, Queued] = {}
         self.changed = asyncio.Event()
+        self.sent = asyncio.Event()  # what could be sent has been
         self._writing = asyncio.Lock()
-        self.extra = b""  # frames that h2 would not send
+        self.extra = b""  # to be written before what the state machine has
         settings = {**_SETTINGS, _Code.ENABLE_PUSH: 0} if client_side else _SETTINGS
+        stay_open(self.h2)
         self.h2.local_settings = h2.settings.Settings(client=client_side, initial_values=settings)
         self.h2.initiate_connection()
         self.h2.increment_flow_control_window(_CONNECTION_WINDOW_BYTES)
@@ -59,8 +63,26 @@ class End:
         """Writes what the state machine has to say."""
         async with self._writing:  # whoever reads waits here, too: answers to what is read cannot pile up
             extra, self.extra = self.extra, b""
-            if data := self.h2.data_to_send() + extra:
+            if data := extra + self.h2.data_to_send():
                 await self.stream.write(data)
+
+    def receive(self, data: bytes) -> list[h2.events.Event]:
+        """Returns what bytes of the other side mean. :raises h2.exceptions.ProtocolError: nothing, or nothing good."""
+        self.extra += self.h2.data_to_send()  # a GOAWAY would have h2 throw it away
+        return self.h2.receive_data(data)
+
+    def say_goodbye(self, last_stream_id: int) -> None:
+        """Queues a GOAWAY after which the streams that there are go on (RFC 9113, 6.8)."""
+        goodbye = GoAwayFrame(stream_id=0, last_stream_id=last_stream_id, error_code=0)
+        self.extra += self.h2.data_to_send() + goodbye.serialize()
+
+
+def stay_open(connection: h2.connection.H2Connection) -> None:
+    """Has h2 go on after a GOAWAY, by which it takes a connection for closed; the protocol does not."""
+    machine = connection.state_machine
+    goaway = h2.connection.ConnectionInputs.RECV_GOAWAY
+    states = (h2.connection.ConnectionState.CLIENT_OPEN, h2.connection.ConnectionState.SERVER_OPEN)
+    machine._transitions = {**machine._transitions, **{(state, goaway): (None, state) for state in states}}
 
 
 class gone(contextlib.AbstractContextManager["gone"]):  # noqa: N801  reads as what it is: a stream may be gone
