@@ -73,6 +73,7 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
         manager = Manager(host, images, Node(settings, vmm), store, templates)
         network.on_denial = manager.on_denial
         await reconcile(host, manager, store, records)
+        await network.settle()
         server = ApiServer(settings, manager)
         working = [asyncio.create_task(work) for work in (manager.prepare_templates(), manager.count_drops())]
         try:

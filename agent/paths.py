@@ -51,6 +51,11 @@ class Paths:
         return self.state_dir / "secrets"
 
     @property
+    def uplink_marker(self) -> Path:
+        """There as long as the uplink namespace may have rules of this agent's."""
+        return self.run_dir / "uplink"
+
+    @property
     def sandboxes_state(self) -> Path:
         """Holds one directory per sandbox."""
         return self.state_dir / "sandboxes"

@@ -153,7 +153,8 @@ def enter(fd: int) -> None:
 async def run_in(fd: int, work: Callable[[], _T], what: str) -> _T:
     """Returns what `work` returns, from a thread in the network namespace `fd` that ends with it.
 
-    It runs to its end even if the caller is cancelled. :raises HostError: the kernel refused something.
+    It runs to its end, and a caller that is cancelled waits for that: what it undoes must come after it, and the
+    descriptor stays open as long. :raises HostError: the kernel refused something.
     """
     results: list[_T] = []
 
@@ -161,8 +162,14 @@ async def run_in(fd: int, work: Callable[[], _T], what: str) -> _T:
         enter(fd)
         results.append(work())
 
+    running = _in_thread(inside, "netns-work")
     try:
-        await asyncio.shield(_in_thread(inside, "netns-work"))
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        if not running.cancelled():
+            running.exception()  # retrieved: the cancellation is what counts
+        raise
     except OSError as error:
         raise HostError(f"cannot {what}: {error}", reason="NETNS_FAILED") from error
     return results[0]

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from agent.config import EgressSettings
@@ -31,9 +32,13 @@ def _opened(fd: int) -> Iterator[int]:
 
 
 class Networks:
-    """By sandbox; a namespace with its tap must be there already (`agent.net.netns`)."""
+    """By sandbox; a namespace with its tap must be there already (`agent.net.netns`).
 
-    def __init__(self, settings: EgressSettings) -> None:
+    :param marker: a file that is there as long as the uplink may have rules of ours.
+    """
+
+    def __init__(self, settings: EgressSettings, marker: Path) -> None:
+        self._marker = marker
         self._settings = settings
         self._pool = Pool(settings.pool_ipv4, settings.pool_ipv6)
         self._slots: dict[str, int] = {}
@@ -65,13 +70,15 @@ class Networks:
         mode = mode_of(policy, secrets=secrets)
         text = render(policy, mode, replace=False)
 
-        def work() -> list[socket.socket]:
+        sockets: list[socket.socket] = []
+
+        def work() -> None:
             nft.run(text)
             links.route_marked()
-            return listeners.make()
+            sockets.extend(listeners.make())
 
-        sockets = await self._inside(sandbox_id, work, "make the network of a sandbox")
         try:
+            await self._inside(sandbox_id, work, "make the network of a sandbox")
             await self._route(sandbox_id, mode)
         except BaseException:
             for sock in sockets:
@@ -98,20 +105,21 @@ class Networks:
     async def remove(self, sandbox_id: str) -> None:
         """Removes the sandbox's link and frees its addresses: nobody may send from them any more. Idempotent."""
         slot = self._slots.pop(sandbox_id, None)
-        if slot is None:
-            return
-        try:
-            await self._in_uplink(lambda: links.remove_outer(slot), "remove the link of a sandbox")
-        except BaseException:
-            self._slots[sandbox_id] = slot
-            raise
-        self._pool.give_back(slot)
-        await self._tear_down_unused()
+        if slot is not None:
+            try:
+                await self._in_uplink(lambda: links.remove_outer(slot), "remove the link of a sandbox")
+            except BaseException:
+                self._slots[sandbox_id] = slot
+                raise
+            self._pool.give_back(slot)
+        await self.tear_down_unused()
 
     # -- routing -------------------------------------------------------------------------------------------------------
 
     async def _route(self, sandbox_id: str, mode: Mode) -> None:
         """Makes or removes the link out, as the mode needs it."""
+        if mode.routed:
+            await self._ensure_uplink()
         if mode.routed and sandbox_id not in self._slots:
             await self._connect(sandbox_id)
         elif not mode.routed and sandbox_id in self._slots:
@@ -119,7 +127,6 @@ class Networks:
             await self.remove(sandbox_id)
 
     async def _connect(self, sandbox_id: str) -> None:
-        await self._ensure_uplink()
         slot = self._slots[sandbox_id] = self._pool.take()
         pair, outer = self._pool.pair(slot), self._uplink_fd
 
@@ -144,13 +151,16 @@ class Networks:
     async def _ensure_uplink(self) -> None:
         async with self._uplink:
             if not self._uplink_ready:
+                self._marker.touch()
                 await self._in_uplink(lambda: uplink.set_up(self._pool), "set the uplink up")
                 self._uplink_ready = True
 
-    async def _tear_down_unused(self) -> None:
+    async def tear_down_unused(self) -> None:
+        """Removes the uplink's rules if no sandbox needs them, those of an earlier agent, too. :raises HostError:"""
         async with self._uplink:
-            if self._uplink_ready and not self._slots:
+            if self._marker.exists() and not self._slots:
                 await self._in_uplink(uplink.tear_down, "remove the uplink's rules")
+                self._marker.unlink(missing_ok=True)
                 self._uplink_ready = False
 
     # -- threads -------------------------------------------------------------------------------------------------------

@@ -48,15 +48,14 @@ def _words(text: str) -> Iterable[str]:
 
 
 class SandboxNetwork:
-    """Makes, changes and removes the networks of sandboxes.
+    """Makes, changes and removes the networks of sandboxes; see `agent.sandbox.host.Network`.
 
-    :param find: returns the record of a sandbox that has a network now, or None.
-    :param on_denial: takes every denial that is told in detail.
+    `on_denial` takes every denial that is told in detail.
     """
 
     def __init__(self, settings: Settings, paths: Paths, vault: Vault) -> None:
         self._settings = settings.egress
-        self._networks = Networks(settings.egress)
+        self._networks = Networks(settings.egress, paths.uplink_marker)
         self._vault = vault
         self._egress = EgressProcess(settings.egress, EgressFiles(paths.run_dir), self._on_report, self._hand_over_all)
         self._present: dict[str, Record] = {}
@@ -66,6 +65,13 @@ class SandboxNetwork:
         """Starts the egress process, or finds the one that an earlier agent left. :raises HostError:"""
         self._vault.open()
         await self._egress.start()
+
+    async def settle(self) -> None:
+        """Removes what an earlier agent left in the uplink and nobody needs; once all sandboxes are adopted.
+
+        :raises HostError:
+        """
+        await self._networks.tear_down_unused()
 
     async def aclose(self, *, keep: bool) -> None:
         """Ends the watch over the egress process, which runs on where sandboxes are kept."""
