@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import re
 import socket
 import tomllib
 from collections.abc import Mapping
@@ -19,35 +18,18 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from agent.errors import InvalidSpec
-from agent.policy.addresses import parse_network
+from agent.policy.addresses import parse_network, parse_server
 from agent.policy.rules import parse_rules
+from agent.units import converted
 
 ENV_PREFIX = "SANDBOXD_"
 DEFAULT_CONFIG = Path("/etc/sandboxd/config.toml")
-_SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class ConfigError(InvalidSpec):
     """The configuration is wrong; the message says where and what to write instead."""
 
     default_reason = "INVALID_CONFIG"
-
-
-def parse_size(text: str) -> int:
-    """Returns bytes for "512MiB", "4G", "1024". :raises ValueError:"""
-    match = re.fullmatch(r"(\d+)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write bytes, or a number with KiB, MiB, GiB or TiB")
-    return int(match[1]) * _SIZES[match[2]]
-
-
-def parse_duration(text: str) -> float:
-    """Returns seconds for "30s", "5m", "250ms", "1.5". :raises ValueError:"""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", text.strip().lower())
-    if match is None:
-        raise ValueError(f"{text!r} is not a duration; write seconds, or a number with ms, s, m, h or d")
-    return float(match[1]) * _TIMES[match[2]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,58 +271,9 @@ def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], what: st
 
 def _convert(name: str, kind: Any, value: Any) -> Any:
     try:
-        return _converted(name, kind, value)
+        return converted(name, kind, value)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}") from None
-
-
-def _converted(name: str, kind: Any, value: Any) -> Any:
-    text = isinstance(value, str)
-    if kind is bool:
-        if text and value.lower() in ("true", "false", "1", "0"):
-            return value.lower() in ("true", "1")
-        if isinstance(value, bool):
-            return value
-        raise ValueError("must be true or false")
-    if isinstance(value, bool):
-        raise ValueError("must not be true or false")
-    if kind is int:
-        return (
-            (parse_size(value) if name.endswith(("_bytes", "bytes_per_s")) else int(value)) if text else _whole(value)
-        )
-    if kind is float:
-        return (parse_duration(value) if name.endswith("_s") else float(value)) if text else float(value)
-    if kind is Path:
-        return Path(value)
-    if kind is str:
-        if not text:
-            raise ValueError("must be text")
-        return value
-    if kind == tuple[int, ...]:
-        return tuple(_number(item) for item in (value.split(",") if text else value))
-    if kind == tuple[str, ...]:
-        return _words(value)
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise ValueError("must be a table of text")
-    return dict(value)
-
-
-def _words(value: Any) -> tuple[str, ...]:
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise ValueError("must be a list of text")
-    return tuple(item.strip() for item in items if item.strip())
-
-
-def _number(value: Any) -> int:
-    """A number, or a size such as "512MiB"; ids of users are numbers, too."""
-    return parse_size(value) if isinstance(value, str) else _whole(value)
-
-
-def _whole(value: Any) -> int:
-    if not isinstance(value, int):
-        raise TypeError("must be a whole number")
-    return value
 
 
 def _check(settings: Settings) -> None:
@@ -377,13 +310,20 @@ def _check_egress(egress: EgressSettings) -> None:
             parse_rules((rule for rule in rules if rule.strip()), name)
         except InvalidSpec as error:
             raise ConfigError(f"egress.{name}: {error.message}") from None
-    pools = {"pool_ipv4": (egress.pool_ipv4,), "pool_ipv6": (egress.pool_ipv6,)}
-    for name, networks in {"permit_private": egress.permit_private, **pools}.items():
-        for network in networks:
-            try:
-                parse_network(network)
-            except ValueError as error:
-                raise ConfigError(f"egress.{name}: {error}; write a range such as 10.1.0.0/16") from None
+    ranges: list[tuple[str, str, int | None]] = [("permit_private", text, None) for text in egress.permit_private]
+    ranges += [("pool_ipv4", egress.pool_ipv4, 4), ("pool_ipv6", egress.pool_ipv6, 6)]
+    for name, text, version in ranges:
+        try:
+            network = parse_network(text)
+        except ValueError as error:
+            raise ConfigError(f"egress.{name}: {error}; write a range such as 10.1.0.0/16") from None
+        if version not in (None, network.version):
+            raise ConfigError(f"egress.{name} is {text}; it must be a range of IPv{version}")
+    for server in egress.resolvers:
+        try:
+            parse_server(server)
+        except ValueError as error:
+            raise ConfigError(f"egress.resolvers: {error}; write 192.0.2.1, 192.0.2.1:53 or [2001:db8::1]:53") from None
 
 
 def _check_user(vmm: VmmSettings) -> None:

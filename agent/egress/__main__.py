@@ -40,7 +40,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def _run(arguments: argparse.Namespace, interceptor: Interceptor) -> None:
+async def _run(arguments: argparse.Namespace, interceptor: Interceptor, owner_uid: int) -> None:
     resolver = Resolver(arguments.resolver or system_resolvers())
     mover = Mover()
     mover.start()
@@ -51,7 +51,7 @@ async def _run(arguments: argparse.Namespace, interceptor: Interceptor) -> None:
 
     with socket.socket(fileno=arguments.control) as listener:
         try:
-            await Control(servers, arguments.identity, owner_uid=0).run(listener)
+            await Control(servers, arguments.identity, owner_uid).run(listener)
         finally:
             mover.stop()
             await resolver.aclose()
@@ -71,13 +71,14 @@ def main() -> int:
     privileges.raise_file_limit()
     interceptor = Interceptor(dial, arguments.ca_file)  # reads the host's certificates while it may read everything
     _load_all()
+    owner_uid = os.getuid()  # the agent is whoever started this
     try:
         privileges.drop(arguments.uid, arguments.gid)
     except AgentError as error:
         note(error.message)
         return 1
     os.umask(0o077)
-    asyncio.run(_run(arguments, interceptor))
+    asyncio.run(_run(arguments, interceptor, owner_uid))
     return 0
 
 

@@ -27,7 +27,7 @@ import dns.rdatatype
 import dns.resolver
 import dns.rrset
 
-from agent.policy.addresses import Address
+from agent.policy.addresses import Address, parse_server
 from agent.policy.policy import Policy
 
 _MAX_CACHED = 4096
@@ -87,7 +87,7 @@ class Resolver:
     """
 
     def __init__(self, servers: Sequence[str], timeout_s: float = 2.0, attempts: int = 3) -> None:
-        self._servers = [_split(server) for server in servers]
+        self._servers = [parse_server(server) for server in servers]
         self._timeout_s = timeout_s
         self._attempts = max(attempts, 1)
         self._cache: OrderedDict[tuple[str, dns.rdatatype.RdataType], _Found] = OrderedDict()
@@ -182,11 +182,3 @@ class Resolver:
                     return cast("dns.message.QueryMessage", message), ""
                 why = "servfail"
         return None, why
-
-
-def _split(server: str) -> tuple[str, int]:
-    if server.startswith("["):
-        host, _, rest = server[1:].partition("]")
-        return host, int(rest.removeprefix(":") or 53)
-    host, separator, port = server.rpartition(":")
-    return (host, int(port)) if separator and ":" not in host else (server, 53)

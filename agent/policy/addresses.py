@@ -7,7 +7,7 @@ Teredo.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -49,6 +49,22 @@ def is_blocked(address: Address, permitted: Iterable[Network] = ()) -> bool:
     if address in NAT64:
         return is_blocked(IPv4Address(int(address) & 0xFFFF_FFFF), permitted)
     return address not in GLOBAL_IPV6 or any(address in network for network in BLOCKED_IPV6)
+
+
+def parse_server(text: str, default_port: int = 53) -> tuple[str, int]:
+    """Returns address and port of "192.0.2.1", "192.0.2.1:53", "2001:db8::1" or "[2001:db8::1]:53".
+
+    :raises ValueError:
+    """
+    host, port = text.strip(), ""
+    if host.startswith("["):
+        host, _, port = host[1:].partition("]")
+        port = port.removeprefix(":")
+    elif host.count(":") == 1:
+        host, _, port = host.partition(":")
+    if port and not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ValueError(f"{text[:80]!r} has no valid port")
+    return str(ip_address(host)), int(port or default_port)
 
 
 def parse_network(text: str) -> Network:

@@ -11,44 +11,28 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 from agent.channel.channel import Channel
 from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, NodeDraining, NotFound
 from agent.model import SandboxSpec, State, is_sandbox_id, new_sandbox_id
 from agent.rootfs import Image, ImageStore
-from agent.sandbox import dialogue, host, policy_change
+from agent.sandbox import dialogue, drops, host, policy_change
+from agent.sandbox.entry import Entry
 from agent.sandbox.events import Denial, Event, Events, EventType
 from agent.sandbox.host import Host
 from agent.sandbox.machine import Boot, Machine
+from agent.sandbox.monitor import until_lost
 from agent.sandbox.node import Node, NodeInfo
 from agent.sandbox.policy_change import PolicyChange
 from agent.sandbox.preparer import keep_prepared
 from agent.sandbox.record import Record
-from agent.sandbox.spec import MAX_LIFETIME_S, check_labels, same_request
+from agent.sandbox.spec import changed_labels, check_expire_time, same_request
 from agent.sandbox.store import Store
 from agent.sandbox.templates import Templates
 from agent.telemetry import CREATES, DELETES, SANDBOXES, collect_phases, log, step, tracer
 
-_COUNT_EVERY_S = 2.0
 _NO_CHANGE = PolicyChange()
-
-
-@dataclass(eq=False, slots=True)
-class Entry:
-    """A sandbox in memory. `creating` and `deleting` are the tasks that do so, for everyone to await."""
-
-    record: Record
-    machine: Machine | None = None
-    creating: asyncio.Task[None] | None = None
-    deleting: asyncio.Task[None] | None = None
-    monitor: asyncio.Task[None] | None = None
-    expiry: asyncio.TimerHandle | None = None
-    half_removed: bool = False
-    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the template of an adopted one
 
 
 class Manager:
@@ -245,44 +229,24 @@ class Manager:
         self._events.publish_denial(record, denial)
 
     async def count_drops(self) -> None:
-        """Looks, for ever, at what the kernel dropped of each running sandbox: it tells nobody by itself."""
-        while True:
-            await asyncio.sleep(_COUNT_EVERY_S)
-            for entry in list(self._entries.values()):
-                await self._count_drops_of(entry)
+        """Counts, for ever, what the kernel dropped of running sandboxes."""
+        await drops.keep_counting(
+            self._host.network, lambda: [entry.record for entry in self._entries.values() if entry.runs]
+        )
 
     async def fresh(self, sandbox_id: str) -> Record:
         """As `get`, with what the kernel dropped until now."""
-        await self._count_drops_of(self._entry(sandbox_id))
+        entry = self._entry(sandbox_id)
+        if entry.runs:
+            await drops.count(self._host.network, entry.record)
         return self.get(sandbox_id)
-
-    async def _count_drops_of(self, entry: Entry) -> None:
-        if entry.record.state is State.RUNNING and entry.deleting is None:
-            with contextlib.suppress(AgentError):  # it may go in between
-                await self._host.network.count_drops(entry.record)
 
     # -- watching over -------------------------------------------------------------------------------------------------
 
     async def _watch_over(self, entry: Entry) -> None:
-        """Notices at once that the VM or its link is gone; dials a lost link again, gives up on a lost VM."""
         assert entry.machine is not None
-        running = entry.machine
-        ended = asyncio.create_task(running.vm.wait())
-        try:
-            while True:
-                waited: set[asyncio.Future[Any]] = {ended, running.channel.lost}
-                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-                try:
-                    if ended.done():
-                        raise dialogue.vmm_ended(ended.result())
-                    reason = running.channel.lost.result()
-                    log.warning("link lost", sandbox_id=entry.record.id, reason=reason.message)
-                    await running.relink(self._host.settings.sandbox.relink_timeout_s)
-                except AgentError as error:
-                    await self._fail(entry, error)
-                    return
-        finally:
-            ended.cancel()
+        timeout_s = self._host.settings.sandbox.relink_timeout_s
+        await self._fail(entry, await until_lost(entry.machine, entry.record.id, timeout_s))
 
     async def _fail(self, entry: Entry, error: AgentError) -> None:
         """Keeps the sandbox as FAILED with the evidence; its VM is ended, its disk stays until the delete."""
@@ -313,12 +277,8 @@ class Manager:
             raise InvalidState(f"sandbox {sandbox_id} is being deleted", reason="SANDBOX_DELETING")
         if (expire_time is not None or clear_expire_time) and record.spec.lifetime.lease_s is not None:
             raise InvalidState("a sandbox with a lease lives by KeepAlive; its expire time cannot be set")
-        if expire_time is not None and not 0 < expire_time - time.time() <= MAX_LIFETIME_S:
-            raise InvalidSpec("expire_time must be in the future, at most ten years away; to end a sandbox, delete it")
-        labels = {**record.labels, **set_labels}
-        for key in remove_labels:
-            labels.pop(key, None)
-        check_labels(labels)
+        check_expire_time(expire_time, time.time())
+        labels = changed_labels(record.labels, set_labels, remove_labels)
         if policy:
             async with entry.changing:
                 await policy_change.apply(self._host, record, policy, self.running(sandbox_id).channel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from agent.config import SandboxSettings
@@ -51,6 +51,21 @@ def check_labels(labels: Mapping[str, str]) -> None:
             raise InvalidSpec(f"label key {key[:80]!r} is not valid; use 1 to 63 of a-z A-Z 0-9 . _ / -")
         if len(value.encode()) > MAX_LABEL_VALUE_BYTES:
             raise InvalidSpec(f"the value of label {key!r} is over {MAX_LABEL_VALUE_BYTES} bytes")
+
+
+def changed_labels(labels: Mapping[str, str], add: Mapping[str, str], remove: Iterable[str]) -> dict[str, str]:
+    """Returns labels with some set and then some removed. :raises InvalidSpec: as `check_labels`."""
+    changed = {**labels, **add}
+    for key in remove:
+        changed.pop(key, None)
+    check_labels(changed)
+    return changed
+
+
+def check_expire_time(expire_time: float | None, now: float) -> None:
+    """Times are seconds since 1970. :raises InvalidSpec: it is over already, or beyond ten years."""
+    if expire_time is not None and not 0 < expire_time - now <= MAX_LIFETIME_S:
+        raise InvalidSpec("expire_time must be in the future, at most ten years away; to end a sandbox, delete it")
 
 
 def check_lifetime(lifetime: Lifetime) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import ConfigError, load, parse_duration, parse_size, split_address
+from agent.config import ConfigError, load, split_address
+from agent.policy.addresses import parse_server
+from agent.units import parse_duration, parse_size
 
 
 def write(directory: Path, text: str) -> Path:
@@ -47,6 +49,15 @@ def test_file_and_environment_the_environment_wins(tmp_path: Path) -> None:
         ("[node\n", r"not valid TOML"),
         ("[node]\nname = 3\n", r"node.name: must be text"),
         ("[node]\nlabels = {a = 3}\n", r"must be a table of text"),
+        ("[egress]\nuid = 0\n", r"that are not root's"),
+        ('[egress]\ndeny = ["https://a.example"]\n', r"egress.deny: .* without scheme"),
+        ('[egress]\nalways = "a.example:99999"\n', r"egress.always: .*port"),
+        ('[egress.tenants]\nacme = "*"\n', r"egress.tenants.acme: .*leave the list out"),
+        ('[egress]\npermit_private = ["10.0.0.0/99"]\n', r"egress.permit_private: .*10.1.0.0/16"),
+        ('[egress]\npool_ipv4 = "fd00::/64"\n', r"must be a range of IPv4"),
+        ('[egress]\nresolvers = ["resolver.example"]\n', r"egress.resolvers: .*192.0.2.1:53"),
+        ('[egress]\nresolvers = ["192.0.2.1:0"]\n', r"has no valid port"),
+        ("[egress]\nresolvers = [3]\n", r"must be a list of text"),
     ],
 )
 def test_wrong_settings_are_refused_with_advice(tmp_path: Path, text: str, message: str) -> None:
@@ -78,6 +89,14 @@ def test_durations(text: str, value: float) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
+
+
+def test_servers() -> None:
+    for text, server in (
+        ("192.0.2.1", ("192.0.2.1", 53)), ("192.0.2.1:5353", ("192.0.2.1", 5353)), ("2001:db8::1", ("2001:db8::1", 53)),
+        ("[2001:db8::1]:54", ("2001:db8::1", 54)), ("[2001:db8::1]", ("2001:db8::1", 53)),
+    ):  # fmt: skip
+        assert parse_server(text) == server
 
 
 def test_addresses() -> None:
