@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import VmmError
+from agent.waiting import to_the_end
 
 _CLONE_NEWNET = 0x40000000
 _STDERR_TAIL_BYTES = 4096
@@ -181,25 +182,15 @@ async def spawn(
 
     threading.Thread(target=run, name="spawn", daemon=True).start()
     try:
-        # Shielded: a cancelled caller would lose the PID of a process that is about to exist.
-        pid = await _uncancelled(started)
+        # To the end: a cancelled caller would lose the PID of a process that is about to exist.
+        pid = await to_the_end(started)
+    except asyncio.CancelledError:
+        if not started.cancelled() and started.exception() is None:
+            _kill_and_reap(started.result())
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in a word
         raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
     return HostProcess(pid, stderr_path, is_child=True)
-
-
-async def _uncancelled(future: asyncio.Future[int]) -> int:
-    """Awaits a future that is certain to complete soon, then delivers a cancellation that came meanwhile."""
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        if not future.cancelled():
-            while not future.done():  # however often the caller is cancelled
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait({future})
-            if future.exception() is None:
-                _kill_and_reap(future.result())
-        raise
 
 
 def _kill_and_reap(pid: int) -> None:

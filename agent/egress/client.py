@@ -20,6 +20,7 @@ from agent.config import EgressSettings
 from agent.egress.wire import Link, LinkClosed
 from agent.errors import HostError, VmmError
 from agent.telemetry import EGRESS_STARTS, log
+from agent.waiting import to_the_end
 
 _ANSWER_TIMEOUT_S = 15.0
 _READY_TIMEOUT_S = 20.0
@@ -148,14 +149,17 @@ class EgressProcess:
                 )  # fmt: skip
             except (OSError, VmmError) as error:
                 raise HostError(f"cannot start the egress process: {error}", reason="EGRESS_NOT_STARTED") from error
-        self.sandboxes = {}
-        facts = {"pid": process.pid, "started": process.start_time, "identity": self._identity}
-        self._files.facts.write_text(json.dumps(facts))
-        EGRESS_STARTS.labels("started").inc()
-        if not await self._connect():
-            tail = process.stderr_tail()
-            await process.kill()
-            raise HostError(f"the egress process does not answer: {tail or 'it said nothing'}", reason="EGRESS_FAILED")
+        try:
+            self.sandboxes = {}
+            facts = {"pid": process.pid, "started": process.start_time, "identity": self._identity}
+            self._files.facts.write_text(json.dumps(facts))
+            EGRESS_STARTS.labels("started").inc()
+            if not await self._connect():
+                said = process.stderr_tail() or "it said nothing"
+                raise HostError(f"the egress process does not answer: {said}", reason="EGRESS_FAILED")
+        except BaseException:  # also a cancelled caller: nobody else knows of it
+            await to_the_end(process.kill())
+            raise
         return process
 
     async def _connect(self) -> bool:

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from agent.errors import HostError
 from agent.model import GATEWAY_IPV4, GATEWAY_IPV6, ID_PREFIX
+from agent.waiting import to_the_end
 
 NETNS_DIR = Path("/run/netns")
 TAP = "tap0"
@@ -162,14 +163,8 @@ async def run_in(fd: int, work: Callable[[], _T], what: str) -> _T:
         enter(fd)
         results.append(work())
 
-    running = _in_thread(inside, "netns-work")
     try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        if not running.cancelled():
-            running.exception()  # retrieved: the cancellation is what counts
-        raise
+        await to_the_end(_in_thread(inside, "netns-work"))
     except OSError as error:
         raise HostError(f"cannot {what}: {error}", reason="NETNS_FAILED") from error
     return results[0]

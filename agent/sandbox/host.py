@@ -8,11 +8,11 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import psutil
 
@@ -93,18 +93,6 @@ async def make_directories(host: Host, sandbox_id: str, stack: AsyncExitStack) -
             state.chmod(0o710)
         except OSError as error:
             raise HostError(f"cannot give {state} to vmm.gid: {error.strerror}", reason="STATE_UNAVAILABLE") from error
-
-
-async def finish(work: Coroutine[Any, Any, None]) -> None:
-    """Awaits work that a thread carries out, to its end even if cancelled: its removal must come after it."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # retrieved: the cancellation is what counts
-        raise
 
 
 def kill_strays(host: Host, sandbox_id: str) -> int:

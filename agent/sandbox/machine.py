@@ -9,13 +9,14 @@ from agent.channel.channel import Channel
 from agent.errors import AgentError, DeadlineExceeded, GuestUnreachable, VmmError
 from agent.rootfs import Image
 from agent.sandbox import dialogue
-from agent.sandbox.host import Host, finish, make_directories, push_removal
+from agent.sandbox.host import Host, make_directories, push_removal
 from agent.sandbox.record import Record
 from agent.sandbox.shape import shape_of, vm_spec
 from agent.sandbox.template_files import Template
 from agent.sandbox.templates import Templates
 from agent.telemetry import CLONE_RETRIES, log, step
 from agent.vmm.api import MemoryFile, Vm, VmSpec
+from agent.waiting import to_the_end
 
 _CLONE_ATTEMPTS = 3
 # What the VMM says when a template's device state is of no use, rather than the clone's bad luck.
@@ -123,7 +124,7 @@ class Boot:
         disk = self._host.paths.disk(self._record.id)
         with step("disk"):
             stack.callback(disk.unlink, missing_ok=True)
-            await finish(self._host.disks.make_disk(disk, self._record.spec.disk_bytes))
+            await to_the_end(self._host.disks.make_disk(disk, self._record.spec.disk_bytes))
         with step("vmm.start" if template is None else "vmm.restore"):
             vm = await self._host.driver.start(spec)
             stack.push_async_callback(vm.stop)

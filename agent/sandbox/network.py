@@ -22,10 +22,10 @@ from agent.policy.reasons import Reason
 from agent.policy.rules import parse_rules
 from agent.policy.secret import Secret
 from agent.sandbox.events import Denial
-from agent.sandbox.host import finish
 from agent.sandbox.record import Record
 from agent.secrets.vault import CaPair, Held, Vault
 from agent.telemetry import EGRESS_DENIALS, log, step
+from agent.waiting import to_the_end
 
 
 def policy_of(settings: EgressSettings, record: Record) -> Policy:
@@ -97,7 +97,7 @@ class SandboxNetwork:
     async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
         """Makes a namespace with a tap that leads nowhere; `stack` removes it. :raises HostError:"""
         stack.push_async_callback(self.remove, sandbox_id)
-        await finish(netns.make(sandbox_id))
+        await to_the_end(netns.make(sandbox_id))
 
     async def adopt(self, record: Record) -> None:
         """Takes over the network of a sandbox that an earlier agent made. :raises AgentError:"""

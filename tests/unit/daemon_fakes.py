@@ -19,7 +19,7 @@ from agent.paths import Paths
 from agent.proc import ExitInfo
 from agent.rootfs import Artefact, DiskMaker, Image, ImageStore
 from agent.sandbox import dialogue
-from agent.sandbox.host import Host, finish
+from agent.sandbox.host import Host
 from agent.sandbox.manager import Manager
 from agent.sandbox.node import Node
 from agent.sandbox.record import Record
@@ -27,6 +27,7 @@ from agent.sandbox.store import Store
 from agent.sandbox.templates import Templates
 from agent.telemetry import step
 from agent.vmm.api import Vm, VmmInfo, VmSpec
+from agent.waiting import to_the_end
 from guest.wire import Frame
 
 MIB = 1 << 20
@@ -247,7 +248,7 @@ class FakeNetwork:
 
     async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
         stack.push_async_callback(self.remove, sandbox_id)
-        await finish(self.world.make_namespace(sandbox_id))
+        await to_the_end(self.world.make_namespace(sandbox_id))
 
     async def adopt(self, record: Record) -> None:
         self.world.namespaces.add(record.id)
