@@ -62,23 +62,36 @@ def _connected(sock: socket.socket) -> bool:
 async def _dial(call: Call) -> dict[str, object]:
     family, host, port = _address(call.req)
     with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
-        fd = sock.fileno()
-        reactor.register(fd)
-        sender: reactor.Task | None = None
+        reactor.register(sock.fileno())
         try:
             await _connect(sock, host, port)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await call.send_json(Frame.EVENT, {"connected": True})
-            finished = reactor.Waiters()
-            sender = reactor.spawn(_to_server(call, sock, finished))
-            await _from_server(call, fd)
-            while not sender.done:
-                await finished.wait()
-            return {}
+            return await _carry(call, sock)
         finally:
-            if sender is not None:
-                sender.cancel()
-            reactor.unregister(fd)
+            reactor.unregister(sock.fileno())
+
+
+async def carry_channel(call: Call, sock: socket.socket) -> dict[str, object]:
+    """Carries bytes between the host and a connected socket, until both have ended theirs; closes the socket."""
+    with sock:
+        reactor.register(sock.fileno())
+        try:
+            return await _carry(call, sock)
+        finally:
+            reactor.unregister(sock.fileno())
+
+
+async def _carry(call: Call, sock: socket.socket) -> dict[str, object]:
+    await call.send_json(Frame.EVENT, {"connected": True})
+    finished = reactor.Waiters()
+    sender = reactor.spawn(_to_server(call, sock, finished))
+    try:
+        await _from_server(call, sock.fileno())
+        while not sender.done:
+            await finished.wait()
+        return {}
+    finally:
+        sender.cancel()
 
 
 async def _from_server(call: Call, fd: int) -> None:

@@ -41,9 +41,21 @@ def mode(req: dict[str, object], default: int) -> int:
     return default if value is None else value
 
 
+def times(req: dict[str, object]) -> tuple[int, int]:
+    """Returns access and modification time in nanoseconds since 1970; absent is now. :raises CallError:"""
+    import time
+
+    given = [req.get(name) for name in ("atime_ns", "mtime_ns")]
+    if not all(value is None or isinstance(value, int) for value in given):
+        raise CallError("INVALID", "times must be nanoseconds since 1970")
+    now = time.time_ns()
+    atime, mtime = (value if isinstance(value, int) else now for value in given)
+    return atime, mtime
+
+
 class AsUser:
-    """Acts with the file-system rights of the request's user inside a `with` block. Never await in it: PID 1 is
-    shared.
+    """Acts with the file-system rights of the request's user inside a `with` block, as often as needed. Never await in
+    it: PID 1 is shared.
     """
 
     __slots__ = ("user",)

@@ -7,6 +7,7 @@ import os
 from guest import fields, reactor
 from guest.call import CHUNK_BYTES, HEADROOM, Call
 from guest.fields import AsUser
+from guest.handle import OPS as HANDLE_OPS
 from guest.trees import OPS as TREE_OPS
 from guest.trees import describe, require_regular
 from guest.watch import OPS as WATCH_OPS
@@ -104,7 +105,8 @@ async def _write(call: Call) -> dict[str, object]:
 
 async def _stat(call: Call) -> dict[str, object]:
     path = fields.path(call.req)
-    return describe(path, os.stat(path, follow_symlinks=call.req.get("follow") is not False))
+    with AsUser(call.req):
+        return describe(path, os.stat(path, follow_symlinks=call.req.get("follow") is not False))
 
 
 async def _mkdir(call: Call) -> dict[str, object]:
@@ -122,12 +124,16 @@ async def _mkdir(call: Call) -> dict[str, object]:
 
 
 async def _rename(call: Call) -> dict[str, object]:
-    os.rename(fields.path(call.req), fields.path(call.req, "new_path"))
+    old, new = fields.path(call.req), fields.path(call.req, "new_path")
+    with AsUser(call.req):
+        os.rename(old, new)
     return {}
 
 
 async def _link(call: Call) -> dict[str, object]:
-    os.link(fields.path(call.req), fields.path(call.req, "new_path"))
+    old, new = fields.path(call.req), fields.path(call.req, "new_path")
+    with AsUser(call.req):
+        os.link(old, new)
     return {}
 
 
@@ -135,44 +141,50 @@ async def _symlink(call: Call) -> dict[str, object]:
     target = call.req.get("target")
     if not isinstance(target, str) or not target or "\0" in target or len(target) > fields.MAX_PATH_BYTES:
         raise CallError("INVALID", "target must be a path without NUL")
-    os.symlink(target, fields.path(call.req, "new_path"))
+    path = fields.path(call.req, "new_path")
+    with AsUser(call.req):
+        os.symlink(target, path)
     return {}
 
 
 async def _readlink(call: Call) -> dict[str, object]:
-    return {"target": os.readlink(fields.path(call.req))}
+    path = fields.path(call.req)
+    with AsUser(call.req):
+        return {"target": os.readlink(path)}
 
 
 async def _realpath(call: Call) -> dict[str, object]:
-    return {"path": os.path.realpath(fields.path(call.req), strict=True)}
+    path = fields.path(call.req)
+    with AsUser(call.req):
+        return {"path": os.path.realpath(path, strict=True)}
 
 
 async def _chmod(call: Call) -> dict[str, object]:
-    os.chmod(fields.path(call.req), fields.mode(call.req, 0))
+    path, mode = fields.path(call.req), fields.mode(call.req, 0)
+    with AsUser(call.req):
+        os.chmod(path, mode)
     return {}
 
 
 async def _chown(call: Call) -> dict[str, object]:
     uid, gid = (fields.optional_number(call.req, name, (1 << 32) - 2) for name in ("uid", "gid"))
-    follow = call.req.get("follow") is not False
-    os.chown(fields.path(call.req), -1 if uid is None else uid, -1 if gid is None else gid, follow_symlinks=follow)
+    path, follow = fields.path(call.req), call.req.get("follow") is not False
+    with AsUser(call.req):
+        os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid, follow_symlinks=follow)
     return {}
 
 
 async def _utime(call: Call) -> dict[str, object]:
-    import time
-
-    times = [call.req.get(name) for name in ("atime_ns", "mtime_ns")]
-    if not all(value is None or isinstance(value, int) for value in times):
-        raise CallError("INVALID", "times must be nanoseconds since 1970")
-    now = time.time_ns()
-    atime, mtime = (value if isinstance(value, int) else now for value in times)
-    os.utime(fields.path(call.req), ns=(atime, mtime))
+    path, times = fields.path(call.req), fields.times(call.req)
+    with AsUser(call.req):
+        os.utime(path, ns=times)
     return {}
 
 
 async def _truncate(call: Call) -> dict[str, object]:
-    os.truncate(fields.path(call.req), fields.number(call.req, "size"))
+    path, size = fields.path(call.req), fields.number(call.req, "size")
+    with AsUser(call.req):
+        os.truncate(path, size)
     return {}
 
 
@@ -199,5 +211,5 @@ OPS: dict[str, Handler] = {
     "fs.read": _read, "fs.write": _write, "fs.stat": _stat, "fs.mkdir": _mkdir, "fs.rename": _rename,
     "fs.link": _link, "fs.symlink": _symlink, "fs.readlink": _readlink, "fs.realpath": _realpath,
     "fs.chmod": _chmod, "fs.chown": _chown, "fs.utime": _utime, "fs.truncate": _truncate, "fs.mktemp": _mktemp,
-    **TREE_OPS, **WATCH_OPS,
+    **HANDLE_OPS, **TREE_OPS, **WATCH_OPS,
 }  # fmt: skip

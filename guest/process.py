@@ -18,6 +18,10 @@ from guest.spawn import Stdio
 from guest.user import User
 from guest.wire import CallError, Frame
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
 MAX_EXITED = 1024  # exited processes that are remembered for a later wait or attach
 
 
@@ -38,6 +42,7 @@ class Process:
         self._stdin = stdio.stdin
         self._stdin_wide = False
         self._master = stdio.stdout if self.tty else -1
+        self._channel = stdio.channel
         outputs = {stdio.stdout: Frame.STDOUT, stdio.stderr: Frame.STDERR}
         outputs.pop(-1, None)
         self._undrained = set(outputs)  # may still hold bytes that were written before the exit
@@ -99,6 +104,18 @@ class Process:
             self.log.finish()
         self.exited.wake()
         self.close_stdin()
+        if self._channel is not None:  # nobody asked for it
+            self._channel.close()
+            self._channel = None
+
+    def take_channel(self) -> socket.socket:
+        """Returns our end of the program's channel, once. :raises CallError: it has none, or it was taken."""
+        channel, self._channel = self._channel, None
+        if channel is None:
+            raise CallError(
+                "STATE", f"process {self.number} has no channel, or another client has it, or it exited", "NO_CHANNEL"
+            )
+        return channel
 
     async def write_stdin(self, data: bytes) -> None:
         """Writes to standard input, waiting for the process to read; bytes for a closed input are dropped, as by a

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
-from guest import reactor, spawn
+from guest import listeners, reactor, spawn
 from guest.call import Call, CallAbandoned
-from guest.process import Process, Registry
+from guest.dial import carry_channel
+from guest.process import Process, Registry, exited_error
 from guest.user import User, lookup_user
 from guest.wire import CallError, Frame, parse_json
 
@@ -16,6 +17,8 @@ DEFAULT_REPLAY_BYTES = 256 << 10
 MAX_REPLAY_BYTES = 16 << 20
 _INPUT_BYTES = 128 << 10  # of standard input at once: what a pipe that was widened takes well
 _HANG_UP_GRACE_S = 2.0
+MAX_ENV, MAX_ENV_BYTES = 1024, 128 << 10
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.02, 0.25  # between two looks for a listening socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,12 +74,15 @@ class ProcessOps:
         self.registry = registry
         self.env: dict[str, str] = {}
         self.ready = False
+        self._removed: set[str] = set()  # names that no process starts with, not even those that all have
 
     def handlers(self) -> dict[str, Handler]:
         """Returns the handlers by operation."""
         return {
             "proc.start": self.start, "proc.exec": self.exec, "proc.attach": self.attach, "proc.signal": self.signal,
             "proc.resize": self.resize, "proc.wait": self.wait, "proc.list": self.list,
+            "proc.env": self.environment, "proc.setenv": self.set_environment, "proc.listener": self.listener,
+            "proc.channel": self.channel,
         }  # fmt: skip
 
     def _start(self, req: dict[str, object]) -> Process:
@@ -91,7 +97,9 @@ class ProcessOps:
             raise CallError("INVALID", "argv must name a program")
         user = lookup_user(str(req.get("user") or DEFAULT_USER))
         cwd = str(req.get("cwd") or user.home)
-        env = self._environment(user, parse_env(req.get("env") or {}))
+        env = parse_env(req.get("env") or {})
+        if not req.get("clear_env"):
+            env = {**self._environment(user), **env}
         replay = _integer(req.get("replay") or DEFAULT_REPLAY_BYTES, 0, MAX_REPLAY_BYTES, "replay")
         tty = req.get("tty")
         if isinstance(tty, dict):
@@ -99,14 +107,50 @@ class ProcessOps:
             env.setdefault("TERM", str(tty.get("term") or "xterm-256color"))
             stdio = spawn.open_terminal(rows, cols, user)
         else:
-            stdio = spawn.open_pipes(stdin=req.get("stdin") == "pipe")
+            stdio = spawn.open_pipes(stdin=req.get("stdin") == "pipe", channel=bool(req.get("channel")))
         return self.registry.start(argv, env, cwd, user, stdio, replay)
 
-    def _environment(self, user: User, own: dict[str, str]) -> dict[str, str]:
-        return {
+    def _environment(self, user: User) -> dict[str, str]:
+        env = {
             "PATH": spawn.DEFAULT_PATH, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": user.shell,
-            "LANG": "C.UTF-8", **self.env, **own,
+            "LANG": "C.UTF-8", **self.env,
         }  # fmt: skip
+        for name in self._removed:
+            env.pop(name, None)
+        return env
+
+    async def environment(self, call: Call) -> dict[str, object]:
+        """proc.env: returns what a process of a user starts with."""
+        return {"env": self._environment(lookup_user(str(call.req.get("user") or DEFAULT_USER)))}
+
+    async def set_environment(self, call: Call) -> dict[str, object]:
+        """proc.setenv: {"set": {...}, "remove": [names]} for processes that start later."""
+        added, removed = parse_env(call.req.get("set") or {}), _strings(call.req.get("remove") or [], "remove")
+        env = {name: value for name, value in {**self.env, **added}.items() if name not in removed}
+        size = sum(len(name) + len(value) + 2 for name, value in env.items())
+        if len(env) > MAX_ENV or size > MAX_ENV_BYTES or len(self._removed) + len(removed) > MAX_ENV:
+            raise CallError(
+                "EXHAUSTED", f"the environment would be over {MAX_ENV} variables or {MAX_ENV_BYTES} bytes", "E2BIG"
+            )
+        self.env = env
+        self._removed = (self._removed - added.keys()) | set(removed)
+        return {}
+
+    async def channel(self, call: Call) -> dict[str, object]:
+        """proc.channel: carries bytes to and from the process's descriptor 3."""
+        return await carry_channel(call, self.registry.get(call.req.get("id")).take_channel())
+
+    async def listener(self, call: Call) -> dict[str, object]:
+        """proc.listener: returns once the process's session listens on a TCP port."""
+        process = self.registry.get(call.req.get("id"))
+        pause_s = _FIRST_LOOK_S
+        while process.exit is None:
+            found = listeners.of_session(process.pid)
+            if found is not None:
+                return {"host": found[0], "port": found[1]}
+            await reactor.sleep(pause_s)
+            pause_s = min(pause_s * 1.3, _LAST_LOOK_S)
+        raise exited_error(process)
 
     async def start(self, call: Call) -> dict[str, object]:
         """proc.start: starts a process and returns what it is."""

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import stat
 import struct
 import termios
@@ -30,10 +31,11 @@ _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 class Stdio:
     """The guest's ends of a program's streams. Descriptors are non-blocking; -1 where there is none."""
 
-    __slots__ = ("child_fds", "stderr", "stdin", "stdout", "tty_path")
+    __slots__ = ("channel", "child_fds", "stderr", "stdin", "stdout", "tty_path")
 
     def __init__(self) -> None:
         self.stdin = self.stdout = self.stderr = -1
+        self.channel: socket.socket | None = None
         self.tty_path = ""
         self.child_fds: list[int] = []
 
@@ -48,10 +50,14 @@ class Stdio:
         for fd in {self.stdin, self.stdout, self.stderr} - {-1}:
             os.close(fd)
         self.stdin = self.stdout = self.stderr = -1
+        if self.channel is not None:
+            self.channel.close()
 
 
-def open_pipes(*, stdin: bool) -> Stdio:
-    """Returns pipes for output and errors, and for input unless it is /dev/null."""
+def open_pipes(*, stdin: bool, channel: bool = False) -> Stdio:
+    """Returns pipes for output and errors, and for input unless it is /dev/null; `channel` adds a socket to the
+    program's descriptor 3.
+    """
     stdio = Stdio()
     try:
         if stdin:
@@ -66,6 +72,10 @@ def open_pipes(*, stdin: bool) -> Stdio:
             os.set_blocking(ours, False)
         if stdin:
             os.set_blocking(stdio.stdin, False)
+        if channel:
+            stdio.channel, theirs = socket.socketpair()
+            stdio.child_fds.append(theirs.detach())
+            stdio.channel.setblocking(False)
     except OSError:
         stdio.close()
         raise

@@ -8,6 +8,7 @@ import stat
 
 from guest import fields, reactor
 from guest.call import Call
+from guest.fields import AsUser
 from guest.pattern import Pattern
 from guest.wire import CallError, Frame
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 _PAGE = 128
 _COPY_BYTES = 4 << 20
 _MAX_DEPTH = 256  # deeper trees exist only to exhaust whoever walks them
+_TYPES = {
+    stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink", stat.S_IFBLK: "block",
+    stat.S_IFCHR: "character", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket",
+}  # fmt: skip
 _O_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -28,11 +33,11 @@ def describe(path: str, facts: os.stat_result) -> dict[str, object]:
     kind = facts.st_mode
     info: dict[str, object] = {
         "path": path,
-        "type": "file" if stat.S_ISREG(kind) else "directory" if stat.S_ISDIR(kind)
-        else "symlink" if stat.S_ISLNK(kind) else "other",
+        "type": _TYPES.get(stat.S_IFMT(kind), "other"),
         "size": facts.st_size, "mode": stat.S_IMODE(kind), "uid": facts.st_uid, "gid": facts.st_gid,
         "mtime_ns": facts.st_mtime_ns, "atime_ns": facts.st_atime_ns, "ctime_ns": facts.st_ctime_ns,
         "nlink": facts.st_nlink, "ino": facts.st_ino, "dev": facts.st_dev, "blocks": facts.st_blocks,
+        "blksize": facts.st_blksize, "rdev": facts.st_rdev,
     }  # fmt: skip
     if stat.S_ISLNK(kind):
         try:
@@ -54,13 +59,15 @@ def require_regular(fd: int, path: str) -> None:
 class _Pages:
     """Sends entries in pages."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, rights: AsUser) -> None:
         self._call = call
+        self._rights = rights
         self._entries: list[dict[str, object]] = []
 
     async def add(self, path: str) -> None:
         try:
-            self._entries.append(describe(path, os.lstat(path)))
+            with self._rights:
+                self._entries.append(describe(path, os.lstat(path)))
         except FileNotFoundError:
             return  # vanished since it was listed
         if len(self._entries) >= _PAGE:
@@ -78,16 +85,18 @@ def _join(directory: str, name: str) -> str:
 
 
 async def _list(call: Call) -> dict[str, object]:
-    path = fields.path(call.req)
-    pages = _Pages(call)
-    with os.scandir(path) as entries:
-        for entry in entries:
+    path, rights = fields.path(call.req), AsUser(call.req)
+    pages = _Pages(call, rights)
+    with rights:
+        opened = os.scandir(path)
+    with opened:
+        for entry in opened:
             await pages.add(_join(path, entry.name))
     await pages.flush()
     return {}
 
 
-async def _tree(root: str, max_depth: int, *, follow: bool) -> AsyncIterator[tuple[str, int]]:
+async def _tree(root: str, max_depth: int, rights: AsUser, *, follow: bool) -> AsyncIterator[tuple[str, int]]:
     """Yields (path, depth) below `root`, parents first, siblings by name; directories met twice are not entered
     again.
     """
@@ -98,11 +107,12 @@ async def _tree(root: str, max_depth: int, *, follow: bool) -> AsyncIterator[tup
         if depth >= max_depth:
             continue
         try:
-            facts = os.stat(path, follow_symlinks=follow or depth == 0)
-            identity = (facts.st_dev, facts.st_ino)
-            if not stat.S_ISDIR(facts.st_mode) or identity in above:
-                continue
-            names = sorted(os.listdir(path), reverse=True)
+            with rights:
+                facts = os.stat(path, follow_symlinks=follow or depth == 0)
+                identity = (facts.st_dev, facts.st_ino)
+                if not stat.S_ISDIR(facts.st_mode) or identity in above:
+                    continue
+                names = sorted(os.listdir(path), reverse=True)
         except OSError as error:
             if depth == 0:
                 raise
@@ -117,11 +127,12 @@ async def _tree(root: str, max_depth: int, *, follow: bool) -> AsyncIterator[tup
 async def _walk(call: Call) -> dict[str, object]:
     root = fields.path(call.req)
     depth = fields.optional_number(call.req, "max_depth", 1 << 31)
-    os.lstat(root)
-    pages = _Pages(call)
-    async for path, _ in _tree(
-        root, min(_MAX_DEPTH, _MAX_DEPTH if depth is None else depth), follow=bool(call.req.get("follow"))
-    ):
+    rights = AsUser(call.req)
+    with rights:
+        os.lstat(root)
+    pages = _Pages(call, rights)
+    depth = min(_MAX_DEPTH, _MAX_DEPTH if depth is None else depth)
+    async for path, _ in _tree(root, depth, rights, follow=bool(call.req.get("follow"))):
         await pages.add(path)
     await pages.flush()
     return {}
@@ -133,10 +144,12 @@ async def _glob(call: Call) -> dict[str, object]:
     pattern = Pattern(text[1:] if text else str(call.req.get("pattern")), hidden=bool(call.req.get("include_hidden")))
     base = "/" if text else root
     start = _join(base, pattern.fixed) if pattern.fixed else base
-    if not os.path.lexists(start):
-        return {}
-    pages = _Pages(call)
-    async for path, _ in _tree(start, _MAX_DEPTH, follow=False):
+    rights = AsUser(call.req)
+    with rights:
+        if not os.path.lexists(start):
+            return {}
+    pages = _Pages(call, rights)
+    async for path, _ in _tree(start, _MAX_DEPTH, rights, follow=False):
         relative = path[len(base.rstrip("/")) + 1 :]
         if pattern.matches(relative) and not (call.req.get("exclude_directories") and os.path.isdir(path)):
             await pages.add(path)
@@ -148,86 +161,103 @@ async def _remove(call: Call) -> dict[str, object]:
     path = fields.path(call.req).rstrip("/")
     if not path or path in ("/.", "/.."):
         raise CallError("INVALID", "the root directory cannot be removed")
-    facts = os.lstat(path)
-    if not stat.S_ISDIR(facts.st_mode):
-        os.unlink(path)
-    elif call.req.get("recursive"):
-        await _remove_tree(path, facts)
-    else:
-        os.rmdir(path)
+    rights = AsUser(call.req)
+    with rights:
+        facts = os.lstat(path)
+        if not stat.S_ISDIR(facts.st_mode):
+            os.unlink(path)
+            return {}
+        if not call.req.get("recursive"):
+            os.rmdir(path)
+            return {}
+    await _remove_tree(path, facts, rights)
     return {}
 
 
-async def _remove_tree(path: str, facts: os.stat_result) -> None:
+async def _remove_tree(path: str, facts: os.stat_result, rights: AsUser) -> None:
     """Empties and removes a directory by descriptors, so that no symbolic link swapped in leads it elsewhere."""
-    parent = os.open(os.path.dirname(path) or "/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with rights:
+        parent = os.open(os.path.dirname(path) or "/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fd = os.open(os.path.basename(path), _O_DIR, dir_fd=parent)
-        try:
-            await _empty(fd, facts.st_dev, path, 0)
-        finally:
-            os.close(fd)
-        os.rmdir(os.path.basename(path), dir_fd=parent)
+        await _remove_directory(parent, os.path.basename(path), facts.st_dev, path, 0, rights)
     finally:
         os.close(parent)
 
 
-async def _empty(directory: int, device: int, path: str, depth: int) -> None:
+async def _remove_directory(parent: int, name: str, device: int, path: str, depth: int, rights: AsUser) -> None:
+    with rights:
+        fd = os.open(name, _O_DIR, dir_fd=parent)
+    try:
+        await _empty(fd, device, path, depth, rights)
+    finally:
+        os.close(fd)
+    with rights:
+        os.rmdir(name, dir_fd=parent)
+
+
+async def _empty(directory: int, device: int, path: str, depth: int, rights: AsUser) -> None:
     if depth > _MAX_DEPTH:
         raise CallError("STATE", f"{path}: is nested more than {_MAX_DEPTH} directories deep", "ELOOP")
     for name in os.listdir(directory):
-        facts = os.lstat(name, dir_fd=directory)
-        if not stat.S_ISDIR(facts.st_mode):
-            os.unlink(name, dir_fd=directory)
-            continue
+        with rights:
+            facts = os.lstat(name, dir_fd=directory)
+            if not stat.S_ISDIR(facts.st_mode):
+                os.unlink(name, dir_fd=directory)
+                continue
         if facts.st_dev != device:
             raise CallError("STATE", f"{path}/{name}: is another file system; unmount it first", "EXDEV")
-        fd = os.open(name, _O_DIR, dir_fd=directory)
-        try:
-            await _empty(fd, device, f"{path}/{name}", depth + 1)
-        finally:
-            os.close(fd)
-        os.rmdir(name, dir_fd=directory)
+        await _remove_directory(directory, name, device, f"{path}/{name}", depth + 1, rights)
     await reactor.checkpoint()
 
 
 async def _copy(call: Call) -> dict[str, object]:
     source, target = fields.path(call.req), fields.path(call.req, "new_path")
-    facts = os.stat(source)
-    if not stat.S_ISDIR(facts.st_mode):
-        if os.path.isdir(target):
+    rights = AsUser(call.req)
+    with rights:
+        facts = os.stat(source)
+        is_directory, onto_directory = stat.S_ISDIR(facts.st_mode), os.path.isdir(target)
+        inside, outside = os.path.realpath(target), os.path.realpath(source)
+    if not is_directory:
+        if onto_directory:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
-        await _copy_file(source, target)
+        await _copy_file(source, target, rights)
         return {}
     if not call.req.get("recursive"):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), source)
-    inside = os.path.realpath(target)
-    if inside == os.path.realpath(source) or inside.startswith(os.path.realpath(source).rstrip("/") + "/"):
+    if inside == outside or inside.startswith(outside.rstrip("/") + "/"):
         raise CallError("INVALID", f"{target}: a directory cannot be copied into itself")
-    directories = []
-    async for path, depth in _tree(source, _MAX_DEPTH, follow=False):
-        copy = target if depth == 0 else _join(target, path[len(source.rstrip("/")) + 1 :])
-        entry = os.stat(path) if depth == 0 else os.lstat(path)
-        if stat.S_ISDIR(entry.st_mode):
-            os.makedirs(copy, 0o700, exist_ok=True)
-            directories.append((copy, entry))
-        elif stat.S_ISLNK(entry.st_mode):
-            os.symlink(os.readlink(path), copy)
-            _copy_facts(copy, entry)
-        elif stat.S_ISREG(entry.st_mode):
-            await _copy_file(path, copy)
-    for copy, entry in reversed(directories):  # last, since filling a directory changes its times
-        _copy_facts(copy, entry)
+    await _copy_tree(source, target, rights)
     return {}
 
 
-async def _copy_file(source: str, target: str) -> None:
+async def _copy_tree(source: str, target: str, rights: AsUser) -> None:
+    directories = []
+    async for path, depth in _tree(source, _MAX_DEPTH, rights, follow=False):
+        copy = target if depth == 0 else _join(target, path[len(source.rstrip("/")) + 1 :])
+        with rights:
+            entry = os.stat(path) if depth == 0 else os.lstat(path)
+            if stat.S_ISDIR(entry.st_mode):
+                os.makedirs(copy, 0o700, exist_ok=True)
+                directories.append((copy, entry))
+            elif stat.S_ISLNK(entry.st_mode):
+                os.symlink(os.readlink(path), copy)
+                _copy_facts(copy, entry, rights)
+        if stat.S_ISREG(entry.st_mode):
+            await _copy_file(path, copy, rights)
+    for copy, entry in reversed(directories):  # last, since filling a directory changes its times
+        with rights:
+            _copy_facts(copy, entry, rights)
+
+
+async def _copy_file(source: str, target: str, rights: AsUser) -> None:
     """Copies data extents, mode and times; holes stay holes. Non-blocking: a pipe or device must not stop PID 1."""
-    reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with rights:
+        reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         require_regular(reading, source)
         facts = os.fstat(reading)
-        writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
+        with rights:
+            writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
         try:
             require_regular(writing, target)
             if os.path.samestat(facts, os.fstat(writing)):
@@ -238,7 +268,8 @@ async def _copy_file(source: str, target: str) -> None:
             os.close(writing)
     finally:
         os.close(reading)
-    _copy_facts(target, facts)
+    with rights:
+        _copy_facts(target, facts, rights)
 
 
 async def _copy_data(reading: int, writing: int, size: int) -> None:
@@ -262,9 +293,10 @@ async def _copy_data(reading: int, writing: int, size: int) -> None:
     os.ftruncate(writing, size)
 
 
-def _copy_facts(path: str, facts: os.stat_result) -> None:
+def _copy_facts(path: str, facts: os.stat_result, rights: AsUser) -> None:
     follow = not stat.S_ISLNK(facts.st_mode)
-    os.chown(path, facts.st_uid, facts.st_gid, follow_symlinks=follow)
+    if rights.user is None:  # what a user copies is theirs
+        os.chown(path, facts.st_uid, facts.st_gid, follow_symlinks=follow)
     if follow:  # a symbolic link has no mode of its own
         os.chmod(path, stat.S_IMODE(facts.st_mode))
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns), follow_symlinks=follow)

@@ -5,47 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agent.cli import options
 from agent.cli.errors import CliError, unreachable
+from agent.client import KEEPALIVE, OPTIONS, Api, api_over
 from agent.errors import AgentError
 
 if TYPE_CHECKING:
     import grpc
-
-    from sandboxd.v1.file_pb2_grpc import FileServiceAsyncStub
-    from sandboxd.v1.network_pb2_grpc import NetworkServiceAsyncStub
-    from sandboxd.v1.node_pb2_grpc import ImageServiceAsyncStub, NodeServiceAsyncStub, TemplateServiceAsyncStub
-    from sandboxd.v1.process_pb2_grpc import ProcessServiceAsyncStub
-    from sandboxd.v1.sandbox_pb2_grpc import SandboxServiceAsyncStub
-
-_MAX_MESSAGE_BYTES = 8 << 20  # what the daemon allows
-_OPTIONS = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-)
-# A network that falls silent is noticed; the daemon allows a ping every 10 s.
-_KEEPALIVE = (
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Api:
-    """Stubs of all services."""
-
-    sandboxes: SandboxServiceAsyncStub
-    processes: ProcessServiceAsyncStub
-    files: FileServiceAsyncStub
-    network: NetworkServiceAsyncStub
-    nodes: NodeServiceAsyncStub
-    images: ImageServiceAsyncStub
-    templates: TemplateServiceAsyncStub
 
 
 def address() -> str:
@@ -113,14 +82,14 @@ def _tcp_channel(target: str) -> grpc.aio.Channel:
     given = options.current()
     parts = (given.tls_ca, given.tls_cert, given.tls_key)
     if all(parts):
-        return grpc.aio.secure_channel(target, _tls(given), options=(*_OPTIONS, *_KEEPALIVE))
+        return grpc.aio.secure_channel(target, _tls(given), options=(*OPTIONS, *KEEPALIVE))
     if any(parts) or not (given.insecure and _is_loopback(target)):
         raise CliError(
             f"TCP to {target} needs --tls-ca, --tls-cert and --tls-key; --insecure does without, on loopback alone",
             reason="TLS_NEEDED",
             status=2,
         )
-    return grpc.aio.insecure_channel(target, options=(*_OPTIONS, *_KEEPALIVE))
+    return grpc.aio.insecure_channel(target, options=(*OPTIONS, *KEEPALIVE))
 
 
 def require_socket(target: str) -> None:
@@ -147,28 +116,8 @@ async def connected() -> AsyncIterator[Api]:
 
     if target.startswith("unix:"):
         require_socket(target)
-        channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        channel = grpc.aio.insecure_channel(target, options=OPTIONS)
     else:
         channel = _tcp_channel(target)
     async with channel:
         yield api_over(channel)
-
-
-def opened(method: Any) -> Any:
-    """Opens a call whose requests are written one by one; grpc takes no iterator then, its type stubs demand one."""
-    return method()
-
-
-def api_over(channel: Any) -> Api:
-    """Returns the stubs over a channel."""
-    from sandboxd.v1 import file_pb2_grpc, network_pb2_grpc, node_pb2_grpc, process_pb2_grpc, sandbox_pb2_grpc
-
-    return Api(
-        sandboxes=sandbox_pb2_grpc.SandboxServiceStub(channel),
-        processes=process_pb2_grpc.ProcessServiceStub(channel),
-        files=file_pb2_grpc.FileServiceStub(channel),
-        network=network_pb2_grpc.NetworkServiceStub(channel),
-        nodes=node_pb2_grpc.NodeServiceStub(channel),
-        images=node_pb2_grpc.ImageServiceStub(channel),
-        templates=node_pb2_grpc.TemplateServiceStub(channel),
-    )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.cli import output
-from agent.cli.connect import Api, connected
+from agent.cli.connect import connected
 from agent.cli.errors import warn
+from agent.client import Api
 from agent.model import is_sandbox_id
 
 if TYPE_CHECKING:

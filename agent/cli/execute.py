@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.cli import output, text
-from agent.cli.connect import Api, connected, described_address, opened
+from agent.cli.connect import connected, described_address
 from agent.cli.errors import complain, from_rpc
+from agent.client import Api, opened
 
 if TYPE_CHECKING:
     from sandboxd.v1.process_pb2 import ProcessSpec

@@ -8,8 +8,9 @@ import socket
 import struct
 from typing import Any
 
-from agent.cli.connect import Api, described_address, opened
+from agent.cli.connect import described_address
 from agent.cli.errors import from_rpc, warn
+from agent.client import Api, opened
 
 _PIECE_BYTES = 64 << 10
 

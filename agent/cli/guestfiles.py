@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from agent.cli.connect import Api, opened
 from agent.cli.errors import CliError
 from agent.cli.shell import GuestShell
+from agent.client import Api, opened
 
 if TYPE_CHECKING:
     from sandboxd.v1.file_pb2 import FileInfo

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from agent.cli.connect import Api
 from agent.cli.errors import warn
+from agent.client import Api
 
 if TYPE_CHECKING:
     from sandboxd.v1.sandbox_pb2 import KeepAliveRequest

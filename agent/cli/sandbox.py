@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agent.cli import network, output, text
-from agent.cli.connect import Api, connected, described_address
+from agent.cli.connect import connected, described_address
 from agent.cli.errors import CliError, complain, from_rpc, warn
+from agent.client import Api
 from agent.model import State
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from agent.cli import output, stdio, terminal
-from agent.cli.connect import Api
 from agent.cli.errors import INTERRUPTED, CliError, exit_status
+from agent.client import Api
 
 if TYPE_CHECKING:
     from sandboxd.v1.process_pb2 import Exit

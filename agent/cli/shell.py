@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from agent.cli.connect import Api, opened
 from agent.cli.errors import CliError
+from agent.client import Api, opened
 
 _MAX_COLLECTED = 1 << 20
 _MAX_STDERR = 4096

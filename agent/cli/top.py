@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agent.cli import output, text
-from agent.cli.connect import Api, connected
+from agent.cli.connect import connected
 from agent.cli.sandbox import listed
+from agent.client import Api
 
 if TYPE_CHECKING:
     import asyncio

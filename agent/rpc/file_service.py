@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.channel.stream import CallStream
 from agent.errors import GuestUnreachable, InvalidSpec
-from agent.rpc import convert
+from agent.rpc import convert, open_file
+from agent.rpc.file_fields import count, info, mode_bits, nanoseconds, path
 from agent.rpc.process_service import pages
 from agent.sandbox.manager import Manager
 from agent.telemetry import STREAM_BYTES
@@ -21,14 +21,8 @@ from sandboxd.v1 import file_pb2 as pb
 from sandboxd.v1 import file_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
-_MAX_PATH_BYTES = 4095
-_MAX_SIZE = (1 << 63) - 1
 _OUT = STREAM_BYTES.labels("file", "from_guest")
 _IN = STREAM_BYTES.labels("file", "to_guest")
-_TYPES = {
-    "file": pb.FileInfo.TYPE_FILE, "directory": pb.FileInfo.TYPE_DIRECTORY, "symlink": pb.FileInfo.TYPE_SYMLINK,
-    "other": pb.FileInfo.TYPE_OTHER,
-}  # fmt: skip
 _DISPOSITIONS = {
     pb.WriteFileRequest.Open.DISPOSITION_UNSPECIFIED: "truncate",
     pb.WriteFileRequest.Open.DISPOSITION_TRUNCATE: "truncate",
@@ -43,79 +37,23 @@ _WATCH_TYPES = {
 }  # fmt: skip
 
 
-def path(text: str, name: str = "path") -> str:
-    """Returns a path that may be sent. :raises InvalidSpec: empty, NUL, or too long for Linux."""
-    size = len(text.encode())
-    if not 0 < size <= _MAX_PATH_BYTES or "\0" in text:
-        raise InvalidSpec(f"{name} has {size} bytes, or NUL in it; a path has 1 to {_MAX_PATH_BYTES} bytes without NUL")
-    return text
-
-
-def _count(value: int, name: str) -> int:
-    if value < 0:
-        raise InvalidSpec(f"{name} is {value}; it must not be negative")
-    return value
-
-
-def _mode(value: int) -> int:
-    if not 0 <= value <= 0o7777:
-        raise InvalidSpec(f"mode is {value:#o}; it must be from 0 to 07777")
-    return value
-
-
-def _nanoseconds(value: Timestamp) -> int:
-    try:
-        return value.ToNanoseconds()
-    except ValueError as error:
-        raise InvalidSpec(f"the time is not valid: {error}") from None
-
-
-def info(values: dict[str, Any]) -> pb.FileInfo:
-    """Returns the message of one file that the guest described. :raises GuestUnreachable: malformed."""
-    raw = values.get("path")
-    kind = _TYPES.get(str(values.get("type")))
-    if not isinstance(raw, str) or kind is None:
-        raise GuestUnreachable("the guest described a file wrongly", reason="GUEST_MALFORMED")
-    shown = convert.printable(raw)
-    message = pb.FileInfo(
-        path=shown, path_bytes=b"" if shown == raw else raw.encode(errors="surrogateescape"), type=kind,
-        size_bytes=convert.guest_int(values, "size"), mode=convert.guest_int(values, "mode", 0, 0o7777),
-        uid=_id(values, "uid"), gid=_id(values, "gid"),
-        modify_time=_time(values, "mtime_ns"), access_time=_time(values, "atime_ns"),
-        change_time=_time(values, "ctime_ns"), link_count=convert.guest_int(values, "nlink"),
-        inode=convert.guest_int(values, "ino", 0, (1 << 64) - 1),
-        device=convert.guest_int(values, "dev", 0, (1 << 64) - 1), blocks=convert.guest_int(values, "blocks"),
-    )  # fmt: skip
-    if kind == pb.FileInfo.TYPE_SYMLINK:
-        message.link_target = convert.guest_text(values, "target")
-    return message
-
-
-def _id(values: dict[str, Any], name: str) -> int:
-    number = convert.guest_int(values, name, 0, (1 << 32) - 1)
-    return number - (1 << 32) if number > (1 << 31) - 1 else number
-
-
-def _time(values: dict[str, Any], name: str) -> Any:
-    return convert.timestamp_ns(convert.guest_int(values, name, -(1 << 62), 1 << 62))
-
-
 class FileService(file_pb2_grpc.FileServiceServicer):
     """Servicer over the sandboxes' links."""
 
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
 
-    async def _call(self, sandbox_id: str, op: str, /, **fields: object) -> dict[str, Any]:
-        channel = await self._manager.channel(sandbox_id)
+    async def _call(self, request: Any, op: str, /, **fields: object) -> dict[str, Any]:
+        """Makes a call as the request's user, in the request's sandbox."""
+        channel = await self._manager.channel(request.sandbox_id)
         # Copies and removals of large trees take as long as they take; the client's own deadline ends them.
-        return await channel.call(op, timeout_s=None, **fields)
+        return await channel.call(op, timeout_s=None, user=request.user or None, **fields)
 
     async def ReadFile(self, request: pb.ReadFileRequest, context: Context) -> AsyncIterator[pb.ReadFileResponse]:  # noqa: N802
         """See file.proto."""
         fields = {
-            "path": path(request.path), "offset": _count(request.offset, "offset"),
-            "length": _count(request.length, "length"), "user": request.user or None,
+            "path": path(request.path), "offset": count(request.offset, "offset"),
+            "length": count(request.length, "length"), "user": request.user or None,
         }  # fmt: skip
         channel = await self._manager.channel(request.sandbox_id)
         async with channel.stream("fs.read", **fields) as stream:
@@ -134,7 +72,8 @@ class FileService(file_pb2_grpc.FileServiceServicer):
         opened = first.open
         fields = {
             "path": path(opened.path), "disposition": _DISPOSITIONS.get(opened.disposition, "truncate"),
-            "offset": _count(opened.offset, "offset"), "mode": _mode(opened.mode if opened.HasField("mode") else 0o644),
+            "offset": count(opened.offset, "offset"),
+            "mode": mode_bits(opened.mode if opened.HasField("mode") else 0o644),
             "must_exist": opened.must_exist, "user": opened.user or None, "parents": opened.make_parents,
         }  # fmt: skip
         channel = await self._manager.channel(opened.sandbox_id)
@@ -150,46 +89,46 @@ class FileService(file_pb2_grpc.FileServiceServicer):
     async def Stat(self, request: pb.StatRequest, context: Context) -> pb.FileInfo:  # noqa: N802
         """See file.proto."""
         follow = not request.no_follow
-        return info(await self._call(request.sandbox_id, "fs.stat", path=path(request.path), follow=follow))
+        return info(await self._call(request, "fs.stat", path=path(request.path), follow=follow))
 
-    async def _entries(self, sandbox_id: str, op: str, /, **fields: object) -> AsyncIterator[list[pb.FileInfo]]:
-        channel = await self._manager.channel(sandbox_id)
-        async for page in pages(channel.stream(op, **fields)):
+    async def _entries(self, request: Any, op: str, /, **fields: object) -> AsyncIterator[list[pb.FileInfo]]:
+        channel = await self._manager.channel(request.sandbox_id)
+        async for page in pages(channel.stream(op, user=request.user or None, **fields)):
             yield [info(item) for item in convert.guest_list(page, "entries")]
 
     async def ListDirectory(  # noqa: N802
         self, request: pb.ListDirectoryRequest, context: Context
     ) -> AsyncIterator[pb.ListDirectoryResponse]:
         """See file.proto."""
-        async for entries in self._entries(request.sandbox_id, "fs.list", path=path(request.path)):
+        async for entries in self._entries(request, "fs.list", path=path(request.path)):
             yield pb.ListDirectoryResponse(entries=entries)
 
     async def MakeDirectory(  # noqa: N802
         self, request: pb.MakeDirectoryRequest, context: Context
     ) -> pb.MakeDirectoryResponse:
         """See file.proto."""
-        mode = _mode(request.mode if request.HasField("mode") else 0o755)
+        mode = mode_bits(request.mode if request.HasField("mode") else 0o755)
         await self._call(
-            request.sandbox_id, "fs.mkdir",
-            path=path(request.path), parents=request.parents, mode=mode, user=request.user or None,
+            request, "fs.mkdir",
+            path=path(request.path), parents=request.parents, mode=mode,
         )  # fmt: skip
         return pb.MakeDirectoryResponse()
 
     async def Remove(self, request: pb.RemoveRequest, context: Context) -> pb.RemoveResponse:  # noqa: N802
         """See file.proto."""
-        await self._call(request.sandbox_id, "fs.remove", path=path(request.path), recursive=request.recursive)
+        await self._call(request, "fs.remove", path=path(request.path), recursive=request.recursive)
         return pb.RemoveResponse()
 
     async def Rename(self, request: pb.RenameRequest, context: Context) -> pb.RenameResponse:  # noqa: N802
         """See file.proto."""
         new_path = path(request.new_path, "new_path")
-        await self._call(request.sandbox_id, "fs.rename", path=path(request.path), new_path=new_path)
+        await self._call(request, "fs.rename", path=path(request.path), new_path=new_path)
         return pb.RenameResponse()
 
     async def Copy(self, request: pb.CopyRequest, context: Context) -> pb.CopyResponse:  # noqa: N802
         """See file.proto."""
         await self._call(
-            request.sandbox_id, "fs.copy",
+            request, "fs.copy",
             path=path(request.path), new_path=path(request.new_path, "new_path"), recursive=request.recursive,
         )  # fmt: skip
         return pb.CopyResponse()
@@ -197,69 +136,68 @@ class FileService(file_pb2_grpc.FileServiceServicer):
     async def Link(self, request: pb.LinkRequest, context: Context) -> pb.LinkResponse:  # noqa: N802
         """See file.proto."""
         new_path = path(request.new_path, "new_path")
-        await self._call(request.sandbox_id, "fs.link", path=path(request.path), new_path=new_path)
+        await self._call(request, "fs.link", path=path(request.path), new_path=new_path)
         return pb.LinkResponse()
 
     async def Symlink(self, request: pb.SymlinkRequest, context: Context) -> pb.SymlinkResponse:  # noqa: N802
         """See file.proto."""
         new_path = path(request.new_path, "new_path")
-        await self._call(request.sandbox_id, "fs.symlink", target=path(request.target, "target"), new_path=new_path)
+        await self._call(request, "fs.symlink", target=path(request.target, "target"), new_path=new_path)
         return pb.SymlinkResponse()
 
     async def ReadLink(self, request: pb.ReadLinkRequest, context: Context) -> pb.ReadLinkResponse:  # noqa: N802
         """See file.proto."""
-        result = await self._call(request.sandbox_id, "fs.readlink", path=path(request.path))
+        result = await self._call(request, "fs.readlink", path=path(request.path))
         return pb.ReadLinkResponse(target=convert.guest_text(result, "target"))
 
     async def RealPath(self, request: pb.RealPathRequest, context: Context) -> pb.RealPathResponse:  # noqa: N802
         """See file.proto."""
-        result = await self._call(request.sandbox_id, "fs.realpath", path=path(request.path))
+        result = await self._call(request, "fs.realpath", path=path(request.path))
         return pb.RealPathResponse(path=convert.guest_text(result, "path"))
 
     async def Chmod(self, request: pb.ChmodRequest, context: Context) -> pb.ChmodResponse:  # noqa: N802
         """See file.proto."""
-        await self._call(request.sandbox_id, "fs.chmod", path=path(request.path), mode=_mode(request.mode))
+        await self._call(request, "fs.chmod", path=path(request.path), mode=mode_bits(request.mode))
         return pb.ChmodResponse()
 
     async def Chown(self, request: pb.ChownRequest, context: Context) -> pb.ChownResponse:  # noqa: N802
         """See file.proto."""
         await self._call(
-            request.sandbox_id, "fs.chown", path=path(request.path), follow=not request.no_follow,
-            uid=_count(request.uid, "uid") if request.HasField("uid") else None,
-            gid=_count(request.gid, "gid") if request.HasField("gid") else None,
+            request, "fs.chown", path=path(request.path), follow=not request.no_follow,
+            uid=count(request.uid, "uid") if request.HasField("uid") else None,
+            gid=count(request.gid, "gid") if request.HasField("gid") else None,
         )  # fmt: skip
         return pb.ChownResponse()
 
     async def SetTimes(self, request: pb.SetTimesRequest, context: Context) -> pb.SetTimesResponse:  # noqa: N802
         """See file.proto."""
         await self._call(
-            request.sandbox_id, "fs.utime", path=path(request.path),
-            atime_ns=_nanoseconds(request.access_time) if request.HasField("access_time") else None,
-            mtime_ns=_nanoseconds(request.modify_time) if request.HasField("modify_time") else None,
+            request, "fs.utime", path=path(request.path),
+            atime_ns=nanoseconds(request.access_time) if request.HasField("access_time") else None,
+            mtime_ns=nanoseconds(request.modify_time) if request.HasField("modify_time") else None,
         )  # fmt: skip
         return pb.SetTimesResponse()
 
     async def Truncate(self, request: pb.TruncateRequest, context: Context) -> pb.TruncateResponse:  # noqa: N802
         """See file.proto."""
-        size = _count(request.size_bytes, "size_bytes")
-        await self._call(request.sandbox_id, "fs.truncate", path=path(request.path), size=size)
+        size = count(request.size_bytes, "size_bytes")
+        await self._call(request, "fs.truncate", path=path(request.path), size=size)
         return pb.TruncateResponse()
 
     async def MakeTemp(self, request: pb.MakeTempRequest, context: Context) -> pb.MakeTempResponse:  # noqa: N802
         """See file.proto."""
         result = await self._call(
-            request.sandbox_id, "fs.mktemp",
+            request, "fs.mktemp",
             directory=path(request.directory or "/tmp", "directory"),  # noqa: S108  the guest's
             prefix=request.prefix, suffix=request.suffix, make_directory=request.make_directory,
-            user=request.user or None,
         )  # fmt: skip
         return pb.MakeTempResponse(path=convert.guest_text(result, "path"))
 
     async def Walk(self, request: pb.WalkRequest, context: Context) -> AsyncIterator[pb.WalkResponse]:  # noqa: N802
         """See file.proto."""
-        depth = _count(request.max_depth, "max_depth") if request.HasField("max_depth") else None
+        depth = count(request.max_depth, "max_depth") if request.HasField("max_depth") else None
         fields = {"path": path(request.path), "max_depth": depth, "follow": request.follow_symlinks}
-        async for entries in self._entries(request.sandbox_id, "fs.walk", **fields):
+        async for entries in self._entries(request, "fs.walk", **fields):
             yield pb.WalkResponse(entries=entries)
 
     async def Glob(self, request: pb.GlobRequest, context: Context) -> AsyncIterator[pb.GlobResponse]:  # noqa: N802
@@ -268,8 +206,20 @@ class FileService(file_pb2_grpc.FileServiceServicer):
             "pattern": path(request.pattern, "pattern"), "root": path(request.root or "/home/sandbox", "root"),
             "exclude_directories": request.exclude_directories, "include_hidden": request.include_hidden,
         }  # fmt: skip
-        async for entries in self._entries(request.sandbox_id, "fs.glob", **fields):
+        async for entries in self._entries(request, "fs.glob", **fields):
             yield pb.GlobResponse(entries=entries)
+
+    async def OpenFile(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.OpenFileRequest], context: Context
+    ) -> AsyncIterator[pb.OpenFileResponse]:
+        """See file.proto."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("message") != "open":
+            raise InvalidSpec("the first message must carry open")
+        channel = await self._manager.channel(first.open.sandbox_id)
+        async with channel.stream("fs.open", **open_file.open_fields(first.open)) as stream:
+            async for response in open_file.serve(stream, request_iterator):
+                yield response
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
         """See file.proto."""

@@ -11,6 +11,7 @@ import grpc
 
 from agent.channel.stream import CallStream
 from agent.errors import GuestUnreachable, InvalidSpec
+from agent.rpc import convert
 from agent.sandbox.manager import Manager
 from agent.telemetry import STREAM_BYTES
 from guest.wire import Frame
@@ -35,11 +36,9 @@ class NetworkService(network_pb2_grpc.NetworkServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("message") != "open":
             raise InvalidSpec("the first message must carry open")
-        target = first.open
-        if not 1 <= target.port <= 65535 or len(target.host) > 255 or "\0" in target.host:
-            raise InvalidSpec(f"cannot dial port {target.port}; ports are from 1 to 65535")
-        channel = await self._manager.channel(target.sandbox_id)
-        async with channel.stream("net.dial", host=target.host or "127.0.0.1", port=target.port) as stream:
+        op, fields = _target(first.open)
+        channel = await self._manager.channel(first.open.sandbox_id)
+        async with channel.stream(op, **fields) as stream:
             feeder = asyncio.create_task(_feed(stream, request_iterator))
             try:
                 while (frame := await stream.recv()) is not None:
@@ -54,6 +53,29 @@ class NetworkService(network_pb2_grpc.NetworkServiceServicer):
                 feeder.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await feeder
+
+    async def WaitForListener(  # noqa: N802
+        self, request: pb.WaitForListenerRequest, context: Context
+    ) -> pb.Listener:
+        """See network.proto."""
+        channel = await self._manager.channel(request.sandbox_id)
+        found = await channel.call("proc.listener", timeout_s=None, id=request.process_id)
+        return pb.Listener(host=convert.guest_text(found, "host"), port=convert.guest_int(found, "port", 1, 65535))
+
+    async def GetCertificateAuthority(  # noqa: N802
+        self, request: pb.GetCertificateAuthorityRequest, context: Context
+    ) -> pb.CertificateAuthority:
+        """See network.proto."""
+        return pb.CertificateAuthority(certificate_pem=await self._manager.ca_certificate(request.sandbox_id))
+
+
+def _target(opened: pb.DialRequest.Open) -> tuple[str, dict[str, object]]:
+    """Returns the guest's operation and its fields. :raises InvalidSpec: no port, and no process."""
+    if opened.process_id and not opened.port and not opened.host:
+        return "proc.channel", {"id": opened.process_id}
+    if opened.process_id or not 1 <= opened.port <= 65535 or len(opened.host) > 255 or "\0" in opened.host:
+        raise InvalidSpec(f"cannot dial port {opened.port}; give a port from 1 to 65535, or a process_id alone")
+    return "net.dial", {"host": opened.host or "127.0.0.1", "port": opened.port}
 
 
 async def _feed(stream: CallStream, requests: AsyncIterator[pb.DialRequest]) -> None:

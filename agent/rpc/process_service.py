@@ -58,6 +58,7 @@ def spec_fields(spec: pb.ProcessSpec) -> dict[str, object]:
     return {
         "argv": argv, "env": dict(spec.env), "cwd": _text(spec.cwd, "cwd"), "user": _text(spec.user, "user", 64),
         "tty": tty, "stdin": "pipe" if spec.stdin == pb.ProcessSpec.STDIN_PIPE else "null", "replay": spec.replay_bytes,
+        "clear_env": spec.clear_env, "channel": spec.channel,
     }  # fmt: skip
 
 
@@ -136,6 +137,23 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
                 items = convert.guest_list(page, "processes")
                 response.system_processes.extend(convert.system_process(item) for item in items)
         return response
+
+    async def GetEnvironment(  # noqa: N802
+        self, request: pb.GetEnvironmentRequest, context: Context
+    ) -> pb.Environment:
+        """See process.proto."""
+        result = await self._call(request.sandbox_id, "proc.env", user=_text(request.user, "user", 64))
+        variables = convert.guest_dict(result, "env")
+        return pb.Environment(variables={name: convert.guest_text(variables, name) for name in variables})
+
+    async def UpdateEnvironment(  # noqa: N802
+        self, request: pb.UpdateEnvironmentRequest, context: Context
+    ) -> pb.UpdateEnvironmentResponse:
+        """See process.proto."""
+        check_env(request.set)
+        check_env(dict.fromkeys(request.remove, ""))
+        await self._call(request.sandbox_id, "proc.setenv", set=dict(request.set), remove=sorted(set(request.remove)))
+        return pb.UpdateEnvironmentResponse()
 
 
 async def pages(opened: contextlib.AbstractAsyncContextManager[CallStream]) -> AsyncIterator[dict[str, Any]]:

@@ -81,6 +81,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             for record in self._manager.list()
             if (record.create_time, record.id) > after
             and (not states or record.state in states)
+            and (not request.tenant or record.net.tenant == request.tenant)
             and _matches(record, labels)
         ]
         page = found[:size]
@@ -100,6 +101,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             set_labels=request.set_labels,
             remove_labels=request.remove_labels,
             policy=change,
+            end_lease=request.end_lease,
         )
         return self._message(record)
 

@@ -57,6 +57,9 @@ class Network(Protocol):
     async def release(self, sandbox_id: str) -> None:
         """Forgets what `hold` kept. Idempotent. :raises HostError:"""
 
+    async def ca_certificate(self, record: Record) -> str:
+        """Returns the certificate of the sandbox's CA, in PEM; "" if it has none. :raises HostError:"""
+
     async def trust(self, record: Record) -> dict[str, object] | None:
         """Returns the fields of sys.trust for this sandbox's guest; None if it needs to trust nobody new.
 

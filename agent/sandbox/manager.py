@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from agent.channel.channel import Channel
 from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, NodeDraining, NotFound
-from agent.model import SandboxSpec, State, is_sandbox_id, new_sandbox_id
+from agent.model import Lifetime, SandboxSpec, State, is_sandbox_id, new_sandbox_id
 from agent.rootfs import Image, ImageStore
 from agent.sandbox import dialogue, drops, host, policy_change
 from agent.sandbox.entry import Entry
@@ -86,6 +87,10 @@ class Manager:
     async def channel(self, sandbox_id: str) -> Channel:
         """Returns the link to a running sandbox. :raises NotFound: :raises InvalidState: it is not running."""
         return self.running(sandbox_id).channel
+
+    async def ca_certificate(self, sandbox_id: str) -> str:
+        """Returns the certificate (PEM) of the CA that the sandbox's guest trusts; "" without one. :raises NotFound:"""
+        return await self._host.network.ca_certificate(self._entry(sandbox_id).record)
 
     def running(self, sandbox_id: str) -> Machine:
         """Returns the machine of a running sandbox. :raises NotFound: :raises InvalidState: it is not running."""
@@ -264,6 +269,7 @@ class Manager:
     async def update(
         self, sandbox_id: str, *, expire_time: float | None, clear_expire_time: bool,
         set_labels: Mapping[str, str], remove_labels: Iterable[str], policy: PolicyChange = _NO_CHANGE,
+        end_lease: bool = False,
     ) -> Record:  # fmt: skip
         """Changes expire time, labels, network policy and secrets; what the policy no longer allows has ended then.
 
@@ -275,14 +281,21 @@ class Manager:
         record = entry.record
         if entry.deleting is not None:
             raise InvalidState(f"sandbox {sandbox_id} is being deleted", reason="SANDBOX_DELETING")
-        if (expire_time is not None or clear_expire_time) and record.spec.lifetime.lease_s is not None:
-            raise InvalidState("a sandbox with a lease lives by KeepAlive; its expire time cannot be set")
+        if end_lease and expire_time is None:
+            raise InvalidSpec("end_lease needs an expire_time: a sandbox without either would live for ever")
+        leased = record.spec.lifetime.lease_s is not None and not end_lease
+        if leased and (expire_time is not None or clear_expire_time):
+            raise InvalidState(
+                "a sandbox with a lease lives by KeepAlive; its expire time cannot be set unless the lease ends"
+            )
         check_expire_time(expire_time, time.time())
         labels = changed_labels(record.labels, set_labels, remove_labels)
         if policy:
             async with entry.changing:
                 await policy_change.apply(self._host, record, policy, self.running(sandbox_id).channel)
         record.labels = labels
+        if end_lease:
+            record.spec = dataclasses.replace(record.spec, lifetime=Lifetime())
         if expire_time is not None or clear_expire_time:
             record.expire_time = expire_time
             self._schedule_expiry(entry)

@@ -158,6 +158,11 @@ class SandboxNetwork:
         """See `agent.sandbox.host.Network`."""
         await self._vault.forget(sandbox_id)
 
+    async def ca_certificate(self, record: Record) -> str:
+        """See `agent.sandbox.host.Network`."""
+        ca = (await self._vault.get(record.id)).ca
+        return "" if ca is None else ca.certificate_pem
+
     async def trust(self, record: Record) -> dict[str, object] | None:
         """See `agent.sandbox.host.Network`."""
         ca = (await self._vault.get(record.id)).ca

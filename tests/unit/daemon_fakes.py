@@ -277,6 +277,9 @@ class FakeNetwork:
     async def release(self, sandbox_id: str) -> None:
         self.values.pop(sandbox_id, None)
 
+    async def ca_certificate(self, record: Record) -> str:
+        return ""
+
     async def trust(self, record: Record) -> dict[str, object] | None:
         return {"env": {secret.name: secret.placeholder for secret in record.secrets}} if record.secrets else None
 

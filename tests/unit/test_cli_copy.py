@@ -14,13 +14,13 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.cli.connect import api_over
 from agent.cli.download import download
 from agent.cli.errors import CliError
 from agent.cli.guestfiles import Entry, GuestFiles, Kind
 from agent.cli.hosttree import HostTree, names_below
 from agent.cli.transfer import Pool, Transfer
 from agent.cli.upload import local_entry, upload
+from agent.client import api_over
 from sandboxd.v1 import file_pb2 as pb
 from sandboxd.v1 import file_pb2_grpc
 
