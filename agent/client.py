@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import grpc
+
     from sandboxd.v1.file_pb2_grpc import FileServiceAsyncStub
     from sandboxd.v1.network_pb2_grpc import NetworkServiceAsyncStub
     from sandboxd.v1.node_pb2_grpc import ImageServiceAsyncStub, NodeServiceAsyncStub, TemplateServiceAsyncStub
@@ -56,3 +58,29 @@ def api_over(channel: Any) -> Api:
         images=node_pb2_grpc.ImageServiceStub(channel),
         templates=node_pb2_grpc.TemplateServiceStub(channel),
     )
+
+
+def error_info(error: grpc.aio.AioRpcError) -> tuple[str, dict[str, str]]:
+    """Returns reason and metadata of a failed call's ErrorInfo (see agent/rpc/status.py); "" if it has none."""
+    from google.rpc import error_details_pb2
+    from grpc_status import rpc_status
+
+    try:
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # has what a grpc.Call has
+    except ValueError:
+        status = None
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details if status is not None else ():
+        if detail.Unpack(info):
+            return info.reason, dict(info.metadata)
+    return "", {}
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    """Returns the reason of a failed call, such as "SANDBOX_NOT_FOUND"; "" if the daemon gave none."""
+    return error_info(error)[0]
+
+
+def is_cut_off(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a call's own status was lost: grpc.aio puts this in its place if a write fails before it looked."""
+    return error.code().name == "INTERNAL" and error.details() == "Internal error from Core"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from agent.errors import InvalidSpec
+from agent.gateway_settings import GatewaySettings
 from agent.policy.addresses import parse_network, parse_server
 from agent.policy.rules import parse_rules
 from agent.units import converted
@@ -205,6 +206,7 @@ class Settings:
     egress: EgressSettings = field(default_factory=EgressSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     tracing: TracingSettings = field(default_factory=TracingSettings)
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
     log: LogSettings = field(default_factory=LogSettings)
 
 
@@ -298,6 +300,8 @@ def _check(settings: Settings) -> None:
         )
     split_address(api.tcp_address, "api.tcp_address")
     split_address(settings.metrics.address, "metrics.address")
+    for name in ("address", "ingress_address", "ssh_address", "metrics_address"):
+        split_address(getattr(settings.gateway, name), f"gateway.{name}")
 
 
 def _check_egress(egress: EgressSettings) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import resource
 import signal
-import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -23,19 +22,12 @@ from agent.sandbox.reconcile import reconcile
 from agent.sandbox.store import Store, lock_directory
 from agent.sandbox.templates import Templates
 from agent.sandbox.vmm_choice import choose_driver
+from agent.sdnotify import notify
 from agent.secrets.vault import Vault
 from agent.telemetry import log
 from agent.vmm.api import VmmInfo
 
 _STOP_GRACE_S = 2.0
-
-
-def notify(message: str) -> None:
-    """Tells systemd, if it started us (sd_notify(3)): "READY=1", "STOPPING=1"."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(message.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
 
 
 def _templates(host: Host, vmm: VmmInfo) -> Templates | None:

@@ -20,6 +20,7 @@ GATEWAY_IPV4 = "10.0.99.1/30"
 GUEST_IPV6 = "fd73:6278::2/64"
 GATEWAY_IPV6 = "fd73:6278::1/64"
 VSOCK_PORT = 1024
+DEFAULT_USER = "sandbox"  # of every image: whom processes run as
 
 
 def new_sandbox_id() -> str:

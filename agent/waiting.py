@@ -26,3 +26,8 @@ async def to_the_end(work: Awaitable[_T]) -> _T:
         if not future.cancelled():
             future.exception()  # retrieved: the cancellation is what counts
         raise
+
+
+async def quietly(*tasks: asyncio.Task[None]) -> None:
+    """Awaits tasks that were cancelled; how they end is of no interest any more."""
+    await asyncio.gather(*tasks, return_exceptions=True)

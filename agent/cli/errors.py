@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.cli import options
 from agent.cli.text import printable_lines
+from agent.client import error_info
 from agent.errors import AgentError
 
 if TYPE_CHECKING:
@@ -36,18 +37,11 @@ def unreachable(address: str, why: str) -> CliError:
 
 def from_rpc(error: grpc.aio.AioRpcError, address: str) -> CliError:
     """Returns the error of a failed call, with the reason of its ErrorInfo (see agent/rpc/status.py)."""
-    from google.rpc import error_details_pb2
-    from grpc_status import rpc_status
-
     code, message = error.code().name, error.details() or ""
-    try:
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # has what a grpc.Call has
-    except ValueError:
-        status = None
-    info = error_details_pb2.ErrorInfo()
-    for detail in status.details if status is not None else ():
-        if detail.Unpack(info):
-            return CliError(message, reason=info.reason, **{"code": code, **dict(info.metadata)})
+    reason, metadata = error_info(error)
+    if reason:
+        fields: dict[str, Any] = {"code": code, **metadata}
+        return CliError(message, reason=reason, **fields)
     if code == "UNAVAILABLE":
         return unreachable(address, message.partition("\n")[0])
     return CliError(message or "the call failed", reason=code, code=code)

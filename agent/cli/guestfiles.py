@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from agent.cli.errors import CliError
 from agent.cli.shell import GuestShell
-from agent.client import Api, opened
+from agent.client import Api, is_cut_off, opened
 
 if TYPE_CHECKING:
     from sandboxd.v1.file_pb2 import FileInfo
@@ -165,9 +165,7 @@ class GuestFiles:
                 await call.done_writing()
             await call
         except grpc.aio.AioRpcError as error:
-            # grpc.aio puts this in the place of the status that the daemon sent, if a write fails before it was looked
-            # at.
-            if error.code() is grpc.StatusCode.INTERNAL and error.details() == "Internal error from Core":
+            if is_cut_off(error):
                 raise CliError(
                     f"the sandbox stopped taking {text}: is its disk full? See `df` there", reason="UPLOAD_CUT_OFF"
                 ) from error

@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from agent.cli import copy, doctor, execute, image, logs, node, options, ports, process, sandbox, template, top, vmm
+from agent.cli import (
+    copy,
+    doctor,
+    execute,
+    image,
+    logs,
+    node,
+    options,
+    ports,
+    process,
+    sandbox,
+    template,
+    token,
+    top,
+    vmm,
+)
 from agent.cli.options import add_command
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -17,6 +32,8 @@ app = typer.Typer(
 images = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Images that sandboxes boot.")
 vmms = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What runs virtual machines on this host.")
 templates = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Frozen VMs that sandboxes start from.")
+tokens = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may use this machine's gateway.")
+authorities = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who signs for exposed ports.")
 
 
 @app.callback()
@@ -64,6 +81,12 @@ add_command(templates, template.rm)
 app.add_typer(templates, name="template")
 add_command(vmms, vmm.install)
 app.add_typer(vmms, name="vmm")
+add_command(tokens, token.create)
+add_command(tokens, token.ls)
+add_command(tokens, token.revoke)
+app.add_typer(tokens, name="token")
+add_command(authorities, token.create_ca, "create")
+app.add_typer(authorities, name="ca")
 add_command(app, doctor.doctor)
 add_command(app, node.version)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from agent.egress.ca import SandboxCa
+from agent.ca import LocalCa
 from agent.egress.dns import DnsServer
 from agent.egress.report import Reporter
 from agent.egress.state import Sandbox
@@ -131,7 +131,7 @@ class Control:
     async def _assign(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         policy = Policy.from_json(message["policy"])
         secrets = tuple(Secret.from_json(value) for value in message["secrets"])
-        ca = SandboxCa.load(**message["ca"]) if message["ca"] else None
+        ca = LocalCa.load(**message["ca"]) if message["ca"] else None
         served = self._served.get(message["sandbox"])
         if served is not None and not message["sockets"]:
             served.digest = message["digest"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from agent.egress.ca import SandboxCa
+from agent.ca import LocalCa
 from agent.egress.pins import Pins
 from agent.egress.report import Reporter
 from agent.policy.policy import Policy
@@ -40,7 +40,7 @@ class Sandbox:
     policy: Policy
     reporter: Reporter
     secrets: tuple[Secret, ...] = ()
-    ca: SandboxCa | None = None
+    ca: LocalCa | None = None
     pins: Pins = field(default_factory=Pins)
     connections: set[Connection] = field(default_factory=set)
 
@@ -52,7 +52,7 @@ class Sandbox:
         """Returns the secrets whose values may go to this (normalised) name."""
         return tuple(secret for secret in self.secrets if secret.is_for(name, port))
 
-    def update(self, policy: Policy, secrets: tuple[Secret, ...], ca: SandboxCa | None) -> int:
+    def update(self, policy: Policy, secrets: tuple[Secret, ...], ca: LocalCa | None) -> int:
         """Replaces policy and secrets; ends what is no longer allowed and returns how many connections that were."""
         self.policy, self.secrets, self.ca = policy, secrets, ca
         ended = 0

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
+from agent.ca import LocalCa
 from agent.config import EgressSettings, Settings
-from agent.egress.ca import SandboxCa
 from agent.egress.client import EgressFiles, EgressProcess, identity_of
 from agent.egress.wire import SOCKETS
 from agent.errors import AgentError, HostError
@@ -144,7 +144,7 @@ class SandboxNetwork:
             kept[secret.name] = value
         ca = held.ca
         if ca is None and (record.secrets or record.net.inspect):
-            made = await asyncio.to_thread(SandboxCa.generate, record.id)
+            made = await asyncio.to_thread(LocalCa.generate, record.id)
             ca = CaPair(made.certificate_pem, made.key_pem)
         if kept != dict(held.values) or ca is not held.ca:
             await self._vault.put(record.id, Held(kept, ca))

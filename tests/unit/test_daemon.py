@@ -18,9 +18,10 @@ import pytest
 
 from agent import daemon
 from agent.config import Settings
-from agent.daemon import agent, notify
+from agent.daemon import agent
 from agent.errors import InvalidState
 from agent.rootfs import ImageStore
+from agent.sdnotify import notify
 from sandboxd.v1 import node_pb2
 from tests.client import Client
 from tests.unit.daemon_fakes import FakeDriver, World, settings

@@ -1,4 +1,6 @@
-"""The certificate authority of one sandbox: its guest alone trusts it, and its key is of no use anywhere else."""
+"""Certificate authorities of our own: one for each sandbox whose connections are opened, which its guest alone trusts,
+and one for the gateway's exposed ports. Server certificates are made as they are needed.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -19,9 +22,10 @@ _LEAF_DAYS = 30
 _RENEW_BEFORE_S = 86400.0
 _SKEW = datetime.timedelta(hours=24)  # a guest's clock may be set to anything by its root; a day is what we tolerate
 _MAX_CONTEXTS = 256
+_CERTIFICATE_FILE, _KEY_FILE = "ca.pem", "ca-key.pem"
 
 
-class SandboxCa:
+class LocalCa:
     """CA with a cache of server contexts, one per name and ALPN list."""
 
     def __init__(self, certificate_pem: str, key_pem: str) -> None:
@@ -30,19 +34,19 @@ class SandboxCa:
         self._certificate = x509.load_pem_x509_certificate(certificate_pem.encode())
         key = serialization.load_pem_private_key(key_pem.encode(), None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise TypeError("the key of a sandbox's CA must be an elliptic curve key")
+            raise TypeError("the key of the CA must be an elliptic curve key")
         self._key = key
-        # One key for all leaves: they are for one sandbox, and making a key costs as much as signing a leaf.
+        # One key for all leaves: they are for one owner, and making a key costs as much as signing a leaf.
         self._leaf_key = ec.generate_private_key(ec.SECP256R1())
         self._contexts: OrderedDict[tuple[str, tuple[str, ...]], tuple[ssl.SSLContext, float]] = OrderedDict()
 
     @classmethod
-    def generate(cls, sandbox_id: str) -> SandboxCa:
-        """Returns a fresh CA, ECDSA P-256, valid for ten years."""
+    def generate(cls, owner: str) -> LocalCa:
+        """Returns a fresh CA, ECDSA P-256, valid for ten years, whose name says whose it is."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, "sandboxd"),
-            x509.NameAttribute(NameOID.COMMON_NAME, f"sandboxd CA of {sandbox_id}"),
+            x509.NameAttribute(NameOID.COMMON_NAME, f"sandboxd CA of {owner}"),
         ])  # fmt: skip
         identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         certificate = (
@@ -55,7 +59,7 @@ class SandboxCa:
         return cls(certificate.public_bytes(serialization.Encoding.PEM).decode(), _pem(key).decode())
 
     @classmethod
-    def load(cls, certificate_pem: str, key_pem: str) -> SandboxCa:
+    def load(cls, certificate_pem: str, key_pem: str) -> LocalCa:
         """Returns the CA that `generate` made. :raises ValueError, TypeError: it is none."""
         return cls(certificate_pem, key_pem)
 
@@ -100,6 +104,30 @@ class SandboxCa:
             .add_extension(issuer_identifier, critical=False)
             .sign(self._key, hashes.SHA256())
         )
+
+
+def read_ca(directory: Path) -> LocalCa | None:
+    """Returns the CA that `write_ca` left in a directory; None without. :raises OSError, ValueError, TypeError:"""
+    try:
+        certificate, key = ((directory / name).read_text() for name in (_CERTIFICATE_FILE, _KEY_FILE))
+    except FileNotFoundError:
+        return None
+    return LocalCa.load(certificate, key)
+
+
+def write_ca(directory: Path, ca: LocalCa) -> Path:
+    """Keeps a CA in a directory, its key for the directory's owner alone; returns the certificate's file.
+
+    :raises FileExistsError: there is one already. :raises OSError:
+    """
+    directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+    owner = directory.stat()
+    for name, text, mode in ((_KEY_FILE, ca.key_pem, 0o600), (_CERTIFICATE_FILE, ca.certificate_pem, 0o644)):
+        fd = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(fd, "w") as file:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+            file.write(text)
+    return directory / _CERTIFICATE_FILE
 
 
 def _builder(

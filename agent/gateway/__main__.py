@@ -1,0 +1,56 @@
+"""`sandboxd-gateway`: the Deno-compatible edge. Exit status 2 for wrong settings, 1 if it cannot start."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+from agent.config import ConfigError, Settings, load
+from agent.errors import AgentError
+
+
+async def _run(settings: Settings) -> None:
+    from agent import telemetry
+    from agent.config import MetricsSettings
+    from agent.gateway.app import gateway
+    from agent.sdnotify import notify
+
+    # The agent's own metrics address is the agent's.
+    telemetry.setup(settings.log, MetricsSettings(), settings.tracing, settings.node.name)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with gateway(settings) as ports:
+        telemetry.log.info("ready", **ports)
+        notify("READY=1")
+        await stop.wait()
+        notify("STOPPING=1")
+
+
+def main() -> None:
+    """Entry point of `sandboxd-gateway`."""
+    parser = argparse.ArgumentParser(prog="sandboxd-gateway", description="Serves the Deno Sandbox SDKs.")
+    parser.add_argument("--config", type=Path, help="TOML file (default: /etc/sandboxd/config.toml, if it exists)")
+    parser.add_argument("--check", action="store_true", help="check the settings and exit")
+    arguments = parser.parse_args()
+    try:
+        settings = load(arguments.config)
+        if not arguments.check:
+            asyncio.run(_run(settings))
+    except ConfigError as error:
+        sys.exit(_complain(error, 2))
+    except (AgentError, OSError) as error:
+        sys.exit(_complain(error, 1))
+
+
+def _complain(error: Exception, status: int) -> int:
+    sys.stderr.write(f"sandboxd-gateway: {error}\n")
+    return status
+
+
+if __name__ == "__main__":
+    main()
