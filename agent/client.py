@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sandboxd.v1.node_pb2_grpc import ImageServiceAsyncStub, NodeServiceAsyncStub, TemplateServiceAsyncStub
     from sandboxd.v1.process_pb2_grpc import ProcessServiceAsyncStub
     from sandboxd.v1.sandbox_pb2_grpc import SandboxServiceAsyncStub
+    from sandboxd.v1.volume_pb2_grpc import VolumeServiceAsyncStub
 
 _MAX_MESSAGE_BYTES = 8 << 20  # what the daemon allows
 OPTIONS = (
@@ -38,6 +39,7 @@ class Api:
     nodes: NodeServiceAsyncStub
     images: ImageServiceAsyncStub
     templates: TemplateServiceAsyncStub
+    volumes: VolumeServiceAsyncStub
 
 
 def opened(method: Any) -> Any:
@@ -47,7 +49,14 @@ def opened(method: Any) -> Any:
 
 def api_over(channel: Any) -> Api:
     """Returns the stubs over a channel."""
-    from sandboxd.v1 import file_pb2_grpc, network_pb2_grpc, node_pb2_grpc, process_pb2_grpc, sandbox_pb2_grpc
+    from sandboxd.v1 import (
+        file_pb2_grpc,
+        network_pb2_grpc,
+        node_pb2_grpc,
+        process_pb2_grpc,
+        sandbox_pb2_grpc,
+        volume_pb2_grpc,
+    )
 
     return Api(
         sandboxes=sandbox_pb2_grpc.SandboxServiceStub(channel),
@@ -57,6 +66,7 @@ def api_over(channel: Any) -> Api:
         nodes=node_pb2_grpc.NodeServiceStub(channel),
         images=node_pb2_grpc.ImageServiceStub(channel),
         templates=node_pb2_grpc.TemplateServiceStub(channel),
+        volumes=volume_pb2_grpc.VolumeServiceStub(channel),
     )
 
 

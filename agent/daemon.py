@@ -22,6 +22,7 @@ from agent.sandbox.reconcile import reconcile
 from agent.sandbox.store import Store, lock_directory
 from agent.sandbox.templates import Templates
 from agent.sandbox.vmm_choice import choose_driver
+from agent.sandbox.volumes import Volumes
 from agent.sdnotify import notify
 from agent.secrets.vault import Vault
 from agent.telemetry import log
@@ -60,7 +61,9 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
         network = SandboxNetwork(settings, paths, Vault(paths.secrets))
         await network.start()
         started.push_async_callback(network.aclose, keep=settings.sandbox.on_stop == "keep")
-        host = Host(settings, paths, driver, DiskMaker(paths.disk_templates), network)
+        volumes = Volumes(paths.volumes)
+        await asyncio.to_thread(volumes.open)
+        host = Host(settings, paths, driver, DiskMaker(paths.disk_templates), network, volumes)
         templates = _templates(host, vmm)
         manager = Manager(host, images, Node(settings, vmm), store, templates)
         network.on_denial = manager.on_denial

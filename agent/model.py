@@ -90,7 +90,11 @@ class NetSpec:
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
-    """What a caller asked for, validated; sizes in bytes."""
+    """What a caller asked for, validated; sizes in bytes.
+
+    :param root: id of the volume or snapshot that is the writable disk; "": a fresh one.
+    :param volumes: (path, id of a volume) of those that are mounted.
+    """
 
     image: str
     vcpu_count: int
@@ -102,3 +106,5 @@ class SandboxSpec:
     request_id: str = ""
     net: NetSpec = NetSpec()
     secrets: tuple[SecretSpec, ...] = ()
+    root: str = ""
+    volumes: tuple[tuple[str, str], ...] = ()

@@ -46,6 +46,11 @@ class Paths:
         return self.state_dir / "templates"
 
     @property
+    def volumes(self) -> Path:
+        """Holds one directory per volume and snapshot."""
+        return self.state_dir / "volumes"
+
+    @property
     def secrets(self) -> Path:
         """Values of secrets, encrypted."""
         return self.state_dir / "secrets"
@@ -79,5 +84,9 @@ class Paths:
         return self.sandboxes_run / sandbox_id
 
     def disk(self, sandbox_id: str) -> Path:
-        """The sandbox's writable disk."""
+        """The sandbox's own writable disk."""
         return self.sandbox_state(sandbox_id) / "data.img"
+
+    def empty_slot(self, sandbox_id: str, number: int) -> Path:
+        """What a VM has in a place for a volume that it does not have."""
+        return self.sandbox_state(sandbox_id) / f"slot{number}.img"

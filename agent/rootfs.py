@@ -325,7 +325,7 @@ class DiskMaker:
         except FileExistsError as e:
             raise AlreadyExists(f"{path} exists already; remove it or choose another path") from e
         except OSError as e:
-            raise _disk_error(path, e) from e
+            raise disk_error(path, e) from e
 
     def _template(self, size_bytes: int) -> Path:
         variant = hashlib.sha256(" ".join((*_FORMAT, *_FOLDERS, *_FILES)).encode()).hexdigest()[:8]
@@ -363,13 +363,24 @@ def run_mkfs(path: Path) -> None:
     :raises HostError: mkfs.ext4 is missing or failed.
     :raises OSError: ENOSPC where the host's disk is full.
     """
+    with tempfile.TemporaryDirectory(prefix="draft-", dir=path.parent) as name:
+        _make_content(Path(name))
+        _mkfs(path, *_FORMAT, "-d", name)
+
+
+def format_volume(path: Path, owner: int) -> None:
+    """Ensures that the file holds a new ext4 file system that survives crashes, whose root belongs to `owner`.
+
+    :raises HostError: mkfs.ext4 is missing or failed. :raises OSError: ENOSPC where the host's disk is full.
+    """
+    _mkfs(path, "-m", "0", "-b", str(_BLOCK_BYTES), "-E", f"root_owner={owner}:{owner}", "-L", "volume")
+
+
+def _mkfs(path: Path, *options: str) -> None:
     program = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if program is None:
         raise HostError("mkfs.ext4 is missing: apt-get install e2fsprogs", reason="PROGRAM_MISSING")
-    with tempfile.TemporaryDirectory(prefix="draft-", dir=path.parent) as name:
-        _make_content(Path(name))
-        command = [program, "-q", "-F", *_FORMAT, "-d", name, str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([program, "-q", "-F", *options, str(path)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         if os.strerror(errno.ENOSPC) in done.stderr:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -387,7 +398,8 @@ def _make_content(directory: Path) -> None:
         (directory / file).chmod(0o644)
 
 
-def _disk_error(path: Path, error: OSError) -> AgentError:
+def disk_error(path: Path, error: OSError) -> AgentError:
+    """Returns the error for a disk that cannot be made."""
     if error.errno in NO_SPACE:
         return ResourceExhausted(
             f"the host's disk is full: cannot make {path}; free space or delete sandboxes", reason="DISK_FULL"

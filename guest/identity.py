@@ -143,4 +143,4 @@ class Identity:
         if isinstance(size, int):
             root.await_size(device, size)
         root.drop_cache(device)
-        root.mount_writable_root(device)
+        root.mount_writable_root(device, size if req.get("grow") and isinstance(size, int) else 0)

@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 
-from guest import kernel, link, nic, reactor, root, wire
+from guest import fields, kernel, link, nic, reactor, root, wire
 from guest.ahead import Ahead
 from guest.dial import OPS as DIAL_OPS
 from guest.files import OPS as FILE_OPS
@@ -62,6 +62,8 @@ class System:
             "sys.configure": self.identity.configure,
             "sys.clock": self.identity.clock,
             "sys.trust": self.trust.trust,
+            "sys.mount": self.mount,
+            "sys.sync": self.sync,
             "sys.poweroff": self.power_off,
             **self.processes.handlers(),
             **FILE_OPS,
@@ -75,6 +77,16 @@ class System:
             "version": wire.VERSION, "pid": os.getpid(), "configured": self.identity.configured,
             "python": sys.version.split()[0], "kernel": os.uname().release,
         }  # fmt: skip
+
+    async def mount(self, call: Call) -> dict[str, object]:
+        """sys.mount: {"serial", "path", "bytes"}: mounts a volume."""
+        root.mount_volume(str(call.req.get("serial")), fields.path(call.req), fields.number(call.req, "bytes"))
+        return {}
+
+    async def sync(self, _call: Call) -> dict[str, object]:
+        """sys.sync: writes to the disks what is to be written."""
+        os.sync()
+        return {}
 
     async def power_off(self, _call: Call) -> dict[str, object]:
         """sys.poweroff: answers, then ends the VM."""

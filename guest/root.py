@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 import time
 
 from guest import kernel
@@ -15,6 +16,7 @@ from guest.kernel import MS_MOVE, MS_NOATIME, MS_NODEV, MS_NOEXEC, MS_NOSUID
 _SAFE = MS_NOSUID | MS_NODEV | MS_NOEXEC
 _OVERLAY = "lowerdir=/,upperdir=/overlay/upper,workdir=/overlay/work"
 _BLKFLSBUF = 0x1261
+_EXT4_IOC_RESIZE_FS = 0x40086610
 _SIZE_TRIES, _SIZE_INTERVAL_S = 1000, 0.002
 _MOVED = ("/dev", "/proc", "/sys", "/run", "/tmp")
 
@@ -70,6 +72,28 @@ def size_of(device: str) -> int:
         return int(file.read()) * 512
 
 
+def grow(mount_point: str, size_bytes: int) -> None:
+    """Makes the ext4 file system there as large as its disk, if it is smaller (EXT4_IOC_RESIZE_FS). :raises OSError:"""
+    facts = os.statvfs(mount_point)
+    if facts.f_frsize * facts.f_blocks >= size_bytes - size_bytes // 8:  # its own tables are not counted
+        return
+    fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _EXT4_IOC_RESIZE_FS, struct.pack("Q", size_bytes // facts.f_frsize))
+    finally:
+        os.close(fd)
+
+
+def mount_volume(serial: str, path: str, size_bytes: int) -> None:
+    """Mounts the ext4 file system of the disk with this serial number. :raises OSError:"""
+    device = find_disk(serial)
+    await_size(device, size_bytes)
+    drop_cache(device)
+    os.makedirs(path, 0o755, exist_ok=True)
+    kernel.mount(device, path, "ext4", MS_NOATIME | MS_NODEV, "discard")
+    grow(path, size_bytes)
+
+
 def rehearse(device: str) -> None:
     """Mounts a writable root aside and unmounts it, so that the kernel has done for the first time what is slow then.
 
@@ -99,14 +123,18 @@ def _mount_aside(device: str) -> None:
         raise
 
 
-def mount_writable_root(device: str) -> None:
+def mount_writable_root(device: str, grown_bytes: int = 0) -> None:
     """Makes `/` an overlay of the read-only root and the ext4 file system on `device`, for PID 1 and all that it
     starts.
 
     Mounts cannot be replaced in place: the overlay is mounted aside, the other file systems move into it, it moves to
     `/`, and PID 1 enters it (as switch_root(8) does). :raises OSError:
+
+    :param grown_bytes: of a disk that may be larger than its file system; else 0.
     """
     _mount_aside(device)
+    if grown_bytes:
+        grow("/overlay", grown_bytes)
     for directory in _MOVED:
         kernel.mount(directory, f"/newroot{directory}", "", MS_MOVE)
     os.chdir("/newroot")

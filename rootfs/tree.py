@@ -108,6 +108,9 @@ def add_user(tree: Path) -> None:
         (tree / "etc" / name).chmod(0o640)
     (tree / _HOME).mkdir(parents=True)
     (tree / "home/app").symlink_to("sandbox")
+    # Where the SDKs' own examples put programs.
+    (tree / "app").mkdir()
+    os.chown(tree / "app", USER_ID, USER_ID)
 
 
 def _own_home(tree: Path) -> None:

@@ -19,6 +19,7 @@ from sandboxd.v1 import (
     process_pb2_grpc,
     sandbox_pb2,
     sandbox_pb2_grpc,
+    volume_pb2_grpc,
 )
 
 MIB = 1 << 20
@@ -48,6 +49,7 @@ class Client:
         self.nodes = node_pb2_grpc.NodeServiceStub(channel)
         self.images = node_pb2_grpc.ImageServiceStub(channel)
         self.templates = node_pb2_grpc.TemplateServiceStub(channel)
+        self.volumes = volume_pb2_grpc.VolumeServiceStub(channel)
 
     @asynccontextmanager
     async def sandbox(self, **fields: Any) -> AsyncIterator[sandbox_pb2.Sandbox]:

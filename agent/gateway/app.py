@@ -22,6 +22,7 @@ from agent.gateway.nodes import Nodes
 from agent.gateway.rest import Rest
 from agent.gateway.sandboxes import Sandboxes
 from agent.gateway.ssh import SshServer
+from agent.gateway.volumes import VolumeRest
 from agent.gateway.websockets import TOKEN, WebSockets
 from agent.gateway_settings import GatewaySettings
 from agent.telemetry import log, tracer
@@ -102,7 +103,8 @@ async def gateway(settings: Settings) -> AsyncIterator[dict[str, int]]:
         apis: dict[str, Api] = {link.address: link.api for link in nodes.links}
         exposures = Exposures(own.state_dir / "exposures.json", own.domain)
         exposures.load()
-        sandboxes = Sandboxes(own, nodes, exposures)
+        volumes = VolumeRest(own, nodes)
+        sandboxes = Sandboxes(own, nodes, exposures, volumes.find)
         stack.push_async_callback(sandboxes.settle)
         ingress, ssh = Ingress(own, exposures, apis.get), SshServer(own, exposures, apis.get)
         stack.push_async_callback(ingress.aclose)
@@ -118,6 +120,7 @@ async def gateway(settings: Settings) -> AsyncIterator[dict[str, int]]:
             web.get("/api/v3/sandboxes/create", websockets.create),
             web.get("/api/v3/sandbox/{id}/connect", websockets.connect),
             *Rest(own, sandboxes, exposures, ingress, ssh).routes(),
+            *volumes.routes(),
         ])  # fmt: skip
         runner = web.AppRunner(
             app, access_log=None, shutdown_timeout=5.0, max_line_size=_MAX_HEADER_BYTES,

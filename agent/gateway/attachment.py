@@ -35,6 +35,7 @@ class Attachment:
         self.org = org
         self.exposures = exposures
         self.umask = DEFAULT_UMASK
+        self.ending = False  # its calls fail by themselves: the closed connection says why
         self.users = 0  # who have not released it yet
         self.connections: set[Connection] = set()
         self.repls: dict[int, Repl] = {}  # by PID
@@ -65,4 +66,5 @@ class Attachment:
 
     async def close(self, reason: str) -> None:
         """Closes every connection."""
+        self.ending = True
         await asyncio.gather(*(connection.close(reason) for connection in list(self.connections)))

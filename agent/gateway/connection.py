@@ -100,7 +100,8 @@ class Connection:
 
     async def send(self, message: object) -> None:
         """Sends one message; waits while the client does not read. What a closed socket cannot carry is dropped."""
-        await self._send_encoded(_encode(message))
+        if not self.attachment.ending:
+            await self._send_encoded(_encode(message))
 
     async def _send_encoded(self, data: bytes) -> None:
         BYTES.labels("to_client").inc(len(data))
@@ -108,6 +109,8 @@ class Connection:
             await self._ws.send_frame(data, WSMsgType.TEXT)
 
     async def _answer(self, request_id: int, result: dict[str, object]) -> None:
+        if self.attachment.ending:
+            return
         data = _encode({"jsonrpc": "2.0", "id": request_id, "result": result})
         limit = _PYTHON_LIMIT if self.is_python else _JAVASCRIPT_LIMIT
         if len(data) >= limit:

@@ -18,6 +18,7 @@ from sandboxd.v1 import sandbox_pb2 as pb
 DEFAULT_MEMORY_MB = 1280
 LEASE_S = 60  # of a sandbox that lives as long as its session; renewed while the client is there
 _MAX_HEADER_BYTES = 64 << 10
+_ORG_VARIABLE = "DENO_DEPLOY_ORGANIZATION_ID"  # which programs on that service find
 _DURATION = re.compile(r"([1-9][0-9]{0,6})([sm])")
 
 
@@ -95,8 +96,9 @@ def create_request(config: CreateConfig, token: Token, image: str, vcpus: int) -
             f"memory is {config.memory_mb} MiB; this token allows {token.max_memory_bytes >> 20} MiB",
         )  # fmt: skip
     request = pb.CreateSandboxRequest(
-        image=image, vcpus=vcpus, memory_bytes=memory_bytes, labels=config.labels or {}, env=config.env or {},
-        tenant=token.org,
+        image="" if config.root else image, vcpus=vcpus, memory_bytes=memory_bytes, labels=config.labels or {},
+        env={_ORG_VARIABLE: token.org, **(config.env or {})}, tenant=token.org, volumes=config.mounts(),
+        root=config.root.volume if config.root else "",
     )  # fmt: skip
     until = config.lives_until()
     if until is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import uuid
 from collections.abc import Callable
@@ -25,7 +26,9 @@ from sandboxd.v1 import file_pb2, network_pb2
 
 _RUN = ("deno", "run", "--allow-all")
 _REPL = ("deno", "repl", "--allow-all", "--quiet", "--json")
-_RESTARTED = b"File change detected! Restarting!"
+# What `deno run --watch` writes to stderr when it restarts: since 2.9 at the latest, and before.
+_RESTARTED = re.compile(rb"Restarting! File change detected|File change detected! Restarting!")
+_RESTARTED_BYTES = 40
 _CLOSE_GRACE_S = 2.0
 _VSCODE_PORTS = (32000, 60000)
 _VSCODE = "code-server"
@@ -76,11 +79,11 @@ def _restart_notices(connection: Connection, watcher: str) -> Callable[[bytes], 
 
     def look(data: bytes) -> None:
         nonlocal tail
-        text = tail + data
-        for _ in range(text.count(_RESTARTED)):
+        text, seen = tail + data, 0
+        for match in _RESTARTED.finditer(text):
+            seen = match.end()
             connection.spawn(connection.send(notification("$sandbox.deno.watcher.restart", watcherId=watcher)))
-        after = text.rpartition(_RESTARTED)[2]
-        tail = after[-len(_RESTARTED) + 1 :]
+        tail = text[seen:][-_RESTARTED_BYTES:]
 
     return look
 

@@ -20,7 +20,9 @@ from sandboxd.v1 import node_pb2, sandbox_pb2
 _RETRY_S = 1.0
 _ANSWER_S = 5.0
 _RUNNING = sandbox_pb2.Sandbox.STATE_RUNNING
-_OVER = (sandbox_pb2.Sandbox.STATE_FAILED, sandbox_pb2.Sandbox.STATE_DELETED)
+_OVER = (
+    sandbox_pb2.Sandbox.STATE_FAILED, sandbox_pb2.Sandbox.STATE_DELETING, sandbox_pb2.Sandbox.STATE_DELETED,
+)  # fmt: skip
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -31,10 +31,14 @@ _MAX_EXTENSION_S = 30 * 60
 class Sandboxes:
     """All of them. `on_gone` callbacks are told the id of each sandbox that is no more."""
 
-    def __init__(self, settings: GatewaySettings, nodes: Nodes, exposures: Exposures) -> None:
+    def __init__(
+        self, settings: GatewaySettings, nodes: Nodes, exposures: Exposures,
+        node_of_volume: Callable[[str, str], Awaitable[NodeLink]],
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._nodes = nodes
         self._exposures = exposures
+        self._node_of_volume = node_of_volume
         self._attachments: dict[str, Attachment] = {}
         self._creating: Counter[str] = Counter()  # by organization
         self._background: set[asyncio.Task[None]] = set()
@@ -72,6 +76,11 @@ class Sandboxes:
         """
         request = create_request(config, token, self._settings.image, self._settings.vcpus)
         candidates = await self._nodes.candidates(config.region, token.regions)
+        for name in (*request.volumes.values(), *([request.root] if request.root else [])):
+            link = await self._node_of_volume(name, token.org)
+            candidates = [candidate for candidate in candidates if candidate is link]
+        if not candidates:
+            raise Refusal(400, "OTHER_REGION", "the volumes are not in the sandbox's region, or not all on one node")
         self._creating[token.org] += 1
         try:
             await self._check_quota(token)
@@ -180,9 +189,14 @@ class Sandboxes:
     async def kill(self, sdk_id: str, org: str) -> None:
         """Ends a sandbox and its connections. :raises Refusal: there is none, or it cannot be ended."""
         link, found = await self.find(sdk_id, org)
+        attachment = self._attachments.get(found.id)
+        if attachment is not None:
+            attachment.ending = True
         try:
             await link.api.sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=found.id, allow_missing=True))
         except grpc.aio.AioRpcError as error:
+            if attachment is not None:
+                attachment.ending = False
             raise refusal_from_rpc(error) from error
         self._gone(found.id, "killed")
 

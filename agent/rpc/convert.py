@@ -120,6 +120,7 @@ def sandbox(record: Record, region: str) -> sandbox_pb2.Sandbox:
         create_time=timestamp(record.create_time), error=record.error, vmm=record.vmm, region=region,
         phases=[sandbox_pb2.Phase(name=name, duration=duration(seconds)) for name, seconds in record.phases],
         network=_network(record.net), tenant=record.net.tenant, denials=record.denials,
+        root=record.spec.root, volumes=dict(record.spec.volumes),
         secrets={secret.name: _secret_info(secret) for secret in record.secrets},
     )  # fmt: skip
     if spec.lifetime.duration_s is not None:

@@ -12,13 +12,14 @@ import grpc
 import psutil
 
 from agent.config import Settings
-from agent.errors import InvalidSpec, NotFound
+from agent.errors import InvalidSpec, InvalidState, NotFound
 from agent.model import State
 from agent.rpc import convert
 from agent.sandbox.manager import Manager
 from agent.sandbox.policy_change import PolicyChange
 from agent.sandbox.record import Record
 from agent.sandbox.spec import complete
+from agent.sandbox.volumes import SNAPSHOT, VOLUME, Volume
 from sandboxd.v1 import sandbox_pb2 as pb
 from sandboxd.v1 import sandbox_pb2_grpc
 
@@ -46,21 +47,41 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
     async def CreateSandbox(self, request: pb.CreateSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
         """See sandbox.proto."""
         secrets = convert.secrets_from(request.secrets)
+        root, mounts, image = self._volumes(request)
+        disk_bytes = request.disk_bytes if root is None else root.capacity_bytes
         spec = complete(
             self._settings.sandbox,
-            image=request.image or self._settings.images.default_image,
+            image=image,
             vcpu_count=request.vcpus,
             memory_bytes=request.memory_bytes,
-            disk_bytes=request.disk_bytes,
+            disk_bytes=disk_bytes,
             env=request.env,
             labels=request.labels,
             lifetime=convert.lifetime_from(request.lifetime),
             request_id=request.request_id,
             net=convert.net_from(request.network, request.tenant),
             secrets=tuple(secret for secret, _ in secrets.values()),
+            root="" if root is None else root.id,
+            volumes=mounts,
         )
         values = {name: value for name, (_, value) in secrets.items()}
         return self._message(await self._manager.create(spec, values))
+
+    def _volumes(self, request: pb.CreateSandboxRequest) -> tuple[Volume | None, tuple[tuple[str, str], ...], str]:
+        """Returns root, mounts and image of a request. :raises NotFound: :raises InvalidSpec: :raises InvalidState:"""
+        find, tenant = self._manager.volumes.find, request.tenant
+        mounts = tuple((path, find(tenant, name, VOLUME).id) for path, name in sorted(request.volumes.items()))
+        image = request.image or self._settings.images.default_image
+        if not request.root:
+            return None, mounts, image
+        root = find(tenant, request.root, VOLUME, SNAPSHOT)
+        if not root.image:
+            raise InvalidState(
+                f"{root.slug} cannot be a root: it was not made from an image", reason="VOLUME_NOT_BOOTABLE"
+            )
+        if request.disk_bytes or request.image not in ("", root.image):
+            raise InvalidSpec(f"image and disk_bytes are those of the root {root.slug}: leave them out")
+        return root, mounts, root.image
 
     async def GetSandbox(self, request: pb.GetSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
         """See sandbox.proto."""

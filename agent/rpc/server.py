@@ -20,6 +20,7 @@ from agent.rpc.peercred import PeerSocket
 from agent.rpc.process_service import ProcessService
 from agent.rpc.sandbox_service import SandboxService
 from agent.rpc.template_service import TemplateService
+from agent.rpc.volume_service import VolumeService
 from agent.sandbox.manager import Manager
 from sandboxd.v1 import (
     file_pb2,
@@ -32,6 +33,8 @@ from sandboxd.v1 import (
     process_pb2_grpc,
     sandbox_pb2,
     sandbox_pb2_grpc,
+    volume_pb2,
+    volume_pb2_grpc,
 )
 
 MAX_MESSAGE_BYTES = 8 << 20
@@ -43,7 +46,7 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
-_MODULES = (sandbox_pb2, process_pb2, file_pb2, network_pb2, node_pb2)
+_MODULES = (sandbox_pb2, process_pb2, file_pb2, network_pb2, node_pb2, volume_pb2)
 
 
 class ApiServer:
@@ -77,6 +80,7 @@ class ApiServer:
         node_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(manager), server)
         node_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(manager), server)
         node_pb2_grpc.add_TemplateServiceServicer_to_server(TemplateService(manager, self._settings), server)
+        volume_pb2_grpc.add_VolumeServiceServicer_to_server(VolumeService(manager, self._settings), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [service.full_name for module in _MODULES for service in module.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)

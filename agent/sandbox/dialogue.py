@@ -20,6 +20,7 @@ from agent.vmm.api import Vm
 _FIRST_REDIAL_S, _LAST_REDIAL_S = 0.002, 0.05
 _CONSOLE_TAIL_BYTES = 4000  # a panic says why before its registers and call trace
 _PREPARE_TIMEOUT_S = 120.0
+_SYNC_TIMEOUT_S = 10.0
 _GUEST_PHASES = frozenset({"entropy", "clock", "root", "names", "network", "resolver"})
 # A clock is right to within the time that setting it took; the last of the tries may take any time.
 _CLOCK_TRIES, _CLOCK_GOOD_S = 4, 0.03
@@ -81,9 +82,24 @@ async def configure(channel: Channel, record: Record, timeout_s: float) -> None:
         env=record.spec.env,
         data_disk_serial=DATA_DISK,
         data_disk_bytes=record.spec.disk_bytes,
+        grow=bool(record.spec.root),
         **NETWORK,
     )
     _note_phases(result.get("phases"))
+
+
+async def mount(channel: Channel, serial: str, path: str, size_bytes: int, timeout_s: float) -> None:
+    """Mounts a volume in the guest. :raises AgentError:"""
+    await channel.call("sys.mount", timeout_s=timeout_s, serial=serial, path=path, bytes=size_bytes)
+
+
+async def sync(channel: Channel) -> None:
+    """Has the guest write to its disks what it holds; best effort: a guest that does not answer keeps its loss.
+
+    Before the end of a sandbox with volumes.
+    """
+    with contextlib.suppress(AgentError):
+        await channel.call("sys.sync", timeout_s=_SYNC_TIMEOUT_S)
 
 
 async def set_clock(channel: Channel, timeout_s: float) -> None:

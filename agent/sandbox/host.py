@@ -21,6 +21,8 @@ from agent.errors import HostError
 from agent.paths import Paths
 from agent.rootfs import DiskMaker
 from agent.sandbox.record import Record
+from agent.sandbox.shape import SLOT_BYTES
+from agent.sandbox.volumes import Volumes
 from agent.vmm.api import Driver
 
 
@@ -76,6 +78,7 @@ class Host:
     driver: Driver
     disks: DiskMaker
     network: Network
+    volumes: Volumes
 
 
 async def make_directories(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
@@ -96,6 +99,19 @@ async def make_directories(host: Host, sandbox_id: str, stack: AsyncExitStack) -
             state.chmod(0o710)
         except OSError as error:
             raise HostError(f"cannot give {state} to vmm.gid: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+
+
+def make_slots(host: Host, sandbox_id: str, count: int) -> None:
+    """Makes what a VM has in places for volumes that stay empty. :raises HostError:"""
+    for number in range(count):
+        path = host.paths.empty_slot(sandbox_id, number)
+        try:
+            with path.open("xb") as file:
+                file.truncate(SLOT_BYTES)
+        except FileExistsError:
+            continue  # made for a clone that failed
+        except OSError as error:
+            raise HostError(f"cannot make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
 
 
 def kill_strays(host: Host, sandbox_id: str) -> int:

@@ -9,16 +9,18 @@ from agent.channel.channel import Channel
 from agent.errors import AgentError, DeadlineExceeded, GuestUnreachable, VmmError
 from agent.rootfs import Image
 from agent.sandbox import dialogue
-from agent.sandbox.host import Host, make_directories, push_removal
+from agent.sandbox.host import Host, make_directories, make_slots, push_removal
 from agent.sandbox.record import Record
-from agent.sandbox.shape import shape_of, vm_spec
+from agent.sandbox.shape import Disks, shape_of, vm_spec, volume_serial
 from agent.sandbox.template_files import Template
 from agent.sandbox.templates import Templates
+from agent.sandbox.volumes import is_snapshot
 from agent.telemetry import CLONE_RETRIES, log, step
 from agent.vmm.api import MemoryFile, Vm, VmSpec
 from agent.waiting import to_the_end
 
 _CLONE_ATTEMPTS = 3
+_DISKS_OF_ALL = 2  # root and data
 # What the VMM says when a template's device state is of no use, rather than the clone's bad luck.
 _BAD_TEMPLATE = frozenset({"VMM_NOT_STARTED", "SNAPSHOT_FAILED"})
 
@@ -86,8 +88,14 @@ class Boot:
     async def _cold(self) -> VmSpec:
         spec = self._record.spec
         vmm = await self._host.driver.probe()
-        shape = shape_of(self._host.settings, self._image, spec.vcpu_count, spec.memory_bytes, vmm)
-        return vm_spec(self._host.settings, self._host.paths, self._record.id, shape, self._image)
+        volumes = len(spec.volumes)
+        shape = shape_of(self._host.settings, self._image, spec.vcpu_count, spec.memory_bytes, vmm, volumes)
+        return vm_spec(self._host.settings, self._host.paths, self._record.id, shape, self._image, disks=self._disks())
+
+    def _disks(self) -> Disks:
+        spec, volumes = self._record.spec, self._host.volumes
+        root = volumes.disk(spec.root) if spec.root and not is_snapshot(spec.root) else None
+        return Disks(root, tuple(volumes.disk(volume) for _, volume in spec.volumes))
 
     async def _clone(self, stack: AsyncExitStack, templates: Templates) -> tuple[Vm, Channel]:
         """Restores a template; a clone that fails to answer is ended, and another one tried."""
@@ -96,7 +104,7 @@ class Boot:
             attempt += 1
             with step("template"):
                 spec = self._record.spec
-                template = await templates.get(self._image, spec.vcpu_count, spec.memory_bytes)
+                template = await templates.get(self._image, spec.vcpu_count, spec.memory_bytes, len(spec.volumes))
             async with AsyncExitStack() as trial:
                 trial.enter_context(templates.hold(template.digest))
                 try:
@@ -116,15 +124,16 @@ class Boot:
     def _restored(self, template: Template) -> VmSpec:
         memory = MemoryFile(template.ram, private=True)
         host = self._host
-        return vm_spec(host.settings, host.paths, self._record.id, template.shape, self._image, memory, template.vmm)
+        return vm_spec(
+            host.settings, host.paths, self._record.id, template.shape, self._image, memory, template.vmm, self._disks()
+        )
 
     async def _start(self, stack: AsyncExitStack, spec: VmSpec, template: Template | None) -> tuple[Vm, Channel]:
         """Starts the VM on a fresh disk and makes its guest this sandbox."""
         settings = self._host.settings
-        disk = self._host.paths.disk(self._record.id)
         with step("disk"):
-            stack.callback(disk.unlink, missing_ok=True)
-            await to_the_end(self._host.disks.make_disk(disk, self._record.spec.disk_bytes))
+            await self._make_disk(stack)
+            make_slots(self._host, self._record.id, len(spec.disks) - _DISKS_OF_ALL)
         with step("vmm.start" if template is None else "vmm.restore"):
             vm = await self._host.driver.start(spec)
             stack.push_async_callback(vm.stop)
@@ -138,6 +147,10 @@ class Boot:
             stack.push_async_callback(channel.aclose)
             with step("guest.configure"):
                 await dialogue.configure(channel, self._record, timeout_s)
+            for number, (path, volume) in enumerate(self._record.spec.volumes):
+                with step("guest.mount"):
+                    size = self._host.volumes.capacity(volume)
+                    await dialogue.mount(channel, volume_serial(number), path, size, timeout_s)
             if (order := await self._host.network.trust(self._record)) is not None:
                 with step("guest.trust"):
                     await channel.call("sys.trust", timeout_s=timeout_s, **order)
@@ -148,6 +161,17 @@ class Boot:
             error.args = (error.message,)
             raise
         return vm, channel
+
+    async def _make_disk(self, stack: AsyncExitStack) -> None:
+        """Makes the writable disk, unless it is a volume: a fresh one, or a copy of a snapshot."""
+        spec, disk = self._record.spec, self._host.paths.disk(self._record.id)
+        if spec.root and not is_snapshot(spec.root):
+            return
+        stack.callback(disk.unlink, missing_ok=True)
+        if spec.root:
+            await to_the_end(self._host.volumes.copy(spec.root, disk))
+        else:
+            await to_the_end(self._host.disks.make_disk(disk, spec.disk_bytes))
 
 
 async def adopt(host: Host, record: Record) -> Machine | None:

@@ -31,6 +31,7 @@ from agent.sandbox.record import Record
 from agent.sandbox.spec import changed_labels, check_expire_time, same_request
 from agent.sandbox.store import Store
 from agent.sandbox.templates import Templates
+from agent.sandbox.volumes import Volumes
 from agent.telemetry import CREATES, DELETES, SANDBOXES, collect_phases, log, step, tracer
 
 _NO_CHANGE = PolicyChange()
@@ -140,6 +141,11 @@ class Manager:
                 f"sandbox {entry.record.id} was deleted while it was being created", reason="SANDBOX_DELETED"
             ) from None
 
+    @property
+    def volumes(self) -> Volumes:
+        """Volumes and snapshots of this node."""
+        return self._host.volumes
+
     def fitting_image(self, spec: SandboxSpec) -> Image:
         """Returns the image of a sandbox. :raises NotFound: :raises InvalidSpec: it needs more memory."""
         image = self.images.get(spec.image)
@@ -165,6 +171,7 @@ class Manager:
             expire_time=None if duration is None else now + duration, net=spec.net, secrets=spec.secrets,
             fingerprint=self._fingerprint(spec, values),
         )  # fmt: skip
+        self._host.volumes.attach(record)
         entry = Entry(record)
         self._entries[record.id] = entry
         if spec.request_id:
@@ -207,6 +214,8 @@ class Manager:
     async def _forget(self, entry: Entry, reason: str) -> None:
         """Removes what is left of a sandbox, then its record: the last step, so that a crash before it is repaired."""
         if entry.machine is not None:
+            if (spec := entry.record.spec).root or spec.volumes:
+                await dialogue.sync(entry.machine.channel)
             built, entry.machine = entry.machine, None
             entry.half_removed = True  # unless what follows says otherwise
             await built.aclose()
@@ -214,6 +223,7 @@ class Manager:
             await host.remove(self._host, entry.record.id)
         entry.held.close()
         await self._host.network.release(entry.record.id)
+        self._host.volumes.detach(entry.record)
         await self._store.delete(entry.record.id)
         self._entries.pop(entry.record.id, None)
         if self._by_request.get(entry.record.spec.request_id) is entry:
@@ -370,6 +380,7 @@ class Manager:
     def adopt(self, record: Record, adopted: Machine) -> None:
         """Takes over a sandbox that an earlier agent left running."""
         entry = Entry(record, adopted)
+        self._host.volumes.attach(record)
         if record.template and self.templates is not None:
             entry.held.enter_context(self.templates.hold(record.template))
         self._entries[record.id] = entry

@@ -66,7 +66,8 @@ class Record:
         state = State(values.pop("state"))
         values["net"] = _net(values.get("net", {}))
         values["secrets"] = tuple(_secret(secret) for secret in values.get("secrets", ()))
-        asked = SandboxSpec(lifetime=lifetime, net=net, secrets=secrets, **spec)
+        volumes = tuple((str(path), str(volume)) for path, volume in spec.pop("volumes", ()))
+        asked = SandboxSpec(lifetime=lifetime, net=net, secrets=secrets, volumes=volumes, **spec)
         return cls(spec=asked, state=state, phases=phases, **values)
 
 

@@ -18,6 +18,8 @@ from agent.vmm.api import DiskSpec, Limits, LinkKind, MemoryFile, NicSpec, VmmIn
 DATA_DISK = "data"
 # Of a template's disk; clones have disks of their own.
 TEMPLATE_DISK_BYTES = 16 << 20
+SLOT_BYTES = 1 << 20  # of a place for a volume that is empty
+_SLOTS = (0, 2, 8)  # few numbers, so that there are few templates
 # What a Linux 6.12 guest keeps of its RAM: measured as RAM less MemTotal from 128 MiB to 16 GiB, it is 38 MiB and 1.6
 # %.
 _KERNEL_SHARE_BYTES = 40 << 20
@@ -44,6 +46,26 @@ def ram_bytes(asked_bytes: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Disks:
+    """Disks of a sandbox that outlive it.
+
+    :param root: the writable disk; None: a fresh one of its own.
+    :param volumes: in the order of the specification's.
+    """
+
+    root: Path | None = None
+    volumes: tuple[Path, ...] = ()
+
+
+_NO_VOLUMES = Disks()
+
+
+def volume_serial(number: int) -> str:
+    """Returns how the guest finds a volume."""
+    return f"volume{number}"
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
     """What the clones of one template have in common."""
 
@@ -53,6 +75,7 @@ class Shape:
     cmdline: str
     snapshot_key: str
     link: str = LinkKind.SERIAL.value
+    slots: int = 0  # disks for volumes
 
     @property
     def digest(self) -> str:
@@ -61,18 +84,31 @@ class Shape:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def shape_of(settings: Settings, image: Image, vcpu_count: int, memory_bytes: int, vmm: VmmInfo) -> Shape:
-    """Returns the shape of a sandbox that asks for so many CPUs and bytes."""
+def shape_of(
+    settings: Settings, image: Image, vcpu_count: int, memory_bytes: int, vmm: VmmInfo, volumes: int = 0
+) -> Shape:
+    """Returns the shape of a sandbox that asks for so many CPUs, bytes and volumes."""
     arguments = f"sandboxd.root={image.root_format} sandboxd.link={vmm.link} {settings.vmm.extra_kernel_args}"
     cmdline = f"{_KERNEL_ARGS} {arguments}".strip()
-    return Shape(image.digest, vcpu_count, ram_bytes(memory_bytes), cmdline, vmm.snapshot_key, vmm.link.value)
+    return Shape(
+        image.digest,
+        vcpu_count,
+        ram_bytes(memory_bytes),
+        cmdline,
+        vmm.snapshot_key,
+        vmm.link.value,
+        next(slots for slots in _SLOTS if volumes <= slots),
+    )
 
 
 def vm_spec(
     settings: Settings, paths: Paths, sandbox_id: str, shape: Shape, image: Image,
-    memory_file: MemoryFile | None = None, restore_from: Path | None = None,
+    memory_file: MemoryFile | None = None, restore_from: Path | None = None, disks: Disks = _NO_VOLUMES,
 ) -> VmSpec:  # fmt: skip
     """Returns the VM of a sandbox, or of a template in the making."""
+    slots = [
+        disks.volumes[n] if n < len(disks.volumes) else paths.empty_slot(sandbox_id, n) for n in range(shape.slots)
+    ]
     sandbox, vmm = settings.sandbox, settings.vmm
     return VmSpec(
         id=sandbox_id,
@@ -83,7 +119,8 @@ def vm_spec(
         cmdline=shape.cmdline,
         disks=(
             DiskSpec(image.root.path, "root", read_only=True),
-            DiskSpec(paths.disk(sandbox_id), DATA_DISK, read_only=False),
+            DiskSpec(disks.root or paths.disk(sandbox_id), DATA_DISK, read_only=False, durable=disks.root is not None),
+            *(DiskSpec(path, volume_serial(n), read_only=False, durable=True) for n, path in enumerate(slots)),
         ),
         nic=NicSpec(netns.TAP, GUEST_MAC),
         netns=sandbox_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,6 +21,8 @@ MAX_LABEL_VALUE_BYTES = 256
 MAX_SECRETS = 64
 MAX_SECRET_BYTES = 16 << 10
 MAX_TENANT_CHARACTERS = 128
+MAX_MOUNTS = 8
+_NO_MOUNTS = frozenset({"", "dev", "proc", "sys", "run", "overlay", "newroot", "bin", "etc", "lib", "sbin", "usr"})
 MAX_LIFETIME_S = 10 * 365 * 86400.0
 _LABEL_KEY = re.compile(r"[a-zA-Z0-9._/-]{1,63}")
 _IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -101,6 +104,19 @@ def check_value(name: str, value: str) -> None:
         raise InvalidSpec(f"secret {name[:80]!r}: its value has control characters (a line break?); remove them")
 
 
+def check_mounts(volumes: tuple[tuple[str, str], ...]) -> None:
+    """:raises InvalidSpec: too many volumes, one twice, or a path where none can be mounted."""
+    if len(volumes) > MAX_MOUNTS:
+        raise InvalidSpec(f"{len(volumes)} volumes; at most {MAX_MOUNTS} can be mounted")
+    if len({volume for _, volume in volumes}) != len(volumes):
+        raise InvalidSpec("a volume can be mounted at one path only")
+    for path, _ in volumes:
+        plain = posixpath.normpath(path)
+        top = plain.partition("/")[2].partition("/")[0]
+        if not path.startswith("/") or "\0" in path or len(path.encode()) > 4095 or top in _NO_MOUNTS:
+            raise InvalidSpec(f"a volume cannot be mounted at {path[:80]!r}; use an absolute path such as /data")
+
+
 def check_net(net: NetSpec) -> None:
     """:raises InvalidSpec: a rule that is none, or too many."""
     parse_rules(net.allow or (), "allow")
@@ -120,7 +136,8 @@ def _without_placeholders(spec: SandboxSpec) -> SandboxSpec:
 def complete(
     limits: SandboxSettings, *, image: str, vcpu_count: int, memory_bytes: int, disk_bytes: int,
     env: Mapping[str, str], labels: Mapping[str, str], lifetime: Lifetime, request_id: str,
-    net: NetSpec = _OPEN, secrets: tuple[SecretSpec, ...] = (),
+    net: NetSpec = _OPEN, secrets: tuple[SecretSpec, ...] = (), root: str = "",
+    volumes: tuple[tuple[str, str], ...] = (),
 ) -> SandboxSpec:  # fmt: skip
     """Returns a valid specification; zeros become the node's defaults. :raises InvalidSpec:"""
     if _IMAGE_NAME.fullmatch(image) is None:
@@ -143,7 +160,9 @@ def complete(
     check_lifetime(lifetime)
     check_net(net)
     check_secrets(secrets, env)
+    check_mounts(volumes)
     return SandboxSpec(
         image=image, vcpu_count=vcpus, memory_bytes=memory, disk_bytes=-(-disk // MIB) * MIB, env=dict(env),
         labels=dict(labels), lifetime=lifetime, request_id=request_id, net=net, secrets=secrets,
+        root=root, volumes=volumes,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from agent.errors import AgentError, HostError, ResourceExhausted, VmmError
 from agent.model import new_sandbox_id
 from agent.rootfs import Image
 from agent.sandbox import dialogue, template_files
-from agent.sandbox.host import Host, make_directories, remove_tree
+from agent.sandbox.host import Host, make_directories, make_slots, remove_tree
 from agent.sandbox.shape import TEMPLATE_DISK_BYTES, Shape, vm_spec
 from agent.sandbox.template_files import Template
 from agent.sparse import NO_SPACE
@@ -86,6 +86,7 @@ async def _booted(
     async with AsyncExitStack() as stack:
         await make_directories(host, sandbox_id, stack)
         await to_the_end(host.disks.make_disk(host.paths.disk(sandbox_id), TEMPLATE_DISK_BYTES))
+        make_slots(host, sandbox_id, shape.slots)
         await host.network.make_bare(sandbox_id, stack)
         spec = vm_spec(host.settings, host.paths, sandbox_id, shape, image, memory_file, restore_from)
         vm = await host.driver.start(dataclasses.replace(spec, limits=type(spec.limits)()))

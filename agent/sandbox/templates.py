@@ -100,12 +100,15 @@ class Templates:
             if not self._users[digest]:
                 del self._users[digest]
 
-    async def get(self, image: Image, vcpu_count: int, memory_bytes: int) -> Template:
-        """Returns a sound template for a sandbox of these sizes; the first caller makes it, others wait for that.
+    async def get(self, image: Image, vcpu_count: int, memory_bytes: int, volumes: int = 0) -> Template:
+        """Returns a sound template for a sandbox of these sizes and so many volumes.
+
+        The first caller makes it, others wait for that.
 
         :raises AgentError: it could not be made; nothing is left of it.
         """
-        shape = shape_of(self._host.settings, image, vcpu_count, memory_bytes, await self._host.driver.probe())
+        vmm = await self._host.driver.probe()
+        shape = shape_of(self._host.settings, image, vcpu_count, memory_bytes, vmm, volumes)
         known = self._sound.get(shape.digest)
         if known is not None and template_files.stamps(known[0]) == known[1]:
             template_files.touch(known[0])

@@ -25,11 +25,15 @@ class LinkKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DiskSpec:
-    """A raw disk image for the guest; `serial` is how the guest finds it (/sys/block/*/serial)."""
+    """A raw disk image for the guest; `serial` is how the guest finds it (/sys/block/*/serial).
+
+    :param durable: what the guest flushes must outlive the host's power.
+    """
 
     path: Path
     serial: str
     read_only: bool
+    durable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ def device_args(spec: VmSpec, link_fd: int | None, console_fd: int, qmp_fd: int,
         node = value(disk.serial)
         access = f"read-only={'on' if disk.read_only else 'off'}"
         mode = access if disk.read_only else f"{access},discard=unmap,detect-zeroes=unmap"
-        cache = "" if disk.read_only else ",cache.no-flush=on"  # the disk dies with its sandbox
+        cache = "" if disk.read_only or disk.durable else ",cache.no-flush=on"  # such a disk dies with its sandbox
         args += ["-blockdev", f"driver=file,node-name=f-{node},filename={value(disk.path)},{access}"]
         args += ["-blockdev", f"driver=raw,node-name=d-{node},file=f-{node},{mode}{cache}"]
         args += ["-device", f"virtio-blk-pci,drive=d-{node},serial={node}"]

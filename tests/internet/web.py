@@ -103,6 +103,15 @@ class Web:
         await _start(send, 302, "text/plain", (b"location", query["to"].encode()))
         await send({"type": "http.response.body"})
 
+    async def _do_digest(self, scope: Scope, headers: Any, query: Any, receive: Any, send: Any) -> None:
+        """What arrived as x-key, in a form that nobody takes for the value on its way back."""
+        key = next((value for name, value in headers if name == "x-key"), "")
+        await _respond(send, 200, hashlib.sha256(key.encode()).hexdigest().encode(), "text/plain")
+
+    async def _do_slow(self, scope: Scope, headers: Any, query: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(float(query.get("pause", "1")))
+        await _respond(send, 200, b"late\n", "text/plain")
+
     async def _do_repo(self, scope: Scope, headers: Any, query: Any, receive: Any, send: Any) -> None:
         path = (self._files / scope["path"].lstrip("/")).resolve()
         if path.is_relative_to(self._files) and path.is_file():

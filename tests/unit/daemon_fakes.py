@@ -25,6 +25,7 @@ from agent.sandbox.node import Node
 from agent.sandbox.record import Record
 from agent.sandbox.store import Store
 from agent.sandbox.templates import Templates
+from agent.sandbox.volumes import Volumes
 from agent.telemetry import step
 from agent.vmm.api import Vm, VmmInfo, VmSpec
 from agent.waiting import to_the_end
@@ -353,7 +354,14 @@ async def bench(
     chosen = dataclasses.replace(settings(directory, **sandbox), templates=templates or TemplateSettings(enabled=False))
     chosen.paths.state_dir.mkdir(parents=True)
     network = FakeNetwork(world)
-    host = Host(chosen, Paths.of(chosen), FakeDriver(world), cast("DiskMaker", FakeDisks(world)), network)
+    host = Host(
+        chosen,
+        Paths.of(chosen),
+        FakeDriver(world),
+        cast("DiskMaker", FakeDisks(world)),
+        network,
+        Volumes(chosen.paths.state_dir / "volumes"),
+    )
     store = Store(host.paths.database)
     await store.open()
     made = Templates(host) if templates is not None else None

@@ -1,0 +1,97 @@
+"""A `sandboxd-gateway` process of a test's own, and what its clients need to know."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.ctl import Ctl
+from tests.daemon import Daemon
+
+_READY_S = 60.0
+ORG = "tests"
+
+
+@dataclass
+class Gateway:
+    """A running gateway in front of one daemon."""
+
+    directory: Path
+    daemon: Daemon
+    process: subprocess.Popen[bytes]
+    env: dict[str, str]
+    token: str
+    api: int
+    ingress: int
+    ssh: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.api}"
+
+    @property
+    def ca_file(self) -> Path:
+        """Whom to trust for exposed ports."""
+        return self.directory / "ca.pem"
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "log").read_text()
+
+    def new_token(self, *options: str) -> str:
+        """Returns the text of a fresh token."""
+        return Ctl(self.env)("token", "create", *options).decode().strip()
+
+    def client_env(self) -> dict[str, str]:
+        """Returns the environment of an SDK's program."""
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("SANDBOXD_", "DENO_"))}
+        return {
+            **env, "DENO_SANDBOX_ENDPOINT": self.url, "DENO_DEPLOY_ENDPOINT": self.url, "DENO_DEPLOY_TOKEN": self.token,
+            "NODE_EXTRA_CA_CERTS": str(self.ca_file), "NO_PROXY": "127.0.0.1,localhost",
+        }  # fmt: skip
+
+
+@contextmanager
+def running(daemon: Daemon, directory: Path, **settings: str) -> Iterator[Gateway]:
+    """Runs a gateway that must stop well."""
+    directory.mkdir(exist_ok=True)
+    given = {
+        "address": "127.0.0.1:0", "ingress_address": "127.0.0.1:0", "ssh_address": "127.0.0.1:0",
+        "state_dir": str(directory), **settings,
+    }  # fmt: skip
+    env = daemon.env | {f"SANDBOXD_GATEWAY__{name.upper()}": value for name, value in given.items()}
+    ctl = Ctl(env)
+    if not (directory / "ca.pem").exists():
+        ctl("ca", "create")
+    token = ctl("token", "create", "--org", ORG).decode().strip()
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "agent.gateway"], env=env, stderr=log, stdout=log)
+    try:
+        ports = _await_ready(process, directory / "log")
+        yield Gateway(directory, daemon, process, env, token, ports["api"], ports["ingress"], ports["ssh"])
+        process.terminate()
+        assert process.wait(30) == 0, (directory / "log").read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(30)
+
+
+def _await_ready(process: subprocess.Popen[bytes], log: Path) -> dict[str, int]:
+    deadline = time.monotonic() + _READY_S
+    while time.monotonic() < deadline:
+        for line in log.read_text().splitlines():
+            if '"event": "ready"' in line:
+                ports: dict[str, int] = json.loads(line)
+                return ports
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise AssertionError(f"the gateway is not ready: {log.read_text()}")

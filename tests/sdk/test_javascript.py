@@ -1,0 +1,25 @@
+"""The JavaScript suite: each file is run by node's own test runner."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gateway import Gateway
+from tests.sdk.conftest import JS
+
+NODE = Path(sys.executable).parent / "node"
+SUITES = sorted(path.name for path in JS.glob("*.test.mjs"))
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite(suite: str, gateway: Gateway, node_modules: Path) -> None:
+    result = subprocess.run(
+        [NODE, "--test", "--test-reporter=spec", "--test-timeout=60000", "--test-force-exit", suite],
+        cwd=node_modules, env=gateway.client_env(), capture_output=True, text=True, timeout=200,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{result.stdout[-12000:]}\n{result.stderr[-4000:]}\n{gateway.log[-2000:]}"
