@@ -92,6 +92,7 @@ FLAVOURS: Mapping[str, Flavour] = {
                 "nodejs",
                 "npm",
                 "openssh-client",
+                "openssh-sftp-server",
                 "patch",
                 "pipx",
                 "procps",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from functools import partial
 
 from agent.cli import stdio
@@ -24,7 +25,8 @@ async def upload(files: GuestFiles, transfer: Transfer, source: str, target: str
     :raises CliError: what is here cannot be copied there. :raises OSError: `source` cannot be read.
     """
     if source == "-":
-        await files.write(absolute(target), 0o644, _from_stdin(transfer))
+        async with aclosing(_from_stdin(transfer)) as data:
+            await files.write(absolute(target), 0o644, data)
         transfer.files += 1
         return
     entry = local_entry(os.fsencode(source), follow=follow)
@@ -57,13 +59,13 @@ async def _place(files: GuestFiles, source: str, target: str, *, folder: bool) -
     return wanted.rstrip(b"/")
 
 
-async def _from_stdin(transfer: Transfer) -> AsyncIterator[bytes]:
+async def _from_stdin(transfer: Transfer) -> AsyncGenerator[bytes, None]:
     while data := await stdio.read(sys.stdin.fileno(), _PIECE_BYTES):
         transfer.advance(len(data))
         yield data
 
 
-async def _pieces(transfer: Transfer, path: bytes) -> AsyncIterator[bytes]:
+async def _pieces(transfer: Transfer, path: bytes) -> AsyncGenerator[bytes, None]:
     with open(path, "rb", buffering=0) as file:  # noqa: ASYNC230, PTH123  a local disk answers at once
         while data := file.read(_PIECE_BYTES):
             transfer.advance(len(data))
@@ -114,7 +116,8 @@ async def _one(files: GuestFiles, transfer: Transfer, entry: Entry, place: bytes
         await files.make_link(place, entry.target)
         transfer.links += 1
     elif entry.kind is Kind.FILE:
-        await files.write(place, entry.mode, _pieces(transfer, entry.path))
+        async with aclosing(_pieces(transfer, entry.path)) as data:  # the file is closed however the call ends
+            await files.write(place, entry.mode, data)
         await files.set_facts(place, entry.mode, entry.mtime_ns)
         transfer.files += 1
     else:

@@ -14,8 +14,9 @@ SUITE = Path(__file__).parent / "python" / "suite.py"
 def test_suite(gateway: Gateway) -> None:
     result = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", SUITE.parent, "--confcutdir", SUITE.parent,
-            "-o", "asyncio_mode=auto", "-p", "no:cacheprovider", "-W", "ignore", "--timeout=100", SUITE,
+            sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", SUITE.parent,
+            "--confcutdir", SUITE.parent, "-o", "asyncio_mode=auto", "-p", "no:cacheprovider",
+            "-W", "ignore", "--timeout=100", SUITE,
         ],
         cwd=SUITE.parent, env=gateway.client_env(), capture_output=True, text=True, timeout=230, check=False,
     )  # fmt: skip

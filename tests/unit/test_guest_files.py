@@ -150,7 +150,7 @@ async def test_stat_of_each_kind(channel: Channel, home: Path) -> None:
     (home / "f").write_text("abc")
     (home / "l").symlink_to("f")
     os.mkfifo(home / "p")
-    for name, kind in (("f", "file"), ("", "directory"), ("p", "other")):
+    for name, kind in (("f", "file"), ("", "directory"), ("p", "fifo")):
         assert (await channel.call("fs.stat", path=str(home / name)))["type"] == kind
     link = await channel.call("fs.stat", path=str(home / "l"), follow=False)
     assert (link["type"], link["target"]) == ("symlink", "f")

@@ -1,5 +1,5 @@
-"""The Python SDK, synchronous and asynchronous, unmodified: run in a process of its own by tests/sdk/test_python.py, since
-the SDK leaves sockets to the garbage collector.
+"""The Python SDK, synchronous and asynchronous, unmodified: run in a process of its own by tests/sdk/test_python.py,
+since the SDK leaves sockets to the garbage collector.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ from typing import Any
 import httpx
 import pytest
 from deno_sandbox import AsyncDenoDeploy, DenoDeploy
-from deno_sandbox.errors import AuthenticationError, HTTPStatusError, ProcessAlreadyExited
-from deno_sandbox.rpc import RpcValidationError, UnknownRpcMethod
+from deno_sandbox.errors import (
+    AuthenticationError,
+    HTTPStatusError,
+    ProcessAlreadyExited,
+    RpcValidationError,
+    UnknownRpcMethod,
+)
 
 FIELDS: dict[str, Any] = {"memory_mb": 768}
 
@@ -67,8 +72,8 @@ def test_files(box: Any) -> None:
     assert fs.stat("m.txt")["mode"] & 0o777 == 0o600
     with pytest.raises(Exception, match="ENOENT"):
         fs.read_text_file("absent")
+    fs.write_file("large", bytes(2 << 20))
     with pytest.raises(Exception, match="EFBIG"):  # over what this SDK's socket takes
-        fs.write_file("large", bytes(2 << 20))
         fs.read_file("large")
 
 
@@ -282,9 +287,10 @@ def test_volumes_and_snapshots(sdk: DenoDeploy) -> None:
     with sdk.sandbox.create(**FIELDS, volumes={"/data": volume["id"]}) as made:
         made.fs.write_text_file("/data/persistent.txt", "This data persists!")
         made.kill()
-    snapshot = sdk.volumes.snapshot(volume["id"], slug="py-snapshot")
+    snapshot: dict[str, Any] = dict(sdk.volumes.snapshot(volume["id"], slug="py-snapshot"))
     assert snapshot["volume"]["slug"] == "py-data"
-    assert sdk.snapshots.get("py-snapshot")["id"] == snapshot["id"]
+    again: Any = sdk.snapshots.get("py-snapshot")
+    assert again["id"] == snapshot["id"]
     second = sdk.volumes.create(slug="py-second", region="loc", capacity=400_000_000, from_snapshot="py-snapshot")
     first_page = sdk.volumes.list(limit=1)
     slugs = [item["slug"] for item in first_page.items]
