@@ -31,6 +31,7 @@ class Gateway:
     api: int
     ingress: int
     ssh: int
+    metrics: int
 
     @property
     def url(self) -> str:
@@ -64,6 +65,7 @@ def running(daemon: Daemon, directory: Path, **settings: str) -> Iterator[Gatewa
     directory.mkdir(exist_ok=True)
     given = {
         "address": "127.0.0.1:0", "ingress_address": "127.0.0.1:0", "ssh_address": "127.0.0.1:0",
+        "metrics_address": "127.0.0.1:0",
         "state_dir": str(directory), **settings,
     }  # fmt: skip
     env = daemon.env | {f"SANDBOXD_GATEWAY__{name.upper()}": value for name, value in given.items()}
@@ -75,8 +77,11 @@ def running(daemon: Daemon, directory: Path, **settings: str) -> Iterator[Gatewa
         process = subprocess.Popen([sys.executable, "-m", "agent.gateway"], env=env, stderr=log, stdout=log)
     try:
         ports = _await_ready(process, directory / "log")
-        yield Gateway(directory, daemon, process, env, token, ports["api"], ports["ingress"], ports["ssh"])
-        process.terminate()
+        yield Gateway(
+            directory, daemon, process, env, token, ports["api"], ports["ingress"], ports["ssh"], ports["metrics"]
+        )
+        if process.poll() is None:
+            process.terminate()
         assert process.wait(30) == 0, (directory / "log").read_text()
     finally:
         if process.poll() is None:

@@ -131,9 +131,11 @@ async def gateway(settings: Settings) -> AsyncIterator[dict[str, int]]:
         stack.push_async_callback(websockets.close_all)
         site = web.TCPSite(runner, host, port, ssl_context=context)
         await site.start()
-        if own.metrics_address:
-            metrics_host, metrics_port = split_address(own.metrics_address, "gateway.metrics_address")
+        metrics_host, metrics_port = split_address(own.metrics_address, "gateway.metrics_address")
+        if metrics_host:
             server, _thread = start_http_server(metrics_port, metrics_host, registry)
+            stack.callback(server.server_close)
             stack.callback(server.shutdown)
+            metrics_port = server.server_port
         bound = runner.addresses[0][1]
-        yield {"api": bound, "ingress": ingress.port, "ssh": ssh.port}
+        yield {"api": bound, "ingress": ingress.port, "ssh": ssh.port, "metrics": metrics_port}

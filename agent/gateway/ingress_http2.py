@@ -24,6 +24,8 @@ from agent.waiting import quietly
 
 _READ_BYTES = 256 << 10
 _MAX_STREAMS = 100
+_PREFACE_BYTES, _HEAD_BYTES, _MAX_FRAME_BYTES = 24, 9, 16 << 10  # RFC 9113, 3.4, 4.1 and 6.5.2
+_IDLE_S = 120.0
 _MAX_HEADER_BYTES = 64 << 10
 _HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
@@ -45,12 +47,40 @@ class _Body:
         self.chunks: asyncio.Queue[tuple[bytes, int] | None] = asyncio.Queue()
 
 
+class _FrameLimit:
+    """Looks at the length of each frame as it begins: h2 collects up to 16 MiB before it says that it is too large."""
+
+    def __init__(self) -> None:
+        self._skip = _PREFACE_BYTES
+        self._head = bytearray()
+
+    def allows(self, data: bytes) -> bool:
+        """Whether no frame that begins in these bytes, the next of the connection, is too large."""
+        at = 0
+        while at < len(data):
+            if self._skip:
+                step = min(self._skip, len(data) - at)
+                self._skip -= step
+                at += step
+                continue
+            piece = data[at : at + _HEAD_BYTES - len(self._head)]
+            self._head += piece
+            at += len(piece)
+            if len(self._head) == _HEAD_BYTES:
+                self._skip = int.from_bytes(self._head[:3], "big")
+                if self._skip > _MAX_FRAME_BYTES:
+                    return False
+                self._head.clear()
+        return True
+
+
 class _Connection:
     def __init__(self, writer: asyncio.StreamWriter, dial: Dial) -> None:
         self._writer = writer
         self._dial = dial
         config = h2.config.H2Configuration(client_side=False, header_encoding=None)
         self._h2 = h2.connection.H2Connection(config)
+        self._limit = _FrameLimit()
         self._bodies: dict[int, _Body] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._window = asyncio.Event()
@@ -68,7 +98,9 @@ class _Connection:
         self._h2.increment_flow_control_window(8 << 20)
         try:
             await self._flush()
-            while data := await reader.read(_READ_BYTES):
+            while data := await self._read(reader):
+                if not self._limit.allows(data):
+                    break
                 for event in self._h2.receive_data(data):
                     self._take(event)
                 await self._flush()
@@ -78,6 +110,16 @@ class _Connection:
             for task in self._tasks.values():
                 task.cancel()
             await quietly(*self._tasks.values())
+
+    async def _read(self, reader: asyncio.StreamReader) -> bytes:
+        """Returns what the client sends; b"" at its end, or if nothing has been asked for in a while."""
+        while True:
+            try:
+                async with asyncio.timeout(_IDLE_S):
+                    return await reader.read(_READ_BYTES)
+            except TimeoutError:
+                if not self._tasks:
+                    return b""
 
     async def _flush(self) -> None:
         data = self._h2.data_to_send()

@@ -4,7 +4,6 @@ guest's own programs, as sshd does it), and forwarded connections to the guest's
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections.abc import Callable
@@ -14,23 +13,16 @@ from typing import Any
 import asyncssh
 import grpc
 
-from agent.client import Api, opened
+from agent.client import Api
 from agent.config import ConfigError, split_address
-from agent.gateway.attachment import USER
 from agent.gateway.exposures import Exposure, Exposures
 from agent.gateway.guesttcp import GuestStream
 from agent.gateway.ingress import splice
+from agent.gateway.ssh_session import Session
 from agent.gateway_settings import GatewaySettings
-from agent.telemetry import log
-from agent.waiting import quietly
-from sandboxd.v1 import process_pb2 as pb
 
 _HOST_KEY = "ssh_host_key"
-_SFTP = "/usr/lib/openssh/sftp-server"
-_SHELL = "/bin/bash"
-_READ_BYTES = 64 << 10
 _LOGIN_S = 20
-_MAX_ENV = 64
 
 
 def _host_key(directory: Path) -> asyncssh.SSHKey:
@@ -64,8 +56,7 @@ class SshServer:
             return
         self._acceptor = await asyncssh.listen(
             host, port, server_host_keys=[_host_key(self._settings.state_dir)], server_factory=lambda: _Client(self),
-            process_factory=_run, encoding=None, login_timeout=_LOGIN_S, allow_scp=False, agent_forwarding=False,
-            server_version="sandboxd", line_editor=False,
+            login_timeout=_LOGIN_S, agent_forwarding=False, server_version="sandboxd",
         )  # fmt: skip
         self.port = self._acceptor.get_port()
 
@@ -107,7 +98,6 @@ class _Client(asyncssh.SSHServer):
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
-        conn.set_extra_info(sandboxd_client=self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  the base class has it
         self._server.log_out(self)
@@ -120,6 +110,13 @@ class _Client(asyncssh.SSHServer):
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
+
+    def session_requested(self) -> Any:
+        """A shell, a command, or sftp."""
+        if self.sandbox is None or self._connection is None:
+            return False
+        exposure, api = self.sandbox
+        return self._connection.create_server_channel(encoding=None), Session(exposure.sandbox_id, api)
 
     def connection_requested(
         self, dest_host: str, dest_port: int, orig_host: str, orig_port: int,  # noqa: ARG002  the base class has them
@@ -141,87 +138,3 @@ class _Client(asyncssh.SSHServer):
                 writer.close()
 
         return carry
-
-
-async def _run(process: asyncssh.SSHServerProcess[bytes]) -> None:
-    """Runs what a client asks for in its sandbox."""
-    client: _Client = process.get_extra_info("sandboxd_client")
-    assert client.sandbox is not None
-    exposure, api = client.sandbox
-    call = opened(api.processes.Exec)
-    feeder = None
-    try:
-        start = pb.ExecRequest.Start(sandbox_id=exposure.sandbox_id, spec=_spec(process))
-        await call.write(pb.ExecRequest(start=start))
-        feeder = asyncio.create_task(_feed(process, call))
-        await _follow(process, call)
-    except grpc.aio.AioRpcError as error:
-        process.stderr.write(f"{error.details()}\r\n".encode())
-        process.exit(127)
-    except (BrokenPipeError, ConnectionError):
-        process.close()
-    except Exception:
-        log.exception("ssh session failed")
-        process.exit(255)
-        raise
-    finally:
-        call.cancel()
-        if feeder is not None:
-            feeder.cancel()
-            await quietly(feeder)
-
-
-def _spec(process: asyncssh.SSHServerProcess[bytes]) -> pb.ProcessSpec:
-    if process.subsystem == "sftp":
-        argv = [_SFTP]
-    elif process.subsystem:
-        argv = ["/bin/false"]
-    elif process.command is not None:
-        argv = [_SHELL, "-c", process.command]
-    else:
-        argv = [_SHELL, "-l"]
-    env = {name: value for name, value in list(process.env.items())[:_MAX_ENV] if name == "LANG" or name[:3] == "LC_"}
-    spec = pb.ProcessSpec(argv=argv, user=USER, env=env, stdin=pb.ProcessSpec.STDIN_PIPE)
-    if process.term_type is not None:
-        cols, rows = process.term_size[:2]
-        spec.terminal.CopyFrom(pb.Terminal(rows=max(rows, 1), cols=max(cols, 1), term=process.term_type[:64]))
-    return spec
-
-
-async def _follow(process: asyncssh.SSHServerProcess[bytes], call: Any) -> None:
-    async for response in call:
-        kind = response.WhichOneof("message")
-        if kind == "stdout":
-            process.stdout.write(response.stdout)
-            await process.stdout.drain()
-        elif kind == "stderr":
-            process.stderr.write(response.stderr)
-            await process.stderr.drain()
-        elif kind == "exit":
-            ended = response.exit
-            if ended.signal_number:
-                process.exit_with_signal(ended.signal.removeprefix("SIG"), core_dumped=False)
-            else:
-                process.exit(ended.exit_code)
-            return
-
-
-async def _feed(process: asyncssh.SSHServerProcess[bytes], call: Any) -> None:
-    # Whatever ends the call is told by the side that reads it.
-    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, ConnectionError):
-        while True:
-            try:
-                data = await process.stdin.read(_READ_BYTES)
-            except asyncssh.TerminalSizeChanged as change:
-                size = pb.Terminal(rows=max(change.height, 1), cols=max(change.width, 1))
-                await call.write(pb.ExecRequest(resize=size))
-                continue
-            except asyncssh.SignalReceived as received:
-                await call.write(pb.ExecRequest(signal=received.signal[:32]))
-                continue
-            except asyncssh.BreakReceived:
-                continue
-            if not data:
-                await call.write(pb.ExecRequest(stdin_eof=True))
-                return
-            await call.write(pb.ExecRequest(stdin=data))
