@@ -69,6 +69,7 @@ def running(daemon: Daemon, directory: Path, **settings: str) -> Iterator[Gatewa
         "state_dir": str(directory), **settings,
     }  # fmt: skip
     env = daemon.env | {f"SANDBOXD_GATEWAY__{name.upper()}": value for name, value in given.items()}
+    env["SANDBOXD_LOG__LEVEL"] = "info"  # which says that it is ready, and where
     ctl = Ctl(env)
     if not (directory / "ca.pem").exists():
         ctl("ca", "create")

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from agent.channel.stream import CallStream
-from agent.errors import GuestUnreachable, InvalidSpec
+from agent.errors import AgentError, GuestUnreachable, InvalidSpec
 from agent.rpc import convert, open_file
 from agent.rpc.file_fields import count, info, mode_bits, nanoseconds, path
 from agent.rpc.process_service import pages
@@ -21,6 +21,7 @@ from sandboxd.v1 import file_pb2 as pb
 from sandboxd.v1 import file_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_HEAR_OUT_S = 0.5
 _OUT = STREAM_BYTES.labels("file", "from_guest")
 _IN = STREAM_BYTES.labels("file", "to_guest")
 _DISPOSITIONS = {
@@ -257,7 +258,12 @@ async def _written(stream: CallStream, feeder: asyncio.Task[None]) -> pb.WriteFi
         await asyncio.wait({waiter, feeder}, return_when=asyncio.FIRST_COMPLETED)
         if feeder.done() and not feeder.cancelled() and (error := feeder.exception()) is not None and not waiter.done():
             raise error
-        return pb.WriteFileResponse(written_bytes=await waiter)
+        try:
+            return pb.WriteFileResponse(written_bytes=await waiter)
+        except AgentError:
+            # What the client still sends is dropped now. A client whose write fails does not look at our status.
+            await asyncio.wait({feeder}, timeout=_HEAR_OUT_S)
+            raise
     finally:
         waiter.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):

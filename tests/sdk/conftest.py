@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,8 @@ from tests.conftest import IMAGES_DIR
 from tests.daemon import Daemon, connected, start_daemon
 from tests.gateway import Gateway
 from tests.internet.internet import Internet, running
+from tests.sdk.node_sdk import JS, install
 
-JS = Path(__file__).parent / "js"
 MEMORY_MIB = 768  # of every sandbox, so that one template is made
 
 
@@ -70,9 +69,5 @@ def gateway(sdk_daemon: Daemon, internet: Internet) -> Iterator[Gateway]:
 
 @pytest.fixture(scope="session")
 def node_modules() -> Path:
-    """The JavaScript SDK as its registry has it, as locked."""
-    installed = JS / "node_modules" / ".package-lock.json"
-    lock = JS / "package-lock.json"
-    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
-        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=JS, check=True, capture_output=True)
+    install()
     return JS

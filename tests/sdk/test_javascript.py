@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.gateway import Gateway
-from tests.sdk.conftest import JS
+from tests.sdk.node_sdk import JS
 
 NODE = Path(sys.executable).parent / "node"
 SUITES = sorted(path.name for path in JS.glob("*.test.mjs"))
