@@ -13,6 +13,7 @@ from agent.gateway.failures import Failure
 
 _TIMEOUT_S = 0.05
 _FLAGS = {"i": regex.IGNORECASE, "m": regex.MULTILINE, "s": regex.DOTALL, "u": 0, "v": 0, "g": 0, "y": 0, "d": 0}
+_NAMED = regex.compile(r"\\k<(\w+)>")
 _ASCII_CLASSES = {"d": "0-9", "w": "A-Za-z0-9_"}
 
 Matcher = Callable[[str], bool]
@@ -50,6 +51,10 @@ def _translated(source: str, *, multiline: bool) -> str:
     at = 0
     while at < len(source):
         letter = source[at]
+        if (reference := _NAMED.match(source, at)) and not in_class:
+            out.append(f"(?P={reference[1]})")
+            at = reference.end()
+            continue
         if letter == "\\" and at + 1 < len(source):
             out.append(_escape(source[at + 1], in_class=in_class))
             at += 2
@@ -103,7 +108,7 @@ def from_glob(glob: str, *, extended: bool = True, globstar: bool = True, case_i
     `?(a|b)`, `*(a|b)`, `+(a|b)`, `@(a|b)`, `!(a|b)`. :raises Failure: it cannot be a pattern.
     """
     segments = [segment for segment in glob.split("/") if segment] if glob.strip("/") else []
-    pattern = "/*" if glob.startswith("/") else ""
+    pattern = "/+" if glob.startswith("/") else ""
     for index, segment in enumerate(segments):
         if globstar and segment == "**":
             pattern += "(?:[^/]*(?:/|$)+)*"
