@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs the image default: just image default"))
 
 
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A short path: unix sockets lie below it."""
+    path = Path(tempfile.mkdtemp(prefix="sbx-"))
+    yield path
+    shutil.rmtree(path)
+
+
 @pytest.fixture(scope="session")
 def internet() -> Iterator[Internet]:
     with running() as made:

@@ -37,7 +37,7 @@ test("a REPL keeps its state, speaks TypeScript, and awaits", async () => {
   assert.equal(await repl.call("add", 1, 2), 3);
   assert.equal(await repl.call("later", "v"), "v");
   assert.deepEqual(await repl.call("(...list) => list", "'\"\\\u2028", { k: 1 }), ["'\"\\\u2028", { k: 1 }]);
-  assert.equal(await repl.call((a, b) => a * b, 3, 4), 12);
+  assert.equal(await repl.call("(a: number, b: number) => a * b", 3, 4), 12);
   await repl.close();
   await assert.rejects(repl.eval("1"), (error) => error.code === "ENOENT");
   await repl.close();
@@ -146,4 +146,20 @@ test("node, npm and npx are there", async () => {
 
 test("VS Code needs what the image lacks", async () => {
   await assert.rejects(sb.exposeVscode(), /code-server/);
+  // With a stand-in under that name, all but the editor itself is the real thing.
+  await sb.fs.writeTextFile("code-server", `#!/bin/sh
+    if [ "$1" = --install-extension ]; then echo "$2" >> /tmp/extensions; exit 0; fi
+    echo "$@" > /tmp/arguments; echo "$DENO_DEPLOY_SANDBOX_TOKEN" > /tmp/token
+    exec deno eval "Deno.serve({ port: \${2##*:}, hostname: '127.0.0.1' }, () => new Response('an editor'))"`, { mode: 0o755 });
+  await sb.sh`sudo mv code-server /usr/local/bin/`;
+  const code = await sb.exposeVscode("/home/sandbox", {
+    extensions: ["a.b", "c.d"], editorSettings: { "editor.tabSize": 3 },
+  });
+  await until(async () => (await get(code.url)).text === "an editor");
+  assert.equal(await sb.fs.readTextFile("/tmp/extensions"), "a.b\nc.d\n");
+  assert.match(await sb.fs.readTextFile("/tmp/arguments"), /--auth none .*\/home\/sandbox/);
+  assert.ok((await sb.fs.readTextFile("/tmp/token")).startsWith("ddo_"));
+  assert.match(await sb.fs.readTextFile(".local/share/code-server/User/settings.json"), /"editor.tabSize":\s*3/);
+  await code.kill("SIGKILL");
+  assert.equal((await code.status).signal, "SIGKILL");
 });

@@ -84,8 +84,28 @@ test("what is refused", async () => {
   await assert.rejects(create({ env: { "A=B": "x" } }));
   await assert.rejects(Sandbox.connect("sbx_loc_00000000000000000000"), (error) => error.status === 404 && error.code === "SANDBOX_NOT_FOUND");
   await assert.rejects(Sandbox.create({ memory: "8GiB" }));
+  const sb = await create();
+  await assert.rejects(sb.deno.deploy("app", { entrypoint: "main.ts" }), /404|NOT_SUPPORTED/);
+  await sb.kill();
+  for (const call of [() => client.layers.get("x"), () => client.revisions.get("x"), () => client.apps.create({ slug: "x" })]) {
+    const answer = await call().catch((error) => error);
+    assert.ok(answer === null || answer.code === "NOT_SUPPORTED", String(answer));
+  }
   const apps = client.apps.list();
   await assert.rejects(async () => { for await (const _ of await apps) break; }, (error) => error.status === 404 && error.code === "NOT_SUPPORTED");
+});
+
+test("options of the client: token, organization, endpoints, debug", async () => {
+  const endpoint = process.env.DENO_SANDBOX_ENDPOINT;
+  const sb = await create({
+    token: process.env.DENO_DEPLOY_TOKEN, org: "tests", apiEndpoint: endpoint, sandboxEndpoint: () => endpoint, debug: false,
+  });
+  assert.equal(await sb.sh`echo ok`.text(), "ok\n");
+  const again = await Sandbox.connect({ id: sb.id, sandboxEndpoint: endpoint, token: process.env.DENO_DEPLOY_TOKEN });
+  await again.kill();
+  await assert.rejects(create({ org: "others" }), (error) => error.code === "WRONG_ORG");
+  const own = new Client({ token: process.env.DENO_DEPLOY_TOKEN, apiEndpoint: endpoint });
+  assert.equal(await own.volumes.get("none"), null);
 });
 
 test("memory as number, and in other units", async () => {

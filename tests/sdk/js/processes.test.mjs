@@ -27,6 +27,20 @@ test("sh: text, json, exit codes, quoting, sudo", async () => {
   assert.equal(await sb.sh`echo ${"x"} > ${"file with spaces.txt"}; cat ${"file with spaces.txt"}`.text(), "x\n");
 });
 
+test("sh: the other modifiers, one at a time", async () => {
+  assert.equal((await sb.sh`pwd > /tmp/where`.cwd("/usr")).status.code, 0);
+  assert.equal(await sb.sh`cat /tmp/where`.text(), "/usr\n");
+  assert.equal((await sb.sh`test "$NAME" = value`.env("NAME", "value")).status.code, 0);
+  const captured = await sb.sh`echo err >&2`.stderr("piped");
+  assert.equal(captured.stderrText, "err\n");
+  assert.equal((await sb.sh`echo out`.stdout("null")).stdout, null);
+  assert.equal((await sb.sh`true`.result()).status.code, 0);
+  const child = await sb.sh`exit 0`.spawn();
+  assert.equal((await child.output()).status.code, 0);
+  await using scoped = await sb.spawn("sleep", { args: ["30"] });
+  assert.ok(scoped.pid > 1);
+});
+
 test("spawn: streams, arguments, directory, environment", async () => {
   const child = await sb.spawn("sh", {
     args: ["-c", "cat; echo $0 $A $PWD >&2; exit 7", "name"],
