@@ -17,7 +17,9 @@ class GatewaySettings:
     Exposed ports are served at `ingress_address` as `https://<name>.<domain>`, with `ingress_cert` and `ingress_key`
     (a wildcard certificate of the domain) or, without them, certificates of the local CA in `state_dir`. `ingress_port`
     is the port that clients are told, if it is not the address's own. SSH is served at `ssh_address`; clients are told
-    `ssh_hostname`. Empty addresses turn a service off. A message of a client may have `max_message_bytes`.
+    `ssh_hostname`. Empty addresses turn a service off. A message of a client may have `max_message_bytes`,
+    and what it sends and nobody takes may wait on the disk up to `spool_bytes`. A client that has been silent for
+    `idle_timeout_s` is gone.
     """
 
     address: str = "127.0.0.1:8600"
@@ -40,6 +42,7 @@ class GatewaySettings:
     metrics_address: str = ""
     max_message_bytes: int = 512 << 20
     spool_bytes: int = 4 << 30
+    idle_timeout_s: float = 120.0
 
     @property
     def tokens_file(self) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import leaks
+from tests.internet.internet import Internet, running
 
 IMAGES_DIR = Path(os.environ.get("SANDBOXD_IMAGES__IMAGES_DIR", "/var/lib/sandboxd/images"))
 
@@ -37,6 +39,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vm") is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A short path: unix sockets lie below it."""
+    path = Path(tempfile.mkdtemp(prefix=leaks.PREFIX))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def internet() -> Iterator[Internet]:
+    with running() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

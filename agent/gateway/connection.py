@@ -26,6 +26,8 @@ from agent.telemetry import log, tracer
 
 if TYPE_CHECKING:
     from agent.gateway.attachment import Attachment
+    from agent.gateway.handles import OpenFile
+    from agent.gateway.processes import Child
 
 _MAX_CALLS = 4096
 _MAX_STREAMS = 4096
@@ -81,9 +83,8 @@ class Connection:
     def __init__(self, ws: web.WebSocketResponse, attachment: Attachment, limits: Limits, *, is_python: bool) -> None:
         self.attachment = attachment
         self.is_python = is_python
-        self.handles: dict[int, Any] = {}  # open files, by id
-        self.children: dict[int, Any] = {}  # processes that were started here and run, by PID
-        self.closing = contextlib.AsyncExitStack()  # what ends with the connection
+        self.handles: dict[int, OpenFile] = {}  # by id
+        self.children: dict[int, Child] = {}  # processes that were started here and run, by PID
         self._ws = ws
         self._limits = limits
         self._tasks: set[asyncio.Task[None]] = set()
@@ -132,7 +133,10 @@ class Connection:
     # -- receiving -----------------------------------------------------------------------------------------------------
 
     async def serve(self) -> None:
-        """Serves the socket until it is closed, by either side; then ends everything that was begun on it."""
+        """Serves the socket until it is closed, by either side; then ends everything that was begun on it.
+
+        A client that says nothing for long is gone: both SDKs send something every 20 s at least.
+        """
         try:
             async for message in self._ws:
                 if message.type is WSMsgType.TEXT or message.type is WSMsgType.BINARY:
@@ -143,6 +147,8 @@ class Connection:
                         self._take(message.data)
                     del message  # a large one is not kept while we wait for the next
                     await self._until_room()
+        except TimeoutError:
+            log.info("client is silent", sandbox_id=self.attachment.id)
         finally:
             await self._end()
 
@@ -165,7 +171,8 @@ class Connection:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for source in self._inbound.values():
             source.discard()
-        await self.closing.aclose()
+        for handle in self.handles.values():
+            handle.close()
 
     async def close(self, reason: str) -> None:
         """Closes the socket as the SDKs expect it when a sandbox is over: 1001 and a reason."""

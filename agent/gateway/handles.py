@@ -58,13 +58,12 @@ async def open_file(connection: Connection, path: str, **how: Any) -> int:
         raise
     number = next(_ids)
     connection.handles[number] = handle
-    connection.closing.callback(handle.close)
     return number
 
 
 def _handle(connection: Connection, params: schema.Handle) -> OpenFile:
     handle = connection.handles.get(params.file_handle_id)
-    if not isinstance(handle, OpenFile):
+    if handle is None:
         raise Failure("BadResource", f"no file is open as {params.file_handle_id}", code="EBADF")
     return handle
 

@@ -29,6 +29,7 @@ from sandboxd.v1 import network_pb2
 _ALPN = ("h2", "http/1.1")
 _READ_BYTES = 256 << 10
 _HANDSHAKE_S = 10.0
+_LISTEN_S = 30.0  # for an exposed process to begin to listen
 _MAX_CONNECTIONS = 10_000
 _BAD_GATEWAY = (
     b"HTTP/1.1 502 Bad Gateway\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
@@ -157,7 +158,8 @@ class Ingress:
         host, port = "127.0.0.1", exposure.port
         if exposure.process_id:
             found = await api.network.WaitForListener(
-                network_pb2.WaitForListenerRequest(sandbox_id=exposure.sandbox_id, process_id=exposure.process_id)
+                network_pb2.WaitForListenerRequest(sandbox_id=exposure.sandbox_id, process_id=exposure.process_id),
+                timeout=_LISTEN_S,
             )
             host, port = ("::1" if ":" in found.host else "127.0.0.1"), found.port
         try:

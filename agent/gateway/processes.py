@@ -66,7 +66,7 @@ async def start(
     attachment = connection.attachment
     spec = pb.ProcessSpec(
         argv=argv, env=params.env or {}, clear_env=bool(params.clear_env), user=USER, channel=channel,
-        cwd=posixpath.join(HOME, params.cwd or ""),
+        cwd=posixpath.join(HOME, params.cwd) if params.cwd else HOME,
         stdin=pb.ProcessSpec.STDIN_NULL if params.stdin_stream_id is None else pb.ProcessSpec.STDIN_PIPE,
     )  # fmt: skip
     call = opened(attachment.api.processes.Exec)
@@ -106,7 +106,7 @@ async def _attend(connection: Connection, child: Child, stdin_stream_id: int | N
         if connection.children.get(child.pid) is child:
             del connection.children[child.pid]
         if not child.exit.done():
-            child.exit.cancel()
+            await _lost(child, Failure("Error", "the sandbox did not say how the process ended"))
 
 
 async def _pump(child: Child) -> None:

@@ -92,7 +92,9 @@ class Sandboxes:
 
     async def _check_quota(self, token: Token) -> None:
         if token.max_sandboxes:
-            held = len(await self._nodes.sandboxes_of(token.org, {})) + self._creating[token.org]
+            # What is being created is in both lists, but for a moment.
+            listed = await self._nodes.sandboxes_of(token.org, {})
+            held = sum(sandbox.state != pb.Sandbox.STATE_CREATING for sandbox in listed) + self._creating[token.org]
             if held > token.max_sandboxes:
                 raise Refusal(429, "SANDBOX_QUOTA", f"this token allows {token.max_sandboxes} sandboxes at a time")
 

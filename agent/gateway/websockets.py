@@ -69,8 +69,9 @@ class WebSockets:
     async def _upgrade(self, request: web.Request, attachment: Attachment) -> web.WebSocketResponse:
         # Compression would cost more than it saves, and let a few bytes become many.
         ws = web.WebSocketResponse(
-            compress=False, max_msg_size=self._settings.max_message_bytes, timeout=_CLOSE_S, decode_text=False
-        )
+            compress=False, max_msg_size=self._settings.max_message_bytes, timeout=_CLOSE_S, decode_text=False,
+            receive_timeout=self._settings.idle_timeout_s,
+        )  # fmt: skip
         ws.headers["x-deno-sandbox-id"] = attachment.sdk_id
         context = trace.get_current_span().get_span_context()
         if context.is_valid:

@@ -18,15 +18,7 @@ from tests.ctl import Ctl
 from tests.daemon import Daemon, connected, start_daemon
 from tests.egress import Box
 from tests.files import HOME, Files
-from tests.internet.internet import Internet, running
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A short path: unix sockets lie below it."""
-    path = Path(tempfile.mkdtemp(prefix="sbx-"))
-    yield path
-    shutil.rmtree(path)
+from tests.internet.internet import Internet
 
 
 @pytest.fixture(scope="session")
@@ -62,12 +54,6 @@ def sandbox(daemon: Daemon, sandbox_fields: dict[str, Any]) -> Iterator[sandbox_
             yield created
         finally:
             stub.DeleteSandbox(sandbox_pb2.DeleteSandboxRequest(id=created.id, allow_missing=True))
-
-
-@pytest.fixture(scope="session")
-def internet() -> Iterator[Internet]:
-    with running() as made:
-        yield made
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from tests.daemon import Daemon, connected, daemon_with, refused
 pytestmark = pytest.mark.vm
 
 SERVICES = {
-    f"sandboxd.v1.{name}Service" for name in ("Sandbox", "Process", "File", "Network", "Node", "Image", "Template")
+    f"sandboxd.v1.{name}Service"
+    for name in ("Sandbox", "Process", "File", "Network", "Volume", "Node", "Image", "Template")
 } | {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}  # fmt: skip
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 

@@ -16,7 +16,7 @@ from tests.client import MIB
 from tests.conftest import IMAGES_DIR
 from tests.daemon import Daemon, connected, start_daemon
 from tests.gateway import Gateway
-from tests.internet.internet import Internet, running
+from tests.internet.internet import Internet
 from tests.sdk.node_sdk import JS, install
 
 MEMORY_MIB = 768  # of every sandbox, so that one template is made
@@ -30,20 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(240))
             if missing:
                 item.add_marker(pytest.mark.skip(reason="needs the image default: just image default"))
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A short path: unix sockets lie below it."""
-    path = Path(tempfile.mkdtemp(prefix="sbx-"))
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture(scope="session")
-def internet() -> Iterator[Internet]:
-    with running() as made:
-        yield made
 
 
 @pytest.fixture(scope="session")

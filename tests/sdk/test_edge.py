@@ -426,7 +426,7 @@ async def test_two_nodes_behind_one_gateway(sdk_daemon: Daemon, directory: Path)
     with (
         daemon_with(directory, node__region="ams", templates__enabled="false", **_uplink(sdk_daemon)) as second,
         gateways.running(sdk_daemon, directory / "gateway", nodes=f"{sdk_daemon.address},{second.address}") as both,
-        gateways.running(second, directory / "other") as alone,
+        gateways.running(second, directory / "other", idle_timeout_s="3") as alone,
     ):  # fmt: skip
         async with raw(both) as client, raw(alone, alone.token) as other:
             ask = {"timeout": "2m"}
@@ -449,6 +449,10 @@ async def test_two_nodes_behind_one_gateway(sdk_daemon: Daemon, directory: Path)
             with pytest.raises(aiohttp.WSServerHandshakeError):
                 async with client.sandbox(**ask, volumes=mounts):
                     pass
+            async with other.sandbox() as silent:
+                with pytest.raises(ConnectionError):
+                    await all_messages(silent)  # it says nothing, as one whose machine is gone
+            assert "client is silent" in alone.log
             second.kill()  # a node that is gone is not in the way of the other
             assert len((await client.rest("GET", "/api/v2/volumes/near"))[1]) > 3
             with pytest.raises(aiohttp.WSServerHandshakeError):
