@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 JS = Path(__file__).parent / "js"
@@ -13,4 +14,5 @@ def install() -> None:
     """Ensures that the SDK is there."""
     installed, lock = JS / "node_modules" / ".package-lock.json", JS / "package-lock.json"
     if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
-        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=JS, check=True, capture_output=True)
+        npm = Path(sys.executable).parent / "npm"  # that of the environment: the machine may have none, or an old one
+        subprocess.run([npm, "ci", "--no-audit", "--no-fund"], cwd=JS, check=True, capture_output=True)
