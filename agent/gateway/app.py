@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -62,6 +63,10 @@ def _guard(tokens: TokenFile) -> Middleware:
             return _refused(Refusal(500, error.reason, "the gateway cannot read its tokens; tell its operator"))
         except web.HTTPException as error:
             return _refused(_of_status(request, error))
+        except Exception as error:  # noqa: BLE001  a defect of ours is told to our log, not to the client
+            incident = secrets.token_hex(4)
+            log.error("internal error", incident=incident, path=request.path, exc_info=error)
+            return _refused(Refusal(500, "INTERNAL", f"internal error, incident {incident}: see the gateway's log"))
 
     return guard
 

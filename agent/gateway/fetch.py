@@ -12,9 +12,9 @@ import httpcore
 
 from agent.gateway import guesthttp, schema
 from agent.gateway.connection import Connection, method
+from agent.gateway.contents import source_pieces
 from agent.gateway.deno import listener
 from agent.gateway.failures import Failure, process_gone
-from agent.gateway.files import source_pieces
 from agent.gateway.streams import Outbound
 
 _MAX_REDIRECTS = 20

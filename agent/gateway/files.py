@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import posixpath
 import stat
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
-import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from agent.client import is_cut_off, opened
 from agent.gateway import schema
 from agent.gateway.attachment import USER
 from agent.gateway.connection import Connection, method
@@ -27,8 +23,7 @@ _FORMAT = {
     _Type.TYPE_SOCKET: stat.S_IFSOCK,
 }  # fmt: skip
 _FIRST_S, _LAST_S = -62_135_596_800, 253_402_300_799  # years 1 to 9999: what a date can say
-_WRITE_BYTES = 256 << 10
-_FILE_MODE, _DIRECTORY_MODE = 0o666, 0o777
+_DIRECTORY_MODE = 0o777
 
 
 def _iso(time: Timestamp) -> str:
@@ -77,119 +72,14 @@ def _timestamp(value: schema.Time) -> Timestamp:
     return result
 
 
-def _of(connection: Connection) -> dict[str, Any]:
+def within(connection: Connection) -> dict[str, Any]:
+    """Returns the fields that every request about a file has."""
     return {"sandbox_id": connection.attachment.id, "user": USER}
 
 
-def _masked(connection: Connection, mode: int | None, default: int) -> int:
+def masked(connection: Connection, mode: int | None, default: int) -> int:
+    """Returns the permission bits of a new file: what was asked for, without what the mask takes away."""
     return (default if mode is None else mode & 0o7777) & ~connection.attachment.umask
-
-
-# -- contents ----------------------------------------------------------------------------------------------------------
-
-
-async def _contents(connection: Connection, path: str) -> bytes:
-    request = pb.ReadFileRequest(**_of(connection), path=path)
-    return b"".join([piece.data async for piece in connection.attachment.api.files.ReadFile(request)])
-
-
-@method("readFile", schema.Read)
-async def read_file(connection: Connection, params: schema.Read) -> object:
-    """The bytes of a file."""
-    return await _contents(connection, params.path)
-
-
-@method("readTextFile", schema.Read)
-async def read_text_file(connection: Connection, params: schema.Read) -> object:
-    """The text of a file; what is not UTF-8 is replaced, as a TextDecoder does it."""
-    return (await _contents(connection, params.path)).decode(errors="replace")
-
-
-@method("writeFile", schema.Write)
-async def write_file(connection: Connection, params: schema.Write) -> object:
-    """Bytes of the request, or of a stream."""
-    await _write(connection, params, params.content)
-    return None
-
-
-@method("writeTextFile", schema.WriteText)
-async def write_text_file(connection: Connection, params: schema.WriteText) -> object:
-    """Text of the request, or of a stream."""
-    await _write(connection, params, None if params.content is None else params.content.encode())
-    return None
-
-
-def _disposition(options: schema.WriteOptions) -> tuple[Any, bool]:
-    """Returns (disposition, whether the file must exist)."""
-    kinds = pb.WriteFileRequest.Open
-    if options.create_new:
-        return kinds.DISPOSITION_CREATE_NEW, False
-    must_exist = options.create is False
-    return (kinds.DISPOSITION_APPEND if options.append else kinds.DISPOSITION_TRUNCATE), must_exist
-
-
-async def _write(connection: Connection, params: schema.Write | schema.WriteText, content: bytes | None) -> None:
-    options = params.options or schema.WriteOptions()
-    disposition, must_exist = _disposition(options)
-    begin = pb.WriteFileRequest.Open(
-        **_of(connection), path=params.path, disposition=disposition, must_exist=must_exist,
-        mode=_masked(connection, None, _FILE_MODE),
-    )  # fmt: skip
-    if content is not None:
-        await write_stream(connection, begin, _pieces(content))
-    elif params.content_stream_id is not None:
-        async with connection.inbound(params.content_stream_id) as source:
-            await write_stream(connection, begin, source_pieces(source))
-    else:
-        raise Failure("TypeError", "content or contentStreamId must be given")
-    if options.mode is not None:
-        request = pb.ChmodRequest(**_of(connection), path=params.path, mode=options.mode & 0o7777)
-        await connection.attachment.api.files.Chmod(request)
-
-
-async def _pieces(content: bytes) -> AsyncIterator[bytes]:
-    view = memoryview(content)
-    for start in range(0, len(view), _WRITE_BYTES):
-        yield bytes(view[start : start + _WRITE_BYTES])
-
-
-async def source_pieces(source: Any) -> AsyncIterator[bytes]:
-    """Yields the bytes of a stream that the client writes. :raises Failure: the client gave it up."""
-    while data := await source.read():
-        yield data
-
-
-async def write_stream(connection: Connection, begin: pb.WriteFileRequest.Open, pieces: AsyncIterator[bytes]) -> None:
-    """Writes a file from pieces. :raises grpc.aio.AioRpcError: :raises Failure: the source failed."""
-    call = opened(connection.attachment.api.files.WriteFile)
-
-    async def feed() -> None:
-        # A call that has ended fails in one of these ways here; its answer says why it ended.
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            await call.write(pb.WriteFileRequest(open=begin))
-            async for piece in pieces:
-                await call.write(pb.WriteFileRequest(data=piece))
-            await call.done_writing()
-
-    async def answer() -> None:
-        try:
-            await call
-        except grpc.aio.AioRpcError as error:
-            if is_cut_off(error):
-                raise Failure("Error", f"the sandbox stopped taking {begin.path}: is its disk full?") from error
-            raise
-
-    feeding, answering = asyncio.create_task(feed()), asyncio.create_task(answer())
-    try:
-        await asyncio.wait({feeding, answering}, return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            await feeding  # it may have failed
-        await answering
-    finally:
-        for task in (feeding, answering):
-            task.cancel()
-        call.cancel()
-        await asyncio.gather(feeding, answering, return_exceptions=True)
 
 
 # -- facts -------------------------------------------------------------------------------------------------------------
@@ -198,13 +88,13 @@ async def write_stream(connection: Connection, begin: pb.WriteFileRequest.Open, 
 @method("stat", schema.Path)
 async def stat_file(connection: Connection, params: schema.Path) -> object:
     """Facts of what a path leads to."""
-    return file_info(await connection.attachment.api.files.Stat(pb.StatRequest(**_of(connection), path=params.path)))
+    return file_info(await connection.attachment.api.files.Stat(pb.StatRequest(**within(connection), path=params.path)))
 
 
 @method("lstat", schema.Path)
 async def lstat_file(connection: Connection, params: schema.Path) -> object:
     """Facts of what is at a path."""
-    request = pb.StatRequest(**_of(connection), path=params.path, no_follow=True)
+    request = pb.StatRequest(**within(connection), path=params.path, no_follow=True)
     return file_info(await connection.attachment.api.files.Stat(request))
 
 
@@ -219,7 +109,7 @@ async def read_dir(connection: Connection, params: schema.Path) -> object:
 
 async def list_directory(connection: Connection, path: str) -> AsyncIterator[pb.FileInfo]:
     """Yields the entries of a directory. :raises grpc.aio.AioRpcError:"""
-    request = pb.ListDirectoryRequest(**_of(connection), path=path)
+    request = pb.ListDirectoryRequest(**within(connection), path=path)
     async for page in connection.attachment.api.files.ListDirectory(request):
         for info in page.entries:
             yield info
@@ -227,18 +117,18 @@ async def list_directory(connection: Connection, path: str) -> AsyncIterator[pb.
 
 async def lstat(connection: Connection, path: str) -> pb.FileInfo:
     """Returns facts of what is at a path. :raises grpc.aio.AioRpcError:"""
-    return await connection.attachment.api.files.Stat(pb.StatRequest(**_of(connection), path=path, no_follow=True))
+    return await connection.attachment.api.files.Stat(pb.StatRequest(**within(connection), path=path, no_follow=True))
 
 
 async def real_path(connection: Connection, path: str) -> str:
     """Returns a path with all links resolved. :raises grpc.aio.AioRpcError:"""
-    return (await connection.attachment.api.files.RealPath(pb.RealPathRequest(**_of(connection), path=path))).path
+    return (await connection.attachment.api.files.RealPath(pb.RealPathRequest(**within(connection), path=path))).path
 
 
 @method("readLink", schema.Path)
 async def read_link(connection: Connection, params: schema.Path) -> object:
     """What a symbolic link says."""
-    request = pb.ReadLinkRequest(**_of(connection), path=params.path)
+    request = pb.ReadLinkRequest(**within(connection), path=params.path)
     return (await connection.attachment.api.files.ReadLink(request)).target
 
 
@@ -256,7 +146,7 @@ async def remove(connection: Connection, params: schema.Remove) -> object:
     """Removes a file or directory."""
     recursive = bool(params.options and params.options.recursive)
     await connection.attachment.api.files.Remove(
-        pb.RemoveRequest(**_of(connection), path=params.path, recursive=recursive)
+        pb.RemoveRequest(**within(connection), path=params.path, recursive=recursive)
     )
     return None
 
@@ -265,8 +155,10 @@ async def remove(connection: Connection, params: schema.Remove) -> object:
 async def mkdir(connection: Connection, params: schema.Mkdir) -> object:
     """Makes a directory."""
     options = params.options or schema.MkdirOptions()
-    mode = _masked(connection, options.mode, _DIRECTORY_MODE)
-    request = pb.MakeDirectoryRequest(**_of(connection), path=params.path, parents=bool(options.recursive), mode=mode)
+    mode = masked(connection, options.mode, _DIRECTORY_MODE)
+    request = pb.MakeDirectoryRequest(
+        **within(connection), path=params.path, parents=bool(options.recursive), mode=mode
+    )
     await connection.attachment.api.files.MakeDirectory(request)
     return None
 
@@ -274,7 +166,7 @@ async def mkdir(connection: Connection, params: schema.Mkdir) -> object:
 @method("rename", schema.Rename)
 async def rename(connection: Connection, params: schema.Rename) -> object:
     """Renames a file or directory."""
-    request = pb.RenameRequest(**_of(connection), path=params.old_path, new_path=params.new_path)
+    request = pb.RenameRequest(**within(connection), path=params.old_path, new_path=params.new_path)
     await connection.attachment.api.files.Rename(request)
     return None
 
@@ -282,7 +174,7 @@ async def rename(connection: Connection, params: schema.Rename) -> object:
 @method("chmod", schema.Chmod)
 async def chmod(connection: Connection, params: schema.Chmod) -> object:
     """Sets permission bits."""
-    request = pb.ChmodRequest(**_of(connection), path=params.path, mode=params.mode & 0o7777)
+    request = pb.ChmodRequest(**within(connection), path=params.path, mode=params.mode & 0o7777)
     await connection.attachment.api.files.Chmod(request)
     return None
 
@@ -290,7 +182,7 @@ async def chmod(connection: Connection, params: schema.Chmod) -> object:
 @method("chown", schema.Chown)
 async def chown(connection: Connection, params: schema.Chown) -> object:
     """Sets owner and group."""
-    request = pb.ChownRequest(**_of(connection), path=params.path)
+    request = pb.ChownRequest(**within(connection), path=params.path)
     for name in ("uid", "gid"):
         value = getattr(params, name)
         if value is not None:
@@ -304,7 +196,7 @@ async def chown(connection: Connection, params: schema.Chown) -> object:
 @method("copyFile", schema.CopyFile)
 async def copy_file(connection: Connection, params: schema.CopyFile) -> object:
     """Copies contents and permissions."""
-    request = pb.CopyRequest(**_of(connection), path=params.from_path, new_path=params.to_path)
+    request = pb.CopyRequest(**within(connection), path=params.from_path, new_path=params.to_path)
     await connection.attachment.api.files.Copy(request)
     return None
 
@@ -312,7 +204,7 @@ async def copy_file(connection: Connection, params: schema.CopyFile) -> object:
 @method("link", schema.Link)
 async def link(connection: Connection, params: schema.Link) -> object:
     """Makes a hard link."""
-    request = pb.LinkRequest(**_of(connection), path=params.target, new_path=params.path)
+    request = pb.LinkRequest(**within(connection), path=params.target, new_path=params.path)
     await connection.attachment.api.files.Link(request)
     return None
 
@@ -320,7 +212,7 @@ async def link(connection: Connection, params: schema.Link) -> object:
 @method("symlink", schema.Link)
 async def symlink(connection: Connection, params: schema.Link) -> object:
     """Makes a symbolic link."""
-    request = pb.SymlinkRequest(**_of(connection), target=params.target, new_path=params.path)
+    request = pb.SymlinkRequest(**within(connection), target=params.target, new_path=params.path)
     await connection.attachment.api.files.Symlink(request)
     return None
 
@@ -329,7 +221,7 @@ async def make_temp(connection: Connection, options: schema.TempOptions | None, 
     """Makes a temporary file or directory and returns its path. :raises grpc.aio.AioRpcError:"""
     options = options or schema.TempOptions()
     request = pb.MakeTempRequest(
-        **_of(connection), directory=options.dir or "", prefix=options.prefix or "", suffix=options.suffix or "",
+        **within(connection), directory=options.dir or "", prefix=options.prefix or "", suffix=options.suffix or "",
         make_directory=directory,
     )  # fmt: skip
     return (await connection.attachment.api.files.MakeTemp(request)).path
@@ -350,7 +242,7 @@ async def make_temp_file(connection: Connection, params: schema.Temp) -> object:
 @method("truncate", schema.Truncate)
 async def truncate(connection: Connection, params: schema.Truncate) -> object:
     """Sets a file's size."""
-    request = pb.TruncateRequest(**_of(connection), path=params.name, size_bytes=params.length or 0)
+    request = pb.TruncateRequest(**within(connection), path=params.name, size_bytes=params.length or 0)
     await connection.attachment.api.files.Truncate(request)
     return None
 
@@ -367,6 +259,6 @@ async def umask(connection: Connection, params: schema.Umask) -> object:
 @method("utime", schema.Utime)
 async def utime(connection: Connection, params: schema.Utime) -> object:
     """Sets access and modification time."""
-    request = pb.SetTimesRequest(**_of(connection), path=params.path, **times(params.atime, params.mtime))
+    request = pb.SetTimesRequest(**within(connection), path=params.path, **times(params.atime, params.mtime))
     await connection.attachment.api.files.SetTimes(request)
     return None

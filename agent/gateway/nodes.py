@@ -55,8 +55,10 @@ class Nodes:
     """
 
     def __init__(self, addresses: Sequence[str], settings: GatewaySettings) -> None:
-        self.links = [NodeLink(address, channel, api_over(channel)) for address in addresses
-                      if (channel := _channel(address, settings))]  # fmt: skip
+        self.links: list[NodeLink] = []
+        for address in addresses:
+            channel = _channel(address, settings)
+            self.links.append(NodeLink(address, channel, api_over(channel)))
         self.on_gone: Callable[[str, str], None] = lambda _id, _reason: None
         self.is_watched: Callable[[NodeLink], set[str]] = lambda _link: set()
         self._watching: list[asyncio.Task[None]] = []

@@ -9,7 +9,7 @@ from aiohttp import web
 from opentelemetry import trace
 
 # Each of these enters its methods.
-from agent.gateway import deno, environment, exposing, fetch, files, handles, processes, walking  # noqa: F401
+from agent.gateway import contents, deno, environment, exposing, fetch, files, handles, processes, walking  # noqa: F401
 from agent.gateway.attachment import Attachment
 from agent.gateway.connection import Connection, Limits
 from agent.gateway.creation import parse_config
