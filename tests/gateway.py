@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +48,18 @@ class Gateway:
     @property
     def log(self) -> str:
         return (self.directory / "log").read_text()
+
+    def figures(self) -> dict[str, float]:
+        """Returns what its metrics say, by name with labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as answer:
+            lines = [line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+    def called(self) -> Counter[str]:
+        """Returns how often each method of the protocol was answered with a result."""
+        name = re.compile(r'sandboxd_gateway_call_seconds_count\{method="(\w+)",outcome="ok"\}')
+        counts = ((name.fullmatch(figure), value) for figure, value in self.figures().items())
+        return Counter({match[1]: int(value) for match, value in counts if match is not None})
 
     def new_token(self, *options: str) -> str:
         """Returns the text of a fresh token."""

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import time
-import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -47,18 +46,11 @@ async def nothing_left(gateway: Gateway) -> None:
     await until(empty, 20)
 
 
-def figures(gateway: Gateway) -> dict[str, float]:
-    """Returns the gateway's gauges."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{gateway.metrics}/metrics", timeout=10) as answer:
-        lines = [line.split() for line in answer.read().decode().splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, value in lines}
-
-
 async def idle(gateway: Gateway) -> None:
     """Returns once the gateway holds nothing for anyone."""
 
     async def rests() -> bool:
-        now = await asyncio.to_thread(figures, gateway)
+        now = await asyncio.to_thread(gateway.figures)
         return now["sandboxd_gateway_connections"] == 0 and now["sandboxd_gateway_calls_open"] == 0
 
     await until(rests, 20)

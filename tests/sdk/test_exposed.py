@@ -6,15 +6,19 @@ import asyncio
 import os
 import ssl
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import asyncssh
 import httpx
 import pytest
+import trustme
 
-from tests.daemon import until
+from tests import gateway as gateways
+from tests.daemon import Daemon, until
 from tests.gateway import Gateway
 from tests.rawclient import RawClient, Socket, raw
 
@@ -118,6 +122,55 @@ async def test_https(http2: bool, gateway: Gateway, client: RawClient, box: Sock
         answer = await browser.request("GET", "/")
         assert answer.status_code == 502
         assert "nothing answers" in answer.text
+
+
+HTTPS_CLIENT = """
+import { Sandbox } from "@deno/sandbox";
+const sandbox = await Sandbox.create({ memory: "768MiB", port: 8000 });
+console.log(await sandbox.sh`echo over TLS`.text(), sandbox.url);
+await sandbox.kill();
+"""
+
+
+async def test_certificates_from_files(sdk_daemon: Daemon, directory: Path, node_modules: Path) -> None:
+    """The gateway's own TLS, and a wildcard certificate for what is exposed."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(directory / "ca.pem"))
+    for name, hosts in (("api", ["127.0.0.1", "localhost"]), ("apps", ["*.apps.example"])):
+        issued = ca.issue_cert(*hosts)
+        issued.private_key_and_cert_chain_pem.write_to_path(str(directory / f"{name}.pem"))
+    settings = {
+        "tls_cert": str(directory / "api.pem"), "tls_key": str(directory / "api.pem"), "domain": "apps.example",
+        "ingress_cert": str(directory / "apps.pem"), "ingress_key": str(directory / "apps.pem"), "ingress_port": "443",
+    }  # fmt: skip
+    with gateways.running(sdk_daemon, directory / "gateway", **settings) as served:
+        url = f"https://127.0.0.1:{served.api}"
+        env = served.client_env() | {
+            "DENO_SANDBOX_ENDPOINT": url, "DENO_DEPLOY_ENDPOINT": url, "NODE_EXTRA_CA_CERTS": str(directory / "ca.pem"),
+        }  # fmt: skip
+        script = node_modules / "https-client.tmp.mjs"
+        script.write_text(HTTPS_CLIENT)
+        try:
+            run = await asyncio.to_thread(
+                subprocess.run, [Path(sys.executable).parent / "node", script], env=env, capture_output=True, text=True,
+                timeout=60, check=False,
+            )  # fmt: skip
+        finally:
+            script.unlink()
+        assert run.returncode == 0, run.stderr
+        told, shown = run.stdout.split("\n")[:2]
+        assert told == "over TLS"
+        assert shown.strip().startswith("https://")
+        assert shown.strip().endswith(".apps.example")
+        context = ssl.create_default_context(cafile=str(directory / "ca.pem"))
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
+            client = RawClient(session, served)
+            client.url = url
+            async with client.sandbox() as box:
+                domain = await domain_of(client, box, port=9)
+                served.ca_file.write_bytes((directory / "ca.pem").read_bytes())
+                async with Browser(served, domain, http2=True) as browser:
+                    assert (await browser.request("GET", "/")).status_code == 502
 
 
 async def test_names_end_with_their_sandbox(gateway: Gateway, client: RawClient) -> None:

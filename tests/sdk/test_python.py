@@ -6,12 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from agent.gateway import websockets  # noqa: F401  enters all methods
+from agent.gateway.connection import METHODS
 from tests.gateway import Gateway
 
 SUITE = Path(__file__).parent / "python" / "suite.py"
 
 
+# What this SDK has no calls for.
+_JAVASCRIPT_ALONE = {"abort", "vscode"}
+
+
 def test_suite(gateway: Gateway) -> None:
+    before = gateway.called()
     result = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", SUITE.parent,
@@ -21,3 +28,4 @@ def test_suite(gateway: Gateway) -> None:
         cwd=SUITE.parent, env=gateway.client_env(), capture_output=True, text=True, timeout=230, check=False,
     )  # fmt: skip
     assert result.returncode == 0, f"{result.stdout[-12000:]}\n{result.stderr[-2000:]}\n{gateway.log[-2000:]}"
+    assert set(METHODS) - set(gateway.called() - before) == _JAVASCRIPT_ALONE

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.config import ConfigError
 from agent.errors import NotFound
 from agent.gateway import websockets  # noqa: F401  enters all methods
+from agent.gateway.app import _tls
 from agent.gateway.connection import METHODS, _zod_like
 from agent.gateway.creation import CreateConfig, create_request, parse_config
 from agent.gateway.exposures import Exposures
@@ -27,6 +29,7 @@ from agent.gateway.regexps import from_glob, from_javascript
 from agent.gateway.rest import label_filter
 from agent.gateway.streams import Inbound, Outbound
 from agent.gateway.volumes import _cursor, capacity_bytes
+from agent.gateway_settings import GatewaySettings
 from agent.model import new_sandbox_id
 from agent.tokens import TokenFile, TokenFileError
 
@@ -98,6 +101,16 @@ def test_requests_of_configs(tmp_path: Path) -> None:
         with pytest.raises(Refusal) as caught:
             create_request(config, token, "default", 2)
         assert caught.value.code == code
+
+
+def test_only_loopback_is_served_without_tls() -> None:
+    assert _tls(GatewaySettings()) is None
+    assert _tls(GatewaySettings(address="localhost:1")) is None
+    for address in ("0.0.0.0:8600", "[::]:8600", "192.0.2.1:8600"):
+        with pytest.raises(ConfigError, match="loopback"):
+            _tls(GatewaySettings(address=address))
+    with pytest.raises(ConfigError, match="cannot be used"):
+        _tls(GatewaySettings(tls_cert="/nonexistent"))
 
 
 # -- small languages ---------------------------------------------------------------------------------------------------
