@@ -111,8 +111,8 @@ class Volumes:
         raise NotFound(f"no {what} {id_or_slug[:80]!r} on this node; list them to see which there are", reason=reason)
 
     def list(self, tenant: str, kind: str, search: str) -> list[Volume]:
-        """Returns the tenant's volumes or snapshots with `search` in slug or id, oldest first."""
-        found = [volume for volume in self._of(tenant, kind) if search in volume.slug or search in volume.id]
+        """Returns the tenant's volumes or snapshots with `search` in the slug, or as id, oldest first."""
+        found = [volume for volume in self._of(tenant, kind) if search in volume.slug or search == volume.id]
         return sorted(found, key=lambda volume: (volume.create_time, volume.id))
 
     def _of(self, tenant: str, *kinds: str) -> Iterator[Volume]:
