@@ -99,6 +99,8 @@ def running(daemon: Daemon, directory: Path, **settings: str) -> Iterator[Gatewa
         if process.poll() is None:
             process.terminate()
         assert process.wait(30) == 0, (directory / "log").read_text()
+        said = (directory / "log").read_text()
+        assert "Traceback" not in said and "never retrieved" not in said, said[-6000:]  # noqa: PT018
     finally:
         if process.poll() is None:
             process.kill()
