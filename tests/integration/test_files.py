@@ -130,7 +130,7 @@ async def test_single_files(files: Files) -> None:
         await files.call("Remove", path=path)
     assert path.startswith("/tmp/p-")
     assert path.endswith(".s")
-    assert (await files.stat("/dev/null")).type == pb.FileInfo.TYPE_OTHER
+    assert (await files.stat("/dev/null")).type == pb.FileInfo.TYPE_CHARACTER_DEVICE
 
 
 async def test_errors_say_what_is_wrong(files: Files) -> None:
