@@ -18,7 +18,7 @@ import dns.rdatatype
 import grpc
 import httpcore
 
-from agent.gateway.guesttcp import GuestStream
+from agent.gateway.guesttcp import GuestStream, why
 from agent.model import GATEWAY_IPV4
 from sandboxd.v1 import network_pb2
 
@@ -67,10 +67,6 @@ async def _ask(api: Any, sandbox_id: str, query: dns.message.Message) -> dns.mes
         stream.close()
 
 
-def _lost(error: BaseException) -> str:
-    return error.details() or "lost" if isinstance(error, grpc.aio.AioRpcError) else str(error)
-
-
 class _Plain(httpcore.AsyncNetworkStream):
     """A connection of `httpcore` over a stream into the sandbox."""
 
@@ -86,7 +82,7 @@ class _Plain(httpcore.AsyncNetworkStream):
             except TimeoutError as error:
                 raise httpcore.ReadTimeout from error
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-                raise httpcore.ReadError(_lost(error)) from error
+                raise httpcore.ReadError(why(error)) from error
         data, self._pending = self._pending[:max_bytes], self._pending[max_bytes:]
         return data
 
@@ -97,7 +93,7 @@ class _Plain(httpcore.AsyncNetworkStream):
         except TimeoutError as error:
             raise httpcore.WriteTimeout from error
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise httpcore.WriteError(_lost(error)) from error
+            raise httpcore.WriteError(why(error)) from error
 
     async def aclose(self) -> None:
         self._stream.close()
@@ -194,7 +190,7 @@ class _Backend(httpcore.AsyncNetworkBackend):
         except TimeoutError as error:
             raise httpcore.ConnectTimeout from error
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise httpcore.ConnectError(_lost(error)) from error
+            raise httpcore.ConnectError(why(error)) from error
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
+
 from agent.client import Api, opened
 from sandboxd.v1 import network_pb2 as pb
 
 _WRITE_BYTES = 256 << 10
+
+
+def why(error: BaseException) -> str:
+    """Returns what to say of a connection that failed."""
+    return error.details() or "lost" if isinstance(error, grpc.aio.AioRpcError) else str(error)
 
 
 class GuestStream:

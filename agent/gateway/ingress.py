@@ -19,7 +19,7 @@ from agent.client import Api
 from agent.config import ConfigError, split_address
 from agent.gateway import ingress_http2
 from agent.gateway.exposures import Exposure, Exposures
-from agent.gateway.guesttcp import GuestStream
+from agent.gateway.guesttcp import GuestStream, why
 from agent.gateway.metrics import INGRESS_CONNECTIONS
 from agent.gateway_settings import GatewaySettings
 from agent.telemetry import log
@@ -141,9 +141,9 @@ class Ingress:
             return
         try:
             stream = await self._dial(exposure)
-        except grpc.aio.AioRpcError as error:
+        except (grpc.aio.AioRpcError, ConnectionError) as error:
             INGRESS_CONNECTIONS.labels("http/1.1", "not_reached").inc()
-            text = f"nothing answers in the sandbox: {error.details()}\n".encode()
+            text = f"nothing answers in the sandbox: {why(error)}\n".encode()
             writer.write(_BAD_GATEWAY % (len(text), text))
             await writer.drain()
             return

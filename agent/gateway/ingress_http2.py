@@ -19,7 +19,7 @@ import h2.exceptions
 import h2.settings
 import h11
 
-from agent.gateway.guesttcp import GuestStream
+from agent.gateway.guesttcp import GuestStream, why
 from agent.waiting import quietly
 
 _READ_BYTES = 256 << 10
@@ -163,12 +163,16 @@ class _Connection:
             self._h2.acknowledge_received_data(size, stream_id)
 
     async def _answer(self, stream_id: int, headers: Any, body: _Body) -> None:
+        # The client has reset the stream, or is gone: nobody is there to be told anything.
+        with contextlib.suppress(h2.exceptions.ProtocolError, ConnectionError):
+            await self._exchange(stream_id, headers, body)
+
+    async def _exchange(self, stream_id: int, headers: Any, body: _Body) -> None:
         try:
             stream = await self._dial()
         except (grpc.aio.AioRpcError, ConnectionError) as error:
-            why = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
             await self._send_head(stream_id, 502, [(b"content-type", b"text/plain")])
-            await self._send_data(stream_id, f"nothing answers in the sandbox: {why}\n".encode(), last=True)
+            await self._send_data(stream_id, f"nothing answers in the sandbox: {why(error)}\n".encode(), last=True)
             return
         try:
             await _Exchange(stream).run(
@@ -177,11 +181,8 @@ class _Connection:
                 lambda data, last: self._send_data(stream_id, data, last=last),
             )  # fmt: skip
         except (h11.ProtocolError, grpc.aio.AioRpcError, EOFError, asyncio.InvalidStateError):
-            with contextlib.suppress(h2.exceptions.ProtocolError):
-                self._h2.reset_stream(stream_id, error_code=2)  # INTERNAL_ERROR
+            self._h2.reset_stream(stream_id, error_code=2)  # INTERNAL_ERROR
             await self._flush()
-        except h2.exceptions.ProtocolError:
-            pass  # the client has reset it
         finally:
             stream.close()
 

@@ -190,6 +190,14 @@ async def test_names_end_with_their_sandbox(gateway: Gateway, client: RawClient)
     await until(refused)
 
 
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+async def test_a_name_that_leads_nowhere_yet(http2: bool, gateway: Gateway, client: RawClient, box: Socket) -> None:
+    _, body = await client.rest("POST", f"/api/v3/sandbox/{box.sandbox_id}/expose/http", {})
+    async with Browser(gateway, body["domain"], http2=http2) as browser:
+        answer = await browser.request("GET", "/")
+        assert (answer.status_code, "nothing is exposed" in answer.text) == (502, True)
+
+
 async def test_garbage_at_the_ingress_harms_nobody(gateway: Gateway, client: RawClient, box: Socket) -> None:
     for data in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + bytes(200), os.urandom(500), b""):
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.ingress)
