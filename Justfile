@@ -47,7 +47,7 @@ unit *ARGS: proto
 
 # Check everything and run all tests, VMs included
 test *ARGS: lint type image (image "default")
-    {{ python }} -m tests.run {{ ARGS }}
+    {{ python }} -m pytest {{ ARGS }}
 
 # All checks but the VM tests
 check: lint type unit
