@@ -47,7 +47,8 @@ unit *ARGS: proto
 
 # Check everything and run all tests, VMs included
 test *ARGS: lint type image (image "default")
-    {{ python }} -m pytest {{ ARGS }}
+    {{ python }} -m pytest {{ if ARGS == "" { "tests/integration tests/unit" } else { ARGS } }}
+    {{ if ARGS == "" { python + " -m pytest tests/sdk" } else { "true" } }}
 
 # All checks but the VM tests
 check: lint type unit
