@@ -13,7 +13,9 @@ from typing import Any
 
 import aiohttp
 
-from tests.gateway import Gateway
+from sandboxd.v1 import sandbox_pb2
+from tests.daemon import connected
+from tests.gateway import ORG, Gateway
 
 MEMORY_MB = 768
 
@@ -136,3 +138,16 @@ class RawClient:
 async def raw(gateway: Gateway, token: str | None = None) -> AsyncIterator[RawClient]:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
         yield RawClient(session, gateway, token)
+
+
+async def all_messages(box: Socket) -> None:
+    """Receives until the connection ends. :raises ConnectionError:"""
+    while True:
+        await box.receive()
+
+
+async def listed(gateway: Gateway) -> list[str]:
+    """Returns the sandboxes of the tests' organization, by the daemon's own word."""
+    async with connected(gateway.daemon) as api:
+        answer = await api.sandboxes.ListSandboxes(sandbox_pb2.ListSandboxesRequest(tenant=ORG))
+        return [sandbox.id for sandbox in answer.sandboxes]

@@ -28,7 +28,7 @@ from agent.sandbox.node import Node, NodeInfo
 from agent.sandbox.policy_change import PolicyChange
 from agent.sandbox.preparer import keep_prepared
 from agent.sandbox.record import Record
-from agent.sandbox.spec import changed_labels, check_expire_time, same_request
+from agent.sandbox.spec import changed_labels, check_expire_time, check_lease_change, same_request
 from agent.sandbox.store import Store
 from agent.sandbox.templates import Templates
 from agent.sandbox.volumes import Volumes
@@ -291,13 +291,8 @@ class Manager:
         record = entry.record
         if entry.deleting is not None:
             raise InvalidState(f"sandbox {sandbox_id} is being deleted", reason="SANDBOX_DELETING")
-        if end_lease and expire_time is None:
-            raise InvalidSpec("end_lease needs an expire_time: a sandbox without either would live for ever")
-        leased = record.spec.lifetime.lease_s is not None and not end_lease
-        if leased and (expire_time is not None or clear_expire_time):
-            raise InvalidState(
-                "a sandbox with a lease lives by KeepAlive; its expire time cannot be set unless the lease ends"
-            )
+        leased = record.spec.lifetime.lease_s is not None
+        check_lease_change(expire_time, leased=leased, clear=clear_expire_time, end_lease=end_lease)
         check_expire_time(expire_time, time.time())
         labels = changed_labels(record.labels, set_labels, remove_labels)
         if policy:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from agent.config import SandboxSettings
-from agent.errors import InvalidSpec
+from agent.errors import InvalidSpec, InvalidState
 from agent.model import Lifetime, NetSpec, SandboxSpec, SecretSpec
 from agent.policy.rules import parse_rules
 
@@ -69,6 +69,16 @@ def check_expire_time(expire_time: float | None, now: float) -> None:
     """Times are seconds since 1970. :raises InvalidSpec: it is over already, or beyond ten years."""
     if expire_time is not None and not 0 < expire_time - now <= MAX_LIFETIME_S:
         raise InvalidSpec("expire_time must be in the future, at most ten years away; to end a sandbox, delete it")
+
+
+def check_lease_change(expire_time: float | None, *, leased: bool, clear: bool, end_lease: bool) -> None:
+    """:raises InvalidSpec: a lease ends with nothing in its place. :raises InvalidState: it decides when to expire."""
+    if end_lease and expire_time is None:
+        raise InvalidSpec("end_lease needs an expire_time: a sandbox without either would live for ever")
+    if leased and not end_lease and (expire_time is not None or clear):
+        raise InvalidState(
+            "a sandbox with a lease lives by KeepAlive; its expire time cannot be set unless the lease ends"
+        )
 
 
 def check_lifetime(lifetime: Lifetime) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from tests.conftest import IMAGES_DIR
 from tests.daemon import Daemon, connected, start_daemon
 from tests.gateway import Gateway
 from tests.internet.internet import Internet
+from tests.rawclient import RawClient, raw
 from tests.sdk.node_sdk import JS, install
 
 MEMORY_MIB = 768  # of every sandbox, so that one template is made
@@ -65,3 +66,9 @@ def gateway(sdk_daemon: Daemon, internet: Internet) -> Iterator[Gateway]:
 def node_modules() -> Path:
     install()
     return JS
+
+
+@pytest.fixture
+async def client(gateway: Gateway) -> AsyncIterator[RawClient]:
+    async with raw(gateway) as made:
+        yield made

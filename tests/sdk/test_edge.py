@@ -6,8 +6,6 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,25 +16,9 @@ from hypothesis import strategies as st
 
 from agent.gateway import websockets  # noqa: F401  enters all methods
 from agent.gateway.connection import METHODS
-from agent.gateway.ids import from_sdk
-from tests.daemon import Daemon, connected, daemon_with, until
+from tests.daemon import until
 from tests.gateway import ORG, Gateway
-from tests.rawclient import RawClient, Socket, config_header, raw
-
-
-@pytest.fixture
-async def client(gateway: Gateway) -> AsyncIterator[RawClient]:
-    async with raw(gateway) as made:
-        yield made
-
-
-async def listed(gateway: Gateway) -> list[str]:
-    """Returns the sandboxes of the tests' organization, by the daemon's own word."""
-    from sandboxd.v1 import sandbox_pb2
-
-    async with connected(gateway.daemon) as api:
-        answer = await api.sandboxes.ListSandboxes(sandbox_pb2.ListSandboxesRequest(tenant=ORG))
-        return [sandbox.id for sandbox in answer.sandboxes]
+from tests.rawclient import RawClient, Socket, all_messages, config_header, listed, raw
 
 
 async def nothing_left(gateway: Gateway) -> None:
@@ -54,12 +36,6 @@ async def idle(gateway: Gateway) -> None:
         return now["sandboxd_gateway_connections"] == 0 and now["sandboxd_gateway_calls_open"] == 0
 
     await until(rests, 20)
-
-
-async def all_messages(box: Socket) -> None:
-    """Receives until the connection ends. :raises ConnectionError:"""
-    while True:
-        await box.receive()
 
 
 def cut_off(box: Socket) -> None:
@@ -371,95 +347,3 @@ async def test_what_is_not_served_says_so(client: RawClient) -> None:
     assert (status, body["code"]) == (405, "METHOD_NOT_ALLOWED")
     for query in ("labels=%7B'a'%3A", "labels=__import__('os')", "labels=1"):
         assert (await client.rest("GET", f"/api/v3/sandboxes?{query}"))[1]["code"] == "INVALID_FILTER"
-
-
-# -- the gateway comes and goes ----------------------------------------------------------------------------------------
-
-
-async def test_a_gateway_that_stops_ends_sessions_and_leaves_timed_sandboxes(
-    sdk_daemon: Daemon, gateway: Gateway
-) -> None:
-    from tests import gateway as gateways
-
-    directory = sdk_daemon.directory / "second"
-    with gateways.running(sdk_daemon, directory) as first:
-        async with raw(first) as client, client.sandbox(timeout="2m") as timed, client.sandbox():
-            _, exposed = await client.rest("POST", f"/api/v3/sandbox/{timed.sandbox_id}/expose/http", {})
-            await timed.call("exposeHttp", domain=exposed["domain"], port=80)
-            assert len(await listed(first)) == 2
-            await asyncio.to_thread(_stop, first)
-            with pytest.raises(ConnectionError):
-                await all_messages(timed)
-    assert len(await listed(gateway)) == 1
-    assert exposed["domain"].partition(".")[0] in (directory / "exposures.json").read_text()
-    async with raw(gateway) as client:
-        assert (await client.rest("DELETE", f"/api/v3/sandbox/{timed.sandbox_id}"))[0] == 204
-    with gateways.running(sdk_daemon, directory):  # it sees that the sandbox is gone, and forgets what it exposed
-
-        async def forgotten() -> bool:
-            return exposed["domain"].partition(".")[0] not in (directory / "exposures.json").read_text()
-
-        await until(forgotten)
-
-
-async def test_sessions_live_by_a_lease(gateway: Gateway, client: RawClient) -> None:
-    """Should the gateway die, its sandboxes end by themselves."""
-    from sandboxd.v1 import sandbox_pb2
-
-    async with client.sandbox() as box, connected(gateway.daemon) as api:
-        found = await api.sandboxes.GetSandbox(sandbox_pb2.GetSandboxRequest(id=from_sdk(box.sandbox_id) or ""))
-        assert found.lifetime.lease.seconds == 60
-        assert found.expire_time.seconds < time.time() + 61
-
-
-async def test_two_nodes_behind_one_gateway(sdk_daemon: Daemon, directory: Path) -> None:
-    from tests import gateway as gateways
-
-    with (
-        daemon_with(directory, node__region="ams", templates__enabled="false", **_uplink(sdk_daemon)) as second,
-        gateways.running(sdk_daemon, directory / "gateway", nodes=f"{sdk_daemon.address},{second.address}") as both,
-        gateways.running(second, directory / "other", idle_timeout_s="3") as alone,
-    ):  # fmt: skip
-        async with raw(both) as client, raw(alone, alone.token) as other:
-            ask = {"timeout": "2m"}
-            async with client.sandbox(**ask, region="loc") as here, client.sandbox(**ask, region="ams") as there:
-                assert (here.sandbox_id[:8], there.sandbox_id[:8]) == ("sbx_loc_", "sbx_ams_")
-                assert await there.run("echo", "far") == "far\n"
-            status, found = await client.rest("GET", "/api/v2/sandboxes")
-            assert (status, {item["region"] for item in found}) == (200, {"loc", "ams"})
-            async with client.connected(there.sandbox_id) as again:
-                assert await again.run("echo", "again") == "again\n"
-            status, _ = await other.rest("DELETE", f"/api/v3/sandbox/{here.sandbox_id}")
-            assert status == 404  # a node that it does not know
-            for slug, region in (("near", "loc"), ("far", "ams")):
-                body = {"slug": slug, "region": region, "capacity": "300MB"}
-                assert (await client.rest("POST", "/api/v2/volumes", body))[0] == 200
-            body = {"slug": "near", "region": "ams", "capacity": "300MB"}
-            assert (await client.rest("POST", "/api/v2/volumes", body))[1]["code"] == "SLUG_IN_USE"
-            assert len((await client.rest("GET", "/api/v2/volumes"))[1]) == 2
-            mounts = [{"volume": "near", "path": "/near"}, {"volume": "far", "path": "/far"}]
-            with pytest.raises(aiohttp.WSServerHandshakeError):
-                async with client.sandbox(**ask, volumes=mounts):
-                    pass
-            async with other.sandbox() as silent:
-                with pytest.raises(ConnectionError):
-                    await all_messages(silent)  # it says nothing, as one whose machine is gone
-            assert "client is silent" in alone.log
-            second.kill()  # a node that is gone is not in the way of the other
-            assert len((await client.rest("GET", "/api/v2/volumes/near"))[1]) > 3
-            with pytest.raises(aiohttp.WSServerHandshakeError):
-                async with client.sandbox(**ask, region="ams"):
-                    pass
-            for path in (f"/api/v3/sandbox/{here.sandbox_id}", "/api/v2/volumes/near"):
-                assert (await client.rest("DELETE", path))[0] == 204
-    with daemon_with(directory):  # what the killed one left is ended
-        pass
-
-
-def _uplink(daemon: Daemon) -> dict[str, Any]:
-    return {"egress__uplink": daemon.env["SANDBOXD_EGRESS__UPLINK"]}
-
-
-def _stop(gateway: Gateway) -> None:
-    gateway.process.terminate()
-    gateway.process.wait(30)

@@ -20,7 +20,7 @@ import trustme
 from tests import gateway as gateways
 from tests.daemon import Daemon, until
 from tests.gateway import Gateway
-from tests.rawclient import RawClient, Socket, raw
+from tests.rawclient import RawClient, Socket
 
 SERVER = """
 import hashlib, http.server, time
@@ -50,12 +50,6 @@ class H(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 http.server.ThreadingHTTPServer(("127.0.0.1", 8000), H).serve_forever()
 """
-
-
-@pytest.fixture
-async def client(gateway: Gateway) -> AsyncIterator[RawClient]:
-    async with raw(gateway) as made:
-        yield made
 
 
 @pytest.fixture
