@@ -11,6 +11,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,8 @@ class _StreamParams(msgspec.Struct, rename="camel"):
 _decode = msgspec.json.Decoder(_Message).decode
 _decode_stream = msgspec.json.Decoder(_StreamParams).decode
 _encode = msgspec.json.Encoder().encode
+# Of the call that runs: set when its answer, which names its streams, has been sent.
+_answered: ContextVar[asyncio.Event] = ContextVar("answered")
 
 
 @dataclass(frozen=True)
@@ -219,11 +222,14 @@ class Connection:
         name, start = message.method, time.perf_counter()
         assert message.id is not None
         label, outcome = name if name in METHODS else "unknown", "ok"
+        answered = asyncio.Event()
+        _answered.set(answered)
         CALLS_OPEN.inc()
         try:
             with tracer.start_as_current_span(f"gateway.{label}"):
                 outcome = await self._run(message.id, message)
         finally:
+            answered.set()
             CALLS_OPEN.dec()
             CALL_SECONDS.labels(label, outcome).observe(time.perf_counter() - start)
             self._calls -= 1
@@ -332,8 +338,11 @@ class Connection:
             self._inbound.pop(stream_id, None)
 
     def outbound(self) -> Outbound:
-        """Returns a stream that the client reads; `forget` it once it has ended."""
-        stream = Outbound(self.send, ends_after_error=self.is_python)
+        """Returns a stream that the client reads; `forget` it once it has ended.
+
+        It begins once the call in which it is made has been answered.
+        """
+        stream = Outbound(self.send, _answered.get(), ends_after_error=self.is_python)
         self._outbound[stream.id] = stream
         return stream
 

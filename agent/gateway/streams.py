@@ -110,12 +110,15 @@ class Inbound:
 class Outbound:
     """A stream that the client reads. After a cancel nothing is sent for it: the JavaScript SDK would end its process.
 
+    :param announced: set once the client knows of the stream. What is sent earlier is kept by the JavaScript SDK in a
+        stream that throws when it is cancelled without a reason, and then ends the process at the stream's end.
     :param ends_after_error: an error is followed by an end, without which the Python SDK waits for ever.
     """
 
-    def __init__(self, send: Send, *, ends_after_error: bool = False) -> None:
+    def __init__(self, send: Send, announced: asyncio.Event, *, ends_after_error: bool = False) -> None:
         self.id = next(_ids)
         self._send = send
+        self._announced = announced
         self._ends_after_error = ends_after_error
         self._started = False
         self.open = True
@@ -123,6 +126,7 @@ class Outbound:
     async def _notify(self, method: str, **params: object) -> None:
         if not self._started:
             self._started = True
+            await self._announced.wait()
             await self._send(notification("$sandbox.stream.start", streamId=self.id))
         if self.open:
             await self._send(notification(f"$sandbox.stream.{method}", streamId=self.id, **params))

@@ -322,6 +322,17 @@ async def test_streams_have_ids_of_their_own_in_all_connections(client: RawClien
         assert len(set(ids)) == 8
 
 
+async def test_streams_begin_after_the_answer_that_names_them(client: RawClient) -> None:
+    async with client.sandbox() as box:
+        for _ in range(20):
+            request_id = await box.request("walk", path="/etc/apt")
+            first = await box.receive()
+            assert first.get("id") == request_id, first
+            stream = (await box.answer(request_id))["result"]["ok"]["streamId"]
+            while stream not in box.ended:
+                await box.receive()
+
+
 async def test_output_waits_for_the_first_wait(client: RawClient) -> None:
     async with client.sandbox() as box:
         started = await box.call("spawn", command="echo", args=["x"], stdout="piped")

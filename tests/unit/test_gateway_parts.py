@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -284,7 +285,9 @@ async def test_nothing_is_sent_after_a_cancel_and_nothing_empty() -> None:
     async def send(message: object) -> None:
         sent.append(message)
 
-    stream = Outbound(send)
+    announced = asyncio.Event()
+    announced.set()
+    stream = Outbound(send, announced)
     await stream.write(b"")
     assert sent == []
     await stream.write(bytes(100_000))
@@ -293,11 +296,26 @@ async def test_nothing_is_sent_after_a_cancel_and_nothing_empty() -> None:
     await stream.write(b"more")
     await stream.end()
     assert len(sent) == 3
-    other = Outbound(send, ends_after_error=True)
+    other = Outbound(send, announced, ends_after_error=True)
     assert other.id == stream.id + 1
     await other.fail(Failure("Error", "x"))
     await other.end()
     assert [message["method"].rpartition(".")[2] for message in sent[3:]] == ["start", "error", "end"]
+
+
+async def test_a_stream_begins_once_its_call_is_answered() -> None:
+    sent: list[Any] = []
+
+    async def send(message: object) -> None:
+        sent.append(message)
+
+    announced = asyncio.Event()
+    writing = asyncio.create_task(Outbound(send, announced).write(b"early"))
+    await asyncio.sleep(0.01)
+    assert sent == []
+    announced.set()
+    await writing
+    assert [message["method"].rpartition(".")[2] for message in sent] == ["start", "enqueue"]
 
 
 # -- files of the gateway ----------------------------------------------------------------------------------------------
