@@ -121,8 +121,10 @@ class TemplateSettings:
 
 @dataclass(frozen=True, slots=True)
 class SandboxSettings:
-    """Defaults and limits of sandboxes; `on_stop` says what an orderly stop does with them: delete or keep.
+    """Defaults and limits of sandboxes; `on_stop` says what an orderly stop does with them: delete, keep, or drain.
 
+    To drain is to wait until they have ended, and to delete those that are left after `drain_timeout_s`. A sandbox that
+    was lost while no agent ran, with the host's end say, is told of for `lost_retention_s`.
     `disk_*_per_s` and `net_bytes_per_s` are rates that the VMM enforces on each sandbox; 0: none.
     """
 
@@ -139,6 +141,8 @@ class SandboxSettings:
     disk_operations_per_s: int = 0
     net_bytes_per_s: int = 0
     on_stop: str = "delete"
+    drain_timeout_s: float = 300.0
+    lost_retention_s: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +218,7 @@ _CHOICES = {
     "vmm.accelerator": ("auto", "kvm", "tcg"),
     "vmm.driver": ("auto", "qemu", "cloud-hypervisor"),
     "vmm.link": ("auto", "serial", "vsock"),
-    "sandbox.on_stop": ("delete", "keep"),
+    "sandbox.on_stop": ("delete", "keep", "drain"),
     "log.level": ("debug", "info", "warning", "error"),
     "log.format": ("auto", "json", "console"),
 }

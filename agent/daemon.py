@@ -29,6 +29,7 @@ from agent.telemetry import log
 from agent.vmm.api import VmmInfo
 
 _STOP_GRACE_S = 2.0
+_NOTICE_S = 5.0  # between two notices to systemd during a drain
 
 
 def _templates(host: Host, vmm: VmmInfo) -> Templates | None:
@@ -48,7 +49,7 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
     paths = Paths.of(settings)
     for directory in (paths.run_dir, paths.state_dir):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    store = Store(paths.database)
+    store = Store(paths.database, paths.sandboxes_state)
     locks: list[int] = []
     started = AsyncExitStack()
     try:
@@ -69,8 +70,10 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
         network.on_denial = manager.on_denial
         await reconcile(host, manager, store, records)
         await network.settle()
+        manager.drain.restore()
         server = ApiServer(settings, manager)
-        working = [asyncio.create_task(work) for work in (manager.prepare_templates(), manager.count_drops())]
+        lasting = (manager.prepare_templates(), manager.count_drops(), manager.keep_lifetimes())
+        working = [asyncio.create_task(work) for work in lasting]
         try:
             await server.start()
             yield server
@@ -107,3 +110,21 @@ async def run(settings: Settings) -> None:
         await stop.wait()
         log.info("stopping", sandboxes=settings.sandbox.on_stop)
         notify("STOPPING=1")
+        if settings.sandbox.on_stop == "drain":
+            await _drain(server.manager, settings.sandbox.drain_timeout_s)
+
+
+async def _drain(manager: Manager, timeout_s: float) -> None:
+    """Waits until there is no sandbox left; systemd is told to wait as long."""
+    await manager.drain.begin(timeout_s, why="the agent is stopping", keep=False)
+
+    async def tell() -> None:
+        while True:
+            left = len(manager.list())
+            notify(f"STATUS=draining: {left} sandboxes left\nEXTEND_TIMEOUT_USEC={int(_NOTICE_S * 3e6)}")
+            await asyncio.sleep(_NOTICE_S)
+
+    telling = asyncio.create_task(tell())
+    async for _ in manager.drain.progress():
+        pass
+    telling.cancel()

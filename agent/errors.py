@@ -12,6 +12,7 @@
     |-- GuestError           the guest answered, and what it did failed
     |-- GuestUnreachable     the link to the guest is gone or talks nonsense
     |-- VmmError             the virtual machine monitor failed
+        |-- VmmUnsupported   it cannot do that
     |-- HostError            a resource of the host could not be made or removed
         |-- ImageDamaged     an image on the host is not what its manifest states
 
@@ -105,6 +106,12 @@ class VmmError(AgentError):
     """The virtual machine monitor could not start, stopped, or refused a command."""
 
     default_reason = "VMM_ERROR"
+
+
+class VmmUnsupported(VmmError):
+    """The virtual machine monitor, as it is set up here, cannot do that."""
+
+    default_reason = "VMM_UNSUPPORTED"
 
 
 class HostError(AgentError):

@@ -38,15 +38,21 @@ class State(StrEnum):
 
     CREATING = "creating"
     RUNNING = "running"
+    PAUSED = "paused"  # its CPUs stand still
+    SUSPENDED = "suspended"  # it is on the disk alone
     FAILED = "failed"
+    LOST = "lost"
     DELETING = "deleting"
     DELETED = "deleted"
 
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.CREATING: frozenset({State.RUNNING, State.FAILED, State.DELETING}),
-    State.RUNNING: frozenset({State.FAILED, State.DELETING}),
+    State.RUNNING: frozenset({State.PAUSED, State.SUSPENDED, State.FAILED, State.LOST, State.DELETING}),
+    State.PAUSED: frozenset({State.RUNNING, State.SUSPENDED, State.FAILED, State.LOST, State.DELETING}),
+    State.SUSPENDED: frozenset({State.RUNNING, State.FAILED, State.LOST, State.DELETING}),
     State.FAILED: frozenset({State.DELETING}),
+    State.LOST: frozenset({State.DELETING}),
     State.DELETING: frozenset({State.DELETED}),
     State.DELETED: frozenset(),
 }
@@ -56,11 +62,13 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 class Lifetime:
     """How long a sandbox lives: until `duration_s` after its creation, or as long as a lease is kept alive.
 
-    Both None: until it is deleted. A lease lapses `lease_s` after the last KeepAlive message.
+    Both None: until it is deleted. A lease lapses `lease_s` after the last KeepAlive message. Besides, it ends once
+    nobody has used it for `idle_s`.
     """
 
     duration_s: float | None = None
     lease_s: float | None = None
+    idle_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,14 @@ class Paths:
         """The sandbox's own writable disk."""
         return self.sandbox_state(sandbox_id) / "data.img"
 
+    def memory(self, sandbox_id: str) -> Path:
+        """What a suspended sandbox has of its VM: a directory."""
+        return self.sandbox_state(sandbox_id) / "memory"
+
+    def forks(self, sandbox_id: str) -> Path:
+        """Holds what forks of a sandbox that are under way are made of; nothing in it outlives the agent."""
+        return self.sandbox_state(sandbox_id) / "forks"
+
     def empty_slot(self, sandbox_id: str, number: int) -> Path:
         """What a VM has in a place for a volume that it does not have."""
         return self.sandbox_state(sandbox_id) / f"slot{number}.img"

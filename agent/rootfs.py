@@ -153,6 +153,23 @@ class ImageStore:
         self._parsed = {**{p: entry for p, entry in self._parsed.items() if p.exists()}, path: (stamp, image)}
         return image
 
+    def get_build(self, name: str, digest: str) -> Image:
+        """Returns the build of an image that has this digest, which may not be the present one.
+
+        :raises NotFound: it is not there any more. :raises HostError: it is damaged.
+        """
+        builds = [self._dir / name, *sorted((self._dir / ".store").glob(f"{name}{_ENTRY_SUFFIX}"))]
+        for path in builds:
+            try:
+                image = parse_manifest((path / "manifest.json").read_bytes(), path.resolve())
+            except OSError:
+                continue
+            if image.digest == digest:
+                return image
+        raise NotFound(
+            f"the build of image {name} that this sandbox was made from is not there any more", reason="IMAGE_NOT_FOUND"
+        )
+
     def verify(self, image: Image) -> None:
         """Ensures that every file of an image still has the digest that its manifest states.
 

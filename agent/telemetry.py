@@ -57,6 +57,10 @@ EGRESS_DENIALS = Counter(
 RECONCILED = Counter(
     "sandboxd_reconciled", "What a starting agent found of an earlier one", ["kind"], registry=registry
 )
+STATE_REBUILT = Counter(
+    "sandboxd_state_rebuilt", "Damaged state files that were rebuilt from the sandboxes' directories", registry=registry
+)
+DRAINING = Gauge("sandboxd_draining", "1 while the node takes no sandboxes", registry=registry)
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("sandboxd")
 tracer = trace.get_tracer("sandboxd")

@@ -129,6 +129,19 @@ class Identity:
         reactor.spawn(_say_configured())
         return {"phases": phases}
 
+    async def refresh(self, call: Call) -> dict[str, object]:
+        """sys.refresh: {"entropy", "time_ns"} after the guest stood still; with names, it is another one now."""
+        if not self.configured:
+            raise CallError("STATE", "the sandbox is not configured yet", "NOT_CONFIGURED")
+        try:
+            _entropy(call.req)
+            _clock(call.req)
+            if call.req.get("hostname"):
+                _names(call.req)
+        except OSError as error:
+            raise CallError("INTERNAL", f"refreshing the guest: {error}") from error
+        return {}
+
     async def clock(self, call: Call) -> dict[str, object]:
         """sys.clock: sets the wall clock."""
         _clock(call.req)

@@ -60,6 +60,7 @@ class System:
             "sys.hello": self.hello,
             "sys.prepare": self.prepare.prepare,
             "sys.configure": self.identity.configure,
+            "sys.refresh": self.identity.refresh,
             "sys.clock": self.identity.clock,
             "sys.trust": self.trust.trust,
             "sys.mount": self.mount,

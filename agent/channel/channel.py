@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,6 +22,7 @@ _RESYNC_INTERVAL_S = 1.0
 _PING_INTERVAL_S = 5.0
 _PING_TIMEOUT_S = 30.0
 _MAX_NOISE_BYTES = 64 << 20
+_OWN_CALLS = "sys."
 
 
 async def handshake(sock: socket.socket, *, fresh: bool) -> bytes:
@@ -67,6 +69,8 @@ class Channel:
 
     def __init__(self, link: LinkProtocol) -> None:
         self._link = link
+        self._open_calls = 0
+        self._last_use = time.monotonic()
         self._ping_task = asyncio.create_task(self._keep_alive())
 
     @classmethod
@@ -88,6 +92,23 @@ class Channel:
             except YamuxError as error:
                 link.fail(f"the guest broke the protocol: {error}")
         return cls(link)
+
+    def idle_s(self) -> float:
+        """Returns the seconds since the last call of a client ended; 0 while one is open."""
+        return 0.0 if self._open_calls else time.monotonic() - self._last_use
+
+    @contextlib.contextmanager
+    def _used_by(self, op: str) -> Iterator[None]:
+        """Counts a call as use, unless it is the agent's own."""
+        if op.startswith(_OWN_CALLS):
+            yield
+            return
+        self._open_calls += 1
+        try:
+            yield
+        finally:
+            self._open_calls -= 1
+            self._last_use = time.monotonic()
 
     @property
     def lost(self) -> asyncio.Future[GuestUnreachable]:
@@ -128,7 +149,8 @@ class Channel:
                 raise InvalidSpec(
                     f"the request is too large: {error}; make it smaller", reason="REQUEST_TOO_LARGE"
                 ) from None
-            yield stream
+            with self._used_by(op):
+                yield stream
         finally:
             stream.end()
 

@@ -17,6 +17,7 @@ from agent.cli import (
     ports,
     process,
     sandbox,
+    standing,
     template,
     token,
     top,
@@ -68,8 +69,13 @@ add_command(app, logs.logs)
 add_command(app, ports.port_forward, "port-forward")
 add_command(app, sandbox.rm)
 add_command(app, sandbox.update)
+add_command(app, standing.pause)
+add_command(app, standing.resume)
+add_command(app, standing.fork)
 add_command(app, top.top)
 add_command(app, node.node)
+add_command(app, node.drain)
+add_command(app, node.undrain)
 add_command(images, image.ls)
 add_command(images, image.build)
 add_command(images, image.inspect)

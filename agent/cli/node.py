@@ -57,6 +57,37 @@ def _row(name: str, resource: Resource, shown: Callable[[int], str]) -> tuple[st
     return (name, *(shown(value) for value in values))
 
 
+async def drain(
+    evict_after: Annotated[
+        float | None, typer.Option(parser=text.duration_option, metavar="TIME", help="Delete what is left then.")
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until the node is empty.")] = False,
+) -> None:
+    """Take no more sandboxes, and wait until those that are there have ended; Ctrl-C ends only the waiting."""
+    from sandboxd.v1 import node_pb2
+
+    request = node_pb2.DrainNodeRequest()
+    if evict_after is not None:
+        request.evict_after.FromMicroseconds(round(evict_after * 1e6))
+    async with connected() as api:
+        async for progress in api.nodes.DrainNode(request):
+            if output.json_wanted():
+                output.emit(output.to_json(progress))
+            else:
+                when = f", deleted in {output.until(progress.evict_time)}" if progress.HasField("evict_time") else ""
+                output.say(f"{progress.remaining} sandboxes left{when}")
+            if no_wait:
+                return
+
+
+async def undrain() -> None:
+    """Take sandboxes again."""
+    from sandboxd.v1 import node_pb2
+
+    async with connected() as api:
+        _show(await api.nodes.UndrainNode(node_pb2.UndrainNodeRequest()))
+
+
 async def version() -> None:
     """Show the version of this command, and of the daemon if one answers."""
     from importlib.metadata import version as installed_version

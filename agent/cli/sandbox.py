@@ -66,6 +66,10 @@ async def create(
         float | None,
         typer.Option(parser=text.duration_option, metavar="TIME", help="Keep it until Ctrl-C; lapses so long after."),
     ] = None,
+    idle_timeout: Annotated[
+        float | None,
+        typer.Option(parser=text.duration_option, metavar="TIME", help="Deleted once nobody has used it so long."),
+    ] = None,
     request_id: Annotated[str, typer.Option(help="Makes a repeated create find the first one's sandbox.")] = "",
     allow: network.Allow = None,
     no_network: network.NoNetwork = False,
@@ -80,6 +84,8 @@ async def create(
     labels = text.pairs(label or (), "--label")
     request = _create_request(image, vcpus, memory, disk, variables, labels, lifetime, lease, request_id)
     request.tenant = tenant
+    if idle_timeout is not None:
+        request.lifetime.idle_timeout.FromMicroseconds(round(idle_timeout * 1e6))
     if (policy := network.policy(allow, nothing=no_network, inspect=inspect)) is not None:
         request.network.CopyFrom(policy)
     for name, message in network.secrets(secret).items():

@@ -24,6 +24,9 @@ STATES = {
     State.CREATING: sandbox_pb2.Sandbox.STATE_CREATING,
     State.RUNNING: sandbox_pb2.Sandbox.STATE_RUNNING,
     State.FAILED: sandbox_pb2.Sandbox.STATE_FAILED,
+    State.LOST: sandbox_pb2.Sandbox.STATE_LOST,
+    State.PAUSED: sandbox_pb2.Sandbox.STATE_PAUSED,
+    State.SUSPENDED: sandbox_pb2.Sandbox.STATE_SUSPENDED,
     State.DELETING: sandbox_pb2.Sandbox.STATE_DELETING,
     State.DELETED: sandbox_pb2.Sandbox.STATE_DELETED,
 }
@@ -65,12 +68,14 @@ def duration(seconds: float) -> Duration:
 
 def lifetime_from(message: sandbox_pb2.Lifetime) -> Lifetime:
     """Returns the lifetime that a message asks for."""
-    kind = message.WhichOneof("kind")
-    if kind == "duration":
-        return Lifetime(duration_s=message.duration.seconds + message.duration.nanos / 1e9)
-    if kind == "lease":
-        return Lifetime(lease_s=message.lease.seconds + message.lease.nanos / 1e9)
-    return Lifetime()
+    duration_s = _seconds(message.duration) if message.HasField("duration") else None
+    lease_s = _seconds(message.lease) if message.HasField("lease") else None
+    idle_s = _seconds(message.idle_timeout) if message.HasField("idle_timeout") else None
+    return Lifetime(duration_s, lease_s, idle_s)
+
+
+def _seconds(value: Duration) -> float:
+    return value.seconds + value.nanos / 1e9
 
 
 def net_from(message: sandbox_pb2.NetworkPolicy, tenant: str) -> NetSpec:
@@ -120,13 +125,15 @@ def sandbox(record: Record, region: str) -> sandbox_pb2.Sandbox:
         create_time=timestamp(record.create_time), error=record.error, vmm=record.vmm, region=region,
         phases=[sandbox_pb2.Phase(name=name, duration=duration(seconds)) for name, seconds in record.phases],
         network=_network(record.net), tenant=record.net.tenant, denials=record.denials,
-        root=record.spec.root, volumes=dict(record.spec.volumes),
+        root=record.spec.root, volumes=dict(record.spec.volumes), parent=record.parent,
         secrets={secret.name: _secret_info(secret) for secret in record.secrets},
     )  # fmt: skip
     if spec.lifetime.duration_s is not None:
         message.lifetime.duration.CopyFrom(duration(spec.lifetime.duration_s))
     if spec.lifetime.lease_s is not None:
         message.lifetime.lease.CopyFrom(duration(spec.lifetime.lease_s))
+    if spec.lifetime.idle_s is not None:
+        message.lifetime.idle_timeout.CopyFrom(duration(spec.lifetime.idle_s))
     if record.expire_time is not None:
         message.expire_time.CopyFrom(timestamp(record.expire_time))
     return message
@@ -181,7 +188,7 @@ def node(info: NodeInfo, images: list[Image], version: str) -> node_pb2.Node:
     return node_pb2.Node(
         name=info.name, version=version, region=info.region,
         state=node_pb2.Node.STATE_DRAINING if info.draining else node_pb2.Node.STATE_READY,
-        state_reason="the agent is stopping" if info.draining else "",
+        state_reason=info.draining,
         vmm=info.vmm.name, vmm_version=info.vmm.version, accelerator=info.vmm.accelerator, vmm_reason=info.vmm.reason,
         cpu_millis=_resource(info.cpu), memory_bytes=_resource(info.memory), disk_bytes=_resource(info.disk),
         sandboxes=_resource(info.sandboxes), images=[image(value) for value in images], labels=info.labels,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
@@ -49,6 +50,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
                 changed.set()
 
         listener = asyncio.create_task(listen())
+        self._manager.node.on_change.add(changed.set)
         try:
             while True:
                 changed.clear()
@@ -57,9 +59,31 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
                     await asyncio.wait_for(changed.wait(), interval)
                 await asyncio.sleep(_SETTLE_S)
         finally:
+            self._manager.node.on_change.discard(changed.set)
             listener.cancel()
             with contextlib.suppress(asyncio.CancelledError, WatcherTooSlowError):
                 await listener
+
+    async def DrainNode(  # noqa: N802
+        self, request: pb.DrainNodeRequest, context: Context
+    ) -> AsyncIterator[pb.DrainProgress]:
+        """See node.proto."""
+        evict_after_s = None
+        if request.HasField("evict_after"):
+            evict_after_s = request.evict_after.seconds + request.evict_after.nanos / 1e9
+            if evict_after_s < 0:
+                raise InvalidSpec("evict_after must not be negative")
+        await self._manager.drain.begin(evict_after_s)
+        async for progress in self._manager.drain.progress():
+            message = pb.DrainProgress(remaining=progress.remaining)
+            if progress.evict_in_s is not None:
+                message.evict_time.CopyFrom(convert.timestamp(time.time() + progress.evict_in_s))
+            yield message
+
+    async def UndrainNode(self, request: pb.UndrainNodeRequest, context: Context) -> pb.Node:  # noqa: N802
+        """See node.proto."""
+        await self._manager.drain.end()
+        return await self._node()
 
 
 class ImageService(node_pb2_grpc.ImageServiceServicer):

@@ -18,7 +18,7 @@ from agent.rpc import convert
 from agent.sandbox.manager import Manager
 from agent.sandbox.policy_change import PolicyChange
 from agent.sandbox.record import Record
-from agent.sandbox.spec import complete
+from agent.sandbox.spec import check_lifetime, check_request_id, complete
 from agent.sandbox.volumes import SNAPSHOT, VOLUME, Volume
 from sandboxd.v1 import sandbox_pb2 as pb
 from sandboxd.v1 import sandbox_pb2_grpc
@@ -136,6 +136,28 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             if not request.allow_missing:
                 raise
         return pb.DeleteSandboxResponse()
+
+    async def PauseSandbox(self, request: pb.PauseSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
+        """See sandbox.proto."""
+        return self._message(await self._manager.pause(request.id, to_disk=request.to_disk))
+
+    async def ResumeSandbox(self, request: pb.ResumeSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
+        """See sandbox.proto."""
+        return self._message(await self._manager.resume(request.id))
+
+    async def ForkSandbox(  # noqa: N802
+        self, request: pb.ForkSandboxRequest, context: Context
+    ) -> pb.ForkSandboxResponse:
+        """See sandbox.proto."""
+        lifetime = None
+        if request.HasField("lifetime"):
+            lifetime = convert.lifetime_from(request.lifetime)
+            check_lifetime(lifetime)
+        check_request_id(request.request_id, 120)
+        records = await self._manager.fork(
+            request.id, request.count or 1, labels=request.labels, lifetime=lifetime, request_id=request.request_id
+        )
+        return pb.ForkSandboxResponse(sandboxes=[self._message(record) for record in records])
 
     async def KeepAlive(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.KeepAliveRequest], context: Context

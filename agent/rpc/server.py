@@ -54,6 +54,7 @@ class ApiServer:
 
     def __init__(self, settings: Settings, manager: Manager) -> None:
         self._settings = settings
+        self.manager = manager
         self._paths = Paths.of(settings)
         self._server = grpc.aio.server(interceptors=[Interceptor()], options=_OPTIONS)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it

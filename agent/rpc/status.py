@@ -33,6 +33,7 @@ CODES: dict[type[AgentError], grpc.StatusCode] = {
     errors.GuestError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.GuestUnreachable: grpc.StatusCode.UNAVAILABLE,
     errors.VmmError: grpc.StatusCode.INTERNAL,
+    errors.VmmUnsupported: grpc.StatusCode.UNIMPLEMENTED,
     errors.HostError: grpc.StatusCode.INTERNAL,
     errors.ImageDamaged: grpc.StatusCode.DATA_LOSS,
     WatcherTooSlowError: grpc.StatusCode.OUT_OF_RANGE,

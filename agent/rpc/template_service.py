@@ -53,7 +53,7 @@ class TemplateService(node_pb2_grpc.TemplateServiceServicer):
             lifetime=Lifetime(), request_id="",
         )  # fmt: skip
         image = self._manager.fitting_image(spec)
-        self._manager.node.admit(spec, ())  # whether a sandbox of this size could ever run here
+        self._manager.node.admit([spec], ())  # whether a sandbox of this size could ever run here
         return convert.template(await templates.get(image, spec.vcpu_count, spec.memory_bytes))
 
     async def DeleteTemplate(  # noqa: N802

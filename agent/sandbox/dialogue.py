@@ -7,6 +7,7 @@ import base64
 import contextlib
 import os
 import time
+from typing import TYPE_CHECKING
 
 from agent.channel.channel import Channel
 from agent.errors import AgentError, DeadlineExceeded, GuestUnreachable, InvalidState, VmmError
@@ -16,6 +17,9 @@ from agent.sandbox.record import Record
 from agent.sandbox.shape import DATA_DISK
 from agent.telemetry import note_phase
 from agent.vmm.api import Vm
+
+if TYPE_CHECKING:
+    from agent.sandbox.machine import Machine
 
 _FIRST_REDIAL_S, _LAST_REDIAL_S = 0.002, 0.05
 _CONSOLE_TAIL_BYTES = 4000  # a panic says why before its registers and call trace
@@ -88,18 +92,29 @@ async def configure(channel: Channel, record: Record, timeout_s: float) -> None:
     _note_phases(result.get("phases"))
 
 
+async def refresh(channel: Channel, timeout_s: float, hostname: str = "") -> None:
+    """Brings a guest that stood still to now: fresh entropy and the time. :raises AgentError:
+
+    :param hostname: of a copy, which gets an identity of its own; "" leaves it as it is.
+    """
+    identity = {"hostname": hostname, "machine_id": os.urandom(16).hex()} if hostname else {}
+    entropy = base64.b64encode(os.urandom(64)).decode()
+    await channel.call("sys.refresh", timeout_s=timeout_s, entropy=entropy, time_ns=time.time_ns(), **identity)
+    await set_clock(channel, timeout_s)
+
+
 async def mount(channel: Channel, serial: str, path: str, size_bytes: int, timeout_s: float) -> None:
     """Mounts a volume in the guest. :raises AgentError:"""
     await channel.call("sys.mount", timeout_s=timeout_s, serial=serial, path=path, bytes=size_bytes)
 
 
-async def sync(channel: Channel) -> None:
+async def sync(machine: Machine) -> None:
     """Has the guest write to its disks what it holds; best effort: a guest that does not answer keeps its loss.
 
     Before the end of a sandbox with volumes.
     """
     with contextlib.suppress(AgentError):
-        await channel.call("sys.sync", timeout_s=_SYNC_TIMEOUT_S)
+        await machine.channel.call("sys.sync", timeout_s=_SYNC_TIMEOUT_S)
 
 
 async def set_clock(channel: Channel, timeout_s: float) -> None:

@@ -13,15 +13,20 @@ from agent.sandbox.record import Record
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A sandbox in memory. `creating` and `deleting` are the tasks that do so, for everyone to await."""
+    """A sandbox in memory. `creating` and `deleting` are the tasks that do so, for everyone to await.
+
+    :param working: the tasks that change it.
+
+    :param sweep: what it has on the host must be looked for by its name: no machine knows all of it.
+    """
 
     record: Record
     machine: Machine | None = None
     creating: asyncio.Task[None] | None = None
     deleting: asyncio.Task[None] | None = None
     monitor: asyncio.Task[None] | None = None
-    expiry: asyncio.TimerHandle | None = None
-    half_removed: bool = False
+    working: set[asyncio.Task[None]] = field(default_factory=set)
+    sweep: bool = False
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the template of an adopted one
 

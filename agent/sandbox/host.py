@@ -53,6 +53,9 @@ class Network(Protocol):
         Returns the values that there were before. :raises HostError:
         """
 
+    async def inherit(self, sandbox_id: str, parent: str) -> None:
+        """Keeps for a fork what `hold` keeps for its parent. :raises HostError:"""
+
     def fingerprint(self, values: Mapping[str, str]) -> str:
         """Returns what tells these values of secrets from others, and nothing about them without the node's key."""
 
@@ -81,24 +84,32 @@ class Host:
     volumes: Volumes
 
 
-async def make_directories(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
-    """Makes run and state directory; `stack` removes them. :raises HostError:
+def make_run_directory(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
+    """Makes the directory for sockets and logs; `stack` removes it. :raises HostError:"""
+    _make_directory(host.paths.sandbox_run(sandbox_id), stack)
+
+
+def make_state_directory(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
+    """Makes the directory for the disk; `stack` removes it. :raises HostError:
 
     The way to the disk is open to the group of a VMM that is another user.
     """
-    for path in (host.paths.sandbox_run(sandbox_id), host.paths.sandbox_state(sandbox_id)):
-        try:
-            path.mkdir(mode=0o700, parents=True)
-        except OSError as error:
-            raise HostError(f"cannot make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
-        stack.push_async_callback(asyncio.to_thread, remove_tree, path)
+    state = host.paths.sandbox_state(sandbox_id)
+    _make_directory(state, stack)
     if host.settings.vmm.uid:
-        state = host.paths.sandbox_state(sandbox_id)
         try:
             os.chown(state, -1, host.settings.vmm.gid)
             state.chmod(0o710)
         except OSError as error:
             raise HostError(f"cannot give {state} to vmm.gid: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+
+
+def _make_directory(path: Path, stack: AsyncExitStack) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise HostError(f"cannot make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+    stack.push_async_callback(asyncio.to_thread, remove_tree, path)
 
 
 def make_slots(host: Host, sandbox_id: str, count: int) -> None:
@@ -133,17 +144,29 @@ def kill_strays(host: Host, sandbox_id: str) -> int:
 
 async def remove(host: Host, sandbox_id: str) -> int:
     """Removes all that a sandbox has on this host, by its name alone; returns how many processes it ended."""
+    async with AsyncExitStack() as stack:
+        push_state_removal(host, sandbox_id, stack)
+        return await remove_volatile(host, sandbox_id)
+    raise AssertionError("unreachable: nothing above suppresses exceptions")
+
+
+async def remove_volatile(host: Host, sandbox_id: str) -> int:
+    """Removes all but what is on its disk; returns how many processes it ended."""
     strays = await asyncio.to_thread(kill_strays, host, sandbox_id)
     async with AsyncExitStack() as stack:
-        push_removal(host, sandbox_id, stack)
+        push_volatile_removal(host, sandbox_id, stack)
     return strays
 
 
-def push_removal(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
-    """Makes `stack` remove all that a sandbox has on the host besides its VM; absence is success."""
-    for path in (host.paths.sandbox_run(sandbox_id), host.paths.sandbox_state(sandbox_id)):
-        stack.push_async_callback(asyncio.to_thread, remove_tree, path)
+def push_volatile_removal(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
+    """Makes `stack` remove all that a sandbox has besides VM and disk; absence is success."""
+    stack.push_async_callback(asyncio.to_thread, remove_tree, host.paths.sandbox_run(sandbox_id))
     stack.push_async_callback(host.network.remove, sandbox_id)
+
+
+def push_state_removal(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
+    """Makes `stack` remove what a sandbox has on the disk; absence is success."""
+    stack.push_async_callback(asyncio.to_thread, remove_tree, host.paths.sandbox_state(sandbox_id))
 
 
 def remove_tree(path: Path) -> None:

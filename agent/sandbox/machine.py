@@ -1,195 +1,112 @@
-"""The running half of a sandbox: its host resources, its VM, its link. Made by numbered steps, unmade in reverse."""
+"""The running half of a sandbox: its VM, its link, its host resources."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 from agent.channel.channel import Channel
-from agent.errors import AgentError, DeadlineExceeded, GuestUnreachable, VmmError
-from agent.rootfs import Image
+from agent.errors import AgentError, InvalidState
+from agent.model import State
 from agent.sandbox import dialogue
-from agent.sandbox.host import Host, make_directories, make_slots, push_removal
+from agent.sandbox.host import Host, push_state_removal, push_volatile_removal
 from agent.sandbox.record import Record
-from agent.sandbox.shape import Disks, shape_of, vm_spec, volume_serial
-from agent.sandbox.template_files import Template
-from agent.sandbox.templates import Templates
-from agent.sandbox.volumes import is_snapshot
-from agent.telemetry import CLONE_RETRIES, log, step
-from agent.vmm.api import MemoryFile, Vm, VmSpec
-from agent.waiting import to_the_end
-
-_CLONE_ATTEMPTS = 3
-_DISKS_OF_ALL = 2  # root and data
-# What the VMM says when a template's device state is of no use, rather than the clone's bad luck.
-_BAD_TEMPLATE = frozenset({"VMM_NOT_STARTED", "SNAPSHOT_FAILED"})
+from agent.telemetry import log
+from agent.vmm.api import Vm
 
 
 class Machine:
-    """A VM that answers. `channel` changes when the link is dropped and dialled again."""
+    """A VM that answers, or one that stands still. `channel` changes when the link is dropped and dialled again.
 
-    def __init__(self, vm: Vm, channel: Channel, resources: AsyncExitStack) -> None:
+    :param channel: None if it stands still.
+    :param volatile: removes what goes with the VM. :param lasting: removes what is on the disk.
+    """
+
+    def __init__(self, vm: Vm, channel: Channel | None, volatile: AsyncExitStack, lasting: AsyncExitStack) -> None:
         self.vm = vm
         self._channel = channel
-        self._resources = resources
+        self._volatile = volatile
+        self._lasting = lasting
 
     @property
     def channel(self) -> Channel:
-        """The link as it is now; calls on a lost one raise GuestUnreachable."""
+        """The link as it is now; calls on a lost one raise GuestUnreachable. :raises InvalidState: it stands still."""
+        if self._channel is None:
+            raise InvalidState("the sandbox is paused; resume it first", reason="SANDBOX_NOT_RUNNING")
         return self._channel
+
+    def idle_s(self) -> float:
+        """Returns for how long nobody has used the guest; 0 while a call is open."""
+        return 0.0 if self._channel is None else self._channel.idle_s()
 
     async def relink(self, timeout_s: float) -> None:
         """Dials again after the link was lost. :raises AgentError: no answer in time, or the VM ended."""
-        await self._channel.aclose()
+        await self._unlink()
         self._channel = await dialogue.connect(self.vm, fresh=False, timeout_s=timeout_s)
+
+    async def _unlink(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.aclose()
+
+    async def stand_still(self) -> None:
+        """Ends all calls and stops the VM's CPUs. :raises VmmError:"""
+        await self._unlink()
+        await self.vm.pause()
+
+    async def go_on(self, timeout_s: float, hostname: str = "") -> None:
+        """Lets the CPUs go on, dials, and brings the guest to now, as a copy under a name of its own.
+
+        :raises AgentError:
+        """
+        await self.vm.resume()
+        await self.relink(timeout_s)
+        await dialogue.refresh(self.channel, timeout_s, hostname)
+
+    async def save(self, directory: Path) -> None:
+        """Ends all calls, stops the CPUs, and writes all of the VM into a directory. :raises VmmError:"""
+        await self._unlink()
+        await self.vm.save(directory)
 
     async def aclose(self) -> None:
         """Ends the VM and removes every resource. Runs every step even if some fail; idempotent."""
-        await self._channel.aclose()
-        await self._resources.aclose()
+        async with self._lasting:
+            await self.vanish()
+
+    async def vanish(self) -> None:
+        """Ends the VM, and removes all but what is on the disk. Idempotent."""
+        await self._unlink()
+        await self._volatile.aclose()
 
     async def detach(self) -> None:
         """Leaves VM and resources to the next agent."""
-        await self._channel.aclose()
-        self._resources.pop_all()
-
-
-class Boot:
-    """One create: the steps from a record to a machine.
-
-    :param save: writes the record; called once it says how to find the VM again.
-    """
-
-    def __init__(
-        self, host: Host, templates: Templates | None, record: Record, image: Image, save: Callable[[], Awaitable[None]]
-    ) -> None:
-        self._host = host
-        self._templates = templates
-        self._record = record
-        self._image = image
-        self._save = save
-
-    async def run(self) -> Machine:
-        """Makes the resources of the record in order and returns a machine that is configured.
-
-        :raises AgentError: a step failed; nothing is left, and the message ends with the last lines of the console.
-        """
-        async with AsyncExitStack() as stack:
-            with step("directories"):
-                await make_directories(self._host, self._record.id, stack)
-            await self._host.network.make(self._record, stack)
-            if self._templates is None:
-                vm, channel = await self._start(stack, await self._cold(), None)
-            else:
-                vm, channel = await self._clone(stack, self._templates)
-            return Machine(vm, channel, stack.pop_all())
-        raise AssertionError("unreachable: nothing above suppresses exceptions")
-
-    async def _cold(self) -> VmSpec:
-        spec = self._record.spec
-        vmm = await self._host.driver.probe()
-        volumes = len(spec.volumes)
-        shape = shape_of(self._host.settings, self._image, spec.vcpu_count, spec.memory_bytes, vmm, volumes)
-        return vm_spec(self._host.settings, self._host.paths, self._record.id, shape, self._image, disks=self._disks())
-
-    def _disks(self) -> Disks:
-        spec, volumes = self._record.spec, self._host.volumes
-        root = volumes.disk(spec.root) if spec.root and not is_snapshot(spec.root) else None
-        return Disks(root, tuple(volumes.disk(volume) for _, volume in spec.volumes))
-
-    async def _clone(self, stack: AsyncExitStack, templates: Templates) -> tuple[Vm, Channel]:
-        """Restores a template; a clone that fails to answer is ended, and another one tried."""
-        attempt = 0
-        while True:
-            attempt += 1
-            with step("template"):
-                spec = self._record.spec
-                template = await templates.get(self._image, spec.vcpu_count, spec.memory_bytes, len(spec.volumes))
-            async with AsyncExitStack() as trial:
-                trial.enter_context(templates.hold(template.digest))
-                try:
-                    vm, channel = await self._start(trial, self._restored(template), template)
-                except (VmmError, DeadlineExceeded, GuestUnreachable) as error:
-                    if attempt == _CLONE_ATTEMPTS:
-                        raise
-                    CLONE_RETRIES.labels(error.reason).inc()
-                    log.warning("a clone failed; trying again", sandbox_id=self._record.id, reason=error.message)
-                    if error.reason in _BAD_TEMPLATE:
-                        templates.refuse(template, error.message)
-                    continue
-                self._record.template = template.digest
-                stack.push_async_callback(trial.pop_all().aclose)
-                return vm, channel
-
-    def _restored(self, template: Template) -> VmSpec:
-        memory = MemoryFile(template.ram, private=True)
-        host = self._host
-        return vm_spec(
-            host.settings, host.paths, self._record.id, template.shape, self._image, memory, template.vmm, self._disks()
-        )
-
-    async def _start(self, stack: AsyncExitStack, spec: VmSpec, template: Template | None) -> tuple[Vm, Channel]:
-        """Starts the VM on a fresh disk and makes its guest this sandbox."""
-        settings = self._host.settings
-        with step("disk"):
-            await self._make_disk(stack)
-            make_slots(self._host, self._record.id, len(spec.disks) - _DISKS_OF_ALL)
-        with step("vmm.start" if template is None else "vmm.restore"):
-            vm = await self._host.driver.start(spec)
-            stack.push_async_callback(vm.stop)
-        with step("token"):
-            self._record.token = dict(vm.resume_token)
-            await self._save()
-        timeout_s = settings.sandbox.boot_timeout_s if template is None else settings.templates.clone_timeout_s
-        try:
-            with step("guest.boot" if template is None else "guest.answer"):
-                channel = await dialogue.connect(vm, fresh=True, timeout_s=timeout_s)
-            stack.push_async_callback(channel.aclose)
-            with step("guest.configure"):
-                await dialogue.configure(channel, self._record, timeout_s)
-            for number, (path, volume) in enumerate(self._record.spec.volumes):
-                with step("guest.mount"):
-                    size = self._host.volumes.capacity(volume)
-                    await dialogue.mount(channel, volume_serial(number), path, size, timeout_s)
-            if (order := await self._host.network.trust(self._record)) is not None:
-                with step("guest.trust"):
-                    await channel.call("sys.trust", timeout_s=timeout_s, **order)
-            with step("guest.clock_sync"):
-                await dialogue.set_clock(channel, timeout_s)
-        except AgentError as error:
-            error.message += dialogue.console_note(vm)
-            error.args = (error.message,)
-            raise
-        return vm, channel
-
-    async def _make_disk(self, stack: AsyncExitStack) -> None:
-        """Makes the writable disk, unless it is a volume: a fresh one, or a copy of a snapshot."""
-        spec, disk = self._record.spec, self._host.paths.disk(self._record.id)
-        if spec.root and not is_snapshot(spec.root):
-            return
-        stack.callback(disk.unlink, missing_ok=True)
-        if spec.root:
-            await to_the_end(self._host.volumes.copy(spec.root, disk))
-        else:
-            await to_the_end(self._host.disks.make_disk(disk, spec.disk_bytes))
+        await self._unlink()
+        self._volatile.pop_all()
+        self._lasting.pop_all()
 
 
 async def adopt(host: Host, record: Record) -> Machine | None:
-    """Returns the machine that an earlier agent left running, or None; then its resources are gone."""
-    async with AsyncExitStack() as stack:
-        push_removal(host, record.id, stack)
+    """Returns the machine that an earlier agent left running or paused, or None; then its resources are gone."""
+    async with AsyncExitStack() as lasting, AsyncExitStack() as volatile:
+        push_state_removal(host, record.id, lasting)
+        push_volatile_removal(host, record.id, volatile)
         vm = await host.driver.adopt(record.id, host.paths.sandbox_run(record.id), record.token)
         if vm is None:
             return None
-        stack.push_async_callback(vm.stop)
+        volatile.push_async_callback(vm.stop)
         try:
             await host.network.adopt(record)
+            if record.state is State.PAUSED:
+                await vm.pause()
+                return Machine(vm, None, volatile.pop_all(), lasting.pop_all())
+            await vm.resume()  # an agent may have died while it had it stand still
             channel = await dialogue.connect(vm, fresh=False, timeout_s=host.settings.sandbox.relink_timeout_s)
             hello = await channel.call("sys.hello")
         except AgentError as error:
             log.warning("a running VM does not answer", sandbox_id=record.id, error=error.message)
             return None
         if not hello.get("configured"):
+            await channel.aclose()
             return None
-        return Machine(vm, channel, stack.pop_all())
+        return Machine(vm, channel, volatile.pop_all(), lasting.pop_all())
     raise AssertionError("unreachable: nothing above suppresses exceptions")

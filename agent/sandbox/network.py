@@ -150,6 +150,10 @@ class SandboxNetwork:
             await self._vault.put(record.id, Held(kept, ca))
         return dict(held.values)
 
+    async def inherit(self, sandbox_id: str, parent: str) -> None:
+        """See `agent.sandbox.host.Network`."""
+        await self._vault.put(sandbox_id, await self._vault.get(parent))
+
     def fingerprint(self, values: Mapping[str, str]) -> str:
         """See `agent.sandbox.host.Network`."""
         return self._vault.fingerprint(values)

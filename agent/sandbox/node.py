@@ -6,14 +6,14 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from agent.config import Settings
-from agent.errors import ResourceExhausted
+from agent.errors import NodeDraining, ResourceExhausted
 from agent.model import SandboxSpec
 from agent.vmm.api import VmmInfo
 
@@ -43,7 +43,7 @@ class NodeInfo:
     start_time: float
     kernel: str
     cpu_model: str
-    draining: bool
+    draining: str  # why it takes no sandboxes, "" if it does
 
 
 class Node:
@@ -54,18 +54,30 @@ class Node:
         self._vmm = vmm
         self._start_time = time.time()
         self._cpu_model = _cpu_model()
-        self.draining = False
+        self.draining = ""
+        self.on_change: set[Callable[[], None]] = set()  # called when it begins or ends to take sandboxes
 
-    def admit(self, wanted: SandboxSpec, specs: Iterable[SandboxSpec]) -> None:
-        """:raises ResourceExhausted: it does not fit; the message says what lacks and how much."""
+    def set_draining(self, why: str) -> None:
+        """Takes no more sandboxes; "" takes them again."""
+        self.draining = why
+        for notify in self.on_change:
+            notify()
+
+    def admit(self, wanted: Sequence[SandboxSpec], specs: Iterable[SandboxSpec]) -> None:
+        """:raises ResourceExhausted: they do not fit; the message says what lacks and how much.
+
+        :raises NodeDraining:
+        """
+        if self.draining:
+            raise NodeDraining(f"this node takes no sandboxes ({self.draining}); try another")
         held = list(specs)
         info = self.describe(held)
         lacking = [
             f"{name}: {need} wanted, {max(0, resource.allocatable - resource.allocated)} left"
             for name, need, resource in (
-                ("sandboxes", 1, info.sandboxes),
-                ("cpu_millis", wanted.vcpu_count * 1000, info.cpu),
-                ("memory_bytes", wanted.memory_bytes, info.memory),
+                ("sandboxes", len(wanted), info.sandboxes),
+                ("cpu_millis", sum(spec.vcpu_count for spec in wanted) * 1000, info.cpu),
+                ("memory_bytes", sum(spec.memory_bytes for spec in wanted), info.memory),
             )
             if resource.allocated + need > resource.allocatable
         ]

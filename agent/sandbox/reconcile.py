@@ -56,16 +56,33 @@ async def _remove_orphan(host: Host, sandbox_id: str) -> str:
 
 async def _settle(host: Host, manager: Manager, store: Store, record: Record) -> str:
     """Returns what became of a recorded sandbox; one that is gone loses its record only after its resources."""
-    if record.state is State.RUNNING:
+    await asyncio.to_thread(resources.remove_tree, host.paths.forks(record.id))
+    if record.state in (State.RUNNING, State.PAUSED):
         adopted = await machine.adopt(host, record)
         if adopted is not None:
             manager.adopt(record, adopted)
             return "adopted"
-    else:
-        await _end(host, record)
+        return await _lose(host, manager, store, record, "its VM ended while no agent ran")
+    if record.state is State.SUSPENDED:
+        await resources.remove_volatile(host, record.id)  # of a resume that an agent did not live to see
+        if host.paths.memory(record.id).is_dir():
+            manager.keep_suspended(record)
+            return "suspended"
+        await resources.remove(host, record.id)
+        return await _lose(host, manager, store, record, "its saved memory is gone")
+    await _end(host, record)
     await host.network.release(record.id)
+    if record.state in (State.LOST, State.FAILED):
+        manager.keep_ended(record)
+        return "ended before"
     await store.delete(record.id)
     return "ended"
+
+
+async def _lose(host: Host, manager: Manager, store: Store, record: Record, why: str) -> str:
+    await host.network.release(record.id)
+    await manager.lose(record, "the node was restarted" if store.rebooted else why)
+    return "lost"
 
 
 async def _end(host: Host, record: Record) -> None:

@@ -15,9 +15,12 @@ from agent.model import TRANSITIONS, Lifetime, NetSpec, SandboxSpec, SecretSpec,
 class Record:
     """One sandbox. Times are seconds since 1970; `token` is what the VMM driver needs to adopt the VM.
 
+    `expire_uptime` is when it ends by the clock of `agent.sandbox.lifetimes.uptime`, if it is to live for so long
+    rather than until a time of day: `expire_time` then follows it.
     `slot` is its place in the pool of addresses, None if it has no way to the uplink. `net` and `secrets` are as they
     are now, while `spec` has what the create asked for. `denials` counts what it was not let do, by reason.
-    `fingerprint` stands for the values of the secrets that came with the create.
+    `fingerprint` stands for the values of the secrets that came with the create. `shape` has the fields of the VM's
+    `agent.sandbox.shape.Shape`. `parent` is the sandbox that a fork is a copy of.
     """
 
     id: str
@@ -27,11 +30,14 @@ class Record:
     labels: dict[str, str] = field(default_factory=dict)
     image_digest: str = ""
     expire_time: float | None = None
+    expire_uptime: float | None = None
     error: str = ""
     vmm: str = ""
     phases: list[tuple[str, float]] = field(default_factory=list)
     token: dict[str, str] = field(default_factory=dict)
     template: str = ""
+    shape: dict[str, Any] = field(default_factory=dict)
+    parent: str = ""
     slot: int | None = None
     net: NetSpec = field(default_factory=NetSpec)
     secrets: tuple[SecretSpec, ...] = ()

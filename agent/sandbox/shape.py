@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.config import Settings
-from agent.model import GUEST_MAC
+from agent.model import GUEST_MAC, SandboxSpec
 from agent.net import netns
 from agent.paths import Paths
 from agent.rootfs import Image
+from agent.sandbox.volumes import Volumes, is_snapshot
 from agent.vmm.api import DiskSpec, Limits, LinkKind, MemoryFile, NicSpec, VmmInfo, VmSpec
 
 DATA_DISK = "data"
@@ -58,6 +59,12 @@ class Disks:
 
 
 _NO_VOLUMES = Disks()
+
+
+def disks_of(volumes: Volumes, spec: SandboxSpec) -> Disks:
+    """Returns the disks of a sandbox that outlive it."""
+    root = volumes.disk(spec.root) if spec.root and not is_snapshot(spec.root) else None
+    return Disks(root, tuple(volumes.disk(volume) for _, volume in spec.volumes))
 
 
 def volume_serial(number: int) -> str:
@@ -129,5 +136,6 @@ def vm_spec(
         console_limit_bytes=vmm.console_limit_bytes,
         memory_file=memory_file,
         restore_from=restore_from,
+        save_root=paths.sandbox_state(sandbox_id),
         limits=Limits(sandbox.disk_bytes_per_s, sandbox.disk_operations_per_s, sandbox.net_bytes_per_s),
     )

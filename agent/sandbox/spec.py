@@ -28,7 +28,8 @@ _LABEL_KEY = re.compile(r"[a-zA-Z0-9._/-]{1,63}")
 _IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _OPEN = NetSpec()
-_REQUEST_ID = re.compile(r"[a-zA-Z0-9._-]{1,128}")
+_REQUEST_ID = re.compile(r"[a-zA-Z0-9._-]*")
+_MAX_REQUEST_ID = 128
 
 
 def check_env(env: Mapping[str, str]) -> None:
@@ -81,9 +82,16 @@ def check_lease_change(expire_time: float | None, *, leased: bool, clear: bool, 
         )
 
 
+def check_request_id(request_id: str, limit: int = _MAX_REQUEST_ID) -> None:
+    """:raises InvalidSpec: it is too long, or has letters that are not allowed."""
+    if len(request_id) > limit or _REQUEST_ID.fullmatch(request_id) is None:
+        raise InvalidSpec(f"request_id is not valid; use 1 to {limit} of a-z A-Z 0-9 . _ -")
+
+
 def check_lifetime(lifetime: Lifetime) -> None:
     """:raises InvalidSpec: a time under a second or over ten years."""
-    for name, seconds in (("duration", lifetime.duration_s), ("lease", lifetime.lease_s)):
+    given = {"duration": lifetime.duration_s, "lease": lifetime.lease_s, "idle_timeout": lifetime.idle_s}
+    for name, seconds in given.items():
         if seconds is not None and not 1 <= seconds <= MAX_LIFETIME_S:
             raise InvalidSpec(f"lifetime.{name} is {seconds:g} s; it must be from 1 s to ten years, or left out")
 
@@ -152,8 +160,7 @@ def complete(
     """Returns a valid specification; zeros become the node's defaults. :raises InvalidSpec:"""
     if _IMAGE_NAME.fullmatch(image) is None:
         raise InvalidSpec(f"image name {image[:80]!r} is not valid; list the images to see which there are")
-    if request_id and _REQUEST_ID.fullmatch(request_id) is None:
-        raise InvalidSpec("request_id is not valid; use 1 to 128 of a-z A-Z 0-9 . _ -")
+    check_request_id(request_id)
     vcpus = vcpu_count or limits.default_vcpus
     if not 1 <= vcpus <= limits.max_vcpus:
         raise InvalidSpec(f"vcpus is {vcpus}; it must be from 1 to {limits.max_vcpus}")

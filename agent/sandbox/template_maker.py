@@ -17,7 +17,7 @@ from agent.errors import AgentError, HostError, ResourceExhausted, VmmError
 from agent.model import new_sandbox_id
 from agent.rootfs import Image
 from agent.sandbox import dialogue, template_files
-from agent.sandbox.host import Host, make_directories, make_slots, remove_tree
+from agent.sandbox.host import Host, make_run_directory, make_slots, make_state_directory, remove_tree
 from agent.sandbox.shape import TEMPLATE_DISK_BYTES, Shape, vm_spec
 from agent.sandbox.template_files import Template
 from agent.sparse import NO_SPACE
@@ -84,7 +84,8 @@ async def _booted(
     """A VM with host resources of its own, under an id that a starting agent would clean up after, and its link."""
     sandbox_id = new_sandbox_id()
     async with AsyncExitStack() as stack:
-        await make_directories(host, sandbox_id, stack)
+        make_state_directory(host, sandbox_id, stack)
+        make_run_directory(host, sandbox_id, stack)
         await to_the_end(host.disks.make_disk(host.paths.disk(sandbox_id), TEMPLATE_DISK_BYTES))
         make_slots(host, sandbox_id, shape.slots)
         await host.network.make_bare(sandbox_id, stack)

@@ -69,9 +69,10 @@ class Limits:
 class VmSpec:
     """Everything a driver needs to start one VM. Sizes are in bytes; paths exist, except what the VMM itself makes.
 
-    With `restore_from`, a directory that `Vm.snapshot` filled, the VM goes on from there instead of booting: all else
-    must be as it was for the VM of the snapshot, but `id`, `netns`, `run_dir`, `limits`, the paths of the writable
-    disks (their size may differ: the driver tells the guest), and `memory_file`, which is now private.
+    With `restore_from`, a directory that `Vm.snapshot` or `Vm.save` filled, the VM goes on from there instead of
+    booting: all else must be as it was for the VM of the snapshot, but `id`, `netns`, `run_dir`, `limits`, the paths of
+    the writable disks (their size may differ: the driver tells the guest), and `memory_file`, which is now private for
+    what `snapshot` wrote, and None for what `save` wrote. With `stands_still` its CPUs wait for `Vm.resume`.
     """
 
     id: str
@@ -88,6 +89,8 @@ class VmSpec:
     console_limit_bytes: int = 1 << 20
     memory_file: MemoryFile | None = None  # None: memory of its own, which cannot be snapshotted
     restore_from: Path | None = None
+    stands_still: bool = False
+    save_root: Path | None = None  # below which directories for `Vm.save` lie
     limits: Limits = Limits()
 
 
@@ -136,6 +139,12 @@ class Vm(Protocol):
         """Pauses the VM and writes all but its RAM into `directory` (exists, empty). Only `stop` may follow.
 
         :raises VmmError: it failed; or the VM cannot be snapshotted (reason SNAPSHOT_UNSUPPORTED).
+        """
+
+    async def save(self, directory: Path) -> None:
+        """Pauses the VM and writes all of it, its RAM as well, into `directory` (exists, empty). `resume` may follow.
+
+        :raises VmmError: it failed, and `resume` lets the VM go on; or it cannot be saved (SNAPSHOT_UNSUPPORTED).
         """
 
     async def pause(self) -> None:

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from agent import proc
-from agent.errors import GuestUnreachable, VmmError
+from agent.errors import GuestUnreachable, VmmError, VmmUnsupported
 from agent.proc import ExitInfo, HostProcess
 from agent.vmm import migration, qemu_args, sockets, vsock_backend
 from agent.vmm.accelerator import AcceleratorProbe
@@ -101,11 +101,18 @@ class QemuVm:
 
     async def snapshot(self, directory: Path) -> None:
         """Stops the VM and writes its device state; see `agent.vmm.api.Vm`."""
+        await self._save(directory, ram=False)
+
+    async def save(self, directory: Path) -> None:
+        """Stops the VM and writes its device state and RAM; see `agent.vmm.api.Vm`."""
+        await self._save(directory, ram=True)
+
+    async def _save(self, directory: Path, *, ram: bool) -> None:
         if self._link is LinkKind.VSOCK:
-            raise VmmError("a QEMU with a vsock device cannot be snapshotted", reason="SNAPSHOT_UNSUPPORTED")
+            raise VmmUnsupported("a QEMU with a vsock device cannot be snapshotted", reason="SNAPSHOT_UNSUPPORTED")
         async with self._control() as qmp:
             await qmp.execute("stop")
-            await migration.save(qmp, directory)
+            await migration.save(qmp, directory, ram=ram)
 
     async def pause(self) -> None:
         """Stops the CPUs."""
@@ -115,7 +122,9 @@ class QemuVm:
     async def resume(self) -> None:
         """Lets the CPUs go on."""
         async with self._control() as qmp:
-            await qmp.execute("cont")
+            if not (await qmp.execute("query-status"))["running"]:
+                await migration.give_up(qmp)
+                await qmp.execute("cont")
 
     async def power_button(self) -> None:
         """Presses the ACPI power button."""
@@ -253,7 +262,9 @@ async def _run(process: HostProcess, console: Console, spec: VmSpec) -> None:
         qmp = await Qmp.connect(str(spec.run_dir / "qmp.sock"))
         try:
             if spec.restore_from is not None:
-                await migration.load(qmp, spec.restore_from)
+                await migration.load(qmp, spec.restore_from, ram=spec.memory_file is None)
+            if spec.stands_still:
+                return
             await qmp.execute("cont")
             if spec.restore_from is not None:  # only now: the disks are not QEMU's before
                 await _announce_sizes(qmp, spec)

@@ -111,6 +111,12 @@ class FakeVm:
     async def snapshot(self, directory: Path) -> None:
         (directory / "state").write_bytes(b"frozen")
 
+    async def save(self, directory: Path) -> None:
+        self.running = False
+        if "save" in self.world.faults:
+            raise self.world.faults["save"]
+        (directory / "state").write_bytes(b"all of it")
+
     async def pause(self) -> None:
         self.running = False
 
@@ -272,6 +278,9 @@ class FakeNetwork:
         }
         return dict(before)
 
+    async def inherit(self, sandbox_id: str, parent: str) -> None:
+        self.values[sandbox_id] = self.values.get(parent, {})
+
     def fingerprint(self, values: Mapping[str, str]) -> str:
         return repr(sorted(values.items()))
 
@@ -362,13 +371,15 @@ async def bench(
         network,
         Volumes(chosen.paths.state_dir / "volumes"),
     )
-    store = Store(host.paths.database)
+    store = Store(host.paths.database, host.paths.sandboxes_state)
     await store.open()
     made = Templates(host) if templates is not None else None
     manager = Manager(host, cast("ImageStore", FakeImages()), Node(chosen, VMM), store, made)
+    ending = asyncio.create_task(manager.keep_lifetimes())
     try:
         yield Bench(world, host, manager, store, network)
     finally:
         world.remove_faults = 0
+        ending.cancel()
         await manager.stop(keep=False)
         await store.aclose()

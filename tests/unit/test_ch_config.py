@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,29 @@ def test_no_balloon_where_ram_is_a_file(changes: dict[str, Any]) -> None:
 
 def test_landlock_lets_a_template_write_its_snapshot() -> None:
     plain = config.vm_config(spec(), landlock=True)
-    assert (plain["landlock_enable"], plain.get("landlock_rules")) == (True, None)
+    assert (plain["landlock_enable"], plain["landlock_rules"]) == (True, [])
     template = config.vm_config(spec(**TEMPLATE), landlock=True)
     assert template["landlock_rules"] == [{"path": "/run/sb/1/snapshot", "access": "rw"}]
-    assert "landlock_rules" not in config.restore_config(spec(**CLONE), landlock=True)
+    clone = config.restore_config(spec(**CLONE, save_root=Path("/sb/1")), landlock=True)
+    assert clone["landlock_rules"] == [{"path": "/sb/1", "access": "rw"}]
+
+
+def test_what_was_saved_is_restored_with_the_memory_that_it_had(tmp_path: Path) -> None:
+    saved = spec(restore_from=tmp_path, save_root=Path("/sb/1"))
+    config.check(saved)
+    for template, zone in ((spec(), False), (spec(**CLONE), True)):
+        (tmp_path / "config.json").write_text(json.dumps(config.vm_config(template, landlock=False)))
+        assert config.has_zone(tmp_path) is zone
+    cold = config.restore_config(saved, landlock=True, zone=False)
+    assert cold["memory"] == {"size": GIB}
+    assert "balloon" in cold
+    clone = config.restore_config(saved, landlock=True, zone=True)
+    assert clone["memory"] == {"size": 0, "thp": False, "zones": [{"id": "mem0", "size": GIB, "shared": False}]}
+    assert "balloon" not in clone
+    assert {"path": str(tmp_path), "access": "r"} in clone["landlock_rules"]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(VmmError, match="cannot be read"):
+        config.has_zone(tmp_path)
 
 
 def test_what_cannot_be() -> None:

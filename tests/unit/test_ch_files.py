@@ -79,8 +79,11 @@ def test_what_a_clone_is_restored_from(layout: Layout, tmp_path: Path) -> None:
     state = tmp_path / "state.json"
     state.write_text("state")
     for _ in range(2):
-        layout.make_restore(b"config", state, NOBODY)
+        layout.make_restore(b"config", tmp_path, NOBODY)
         assert sorted(path.read_text() for path in layout.restore.iterdir()) == ["config", "state"]
+    (tmp_path / "memory-ranges").write_text("RAM")
+    layout.make_restore(b"config", tmp_path, NOBODY)
+    assert sorted(path.read_text() for path in layout.restore.iterdir()) == ["RAM", "config", "state"]
     layout.remove_restore()
     layout.remove_restore()
     assert not layout.restore.exists()

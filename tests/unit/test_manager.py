@@ -247,7 +247,7 @@ async def test_an_image_that_is_missing_or_needs_more_memory_is_refused(node: Be
 
 
 async def test_a_draining_node_takes_nothing(node: Bench) -> None:
-    node.manager.node.draining = True
+    node.manager.node.set_draining("it is draining")
     with pytest.raises(ResourceExhausted, match="draining"):
         await node.manager.create(spec())
 
@@ -287,7 +287,9 @@ async def test_reconcile_adopts_what_lives_and_removes_the_rest(node: Bench) -> 
     for known in records:
         await node.store.put(known)
     await reconcile(node.host, node.manager, node.store, records)
-    assert [found.id for found in node.manager.list()] == [alive]
+    states = {found.id: (found.state, found.error) for found in node.manager.list()}
+    assert states == {alive: (State.RUNNING, ""), dead: (State.LOST, "its VM ended while no agent ran")}
+    await node.manager.delete(dead)
     assert node.left() == [str(node.host.paths.sandbox_run(alive)), alive, alive]
     assert orphan not in node.world.namespaces
     assert (await node.manager.create(spec(request_id="r1"))).id == alive
@@ -300,4 +302,4 @@ async def test_reconcile_ends_a_vm_whose_guest_is_silent(node: Bench) -> None:
     node.world.hangs.add("dial")
     await reconcile(node.host, node.manager, node.store, [record(state=State.RUNNING)])
     assert node.left() == []
-    assert node.manager.list() == []
+    assert [found.state for found in node.manager.list()] == [State.LOST]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_only_the_transitions_of_the_table_are_possible() -> None:
 
 
 async def test_what_is_put_is_there_after_a_restart(tmp_path: Path) -> None:
-    store = Store(tmp_path / "state.db")
+    store = Store(tmp_path / "state.db", tmp_path / "sandboxes")
     assert await store.open() == []
     one, two = record(), record(id="sbx-0000000000000001")
     await store.put(one)
@@ -55,7 +56,7 @@ async def test_what_is_put_is_there_after_a_restart(tmp_path: Path) -> None:
     await store.delete(two.id)
     await store.aclose()
     await store.aclose()
-    again = Store(tmp_path / "state.db")
+    again = Store(tmp_path / "state.db", tmp_path / "sandboxes")
     assert await again.open() == [one]
     await again.aclose()
 
@@ -69,10 +70,11 @@ async def test_a_damaged_file_is_set_aside_not_emptied(tmp_path: Path, damage: s
         with sqlite3.connect(path) as db:
             db.execute("CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL)")
             db.execute("INSERT INTO sandboxes VALUES ('x', '{}')")
-            db.execute("PRAGMA user_version=1")
+            db.execute("CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+            db.execute("PRAGMA user_version=2")
         db.close()
     before = path.read_bytes()
-    store = Store(path)
+    store = Store(path, tmp_path / "sandboxes")
     assert await store.open() == []
     await store.put(record())
     await store.aclose()
@@ -80,18 +82,65 @@ async def test_a_damaged_file_is_set_aside_not_emptied(tmp_path: Path, damage: s
     assert aside.read_bytes()[100:] == before[100:]  # SQLite may note the journal mode in its header
 
 
+async def test_a_damaged_file_is_rebuilt_from_the_copies_of_its_records(tmp_path: Path) -> None:
+    copies = tmp_path / "sandboxes"
+    store = Store(tmp_path / "state.db", copies)
+    await store.open()
+    kept, changed, gone, unmade = (record(id=f"sbx-{number:016}") for number in range(4))
+    for known in (kept, changed, gone):
+        (copies / known.id).mkdir(parents=True)
+        await store.put(known)
+    await store.put(unmade)  # its directory was not made yet: there is nothing of it
+    changed.labels = {"a": "b"}
+    await store.put(changed)
+    (copies / gone.id / "record.json").write_text("{")
+    await store.aclose()
+    (tmp_path / "state.db").write_bytes(b"not a database at all, but of some length" * 50)
+    again = Store(tmp_path / "state.db", copies)
+    assert await again.open() == [kept, changed]
+    await again.aclose()
+    once_more = Store(tmp_path / "state.db", copies)
+    assert await once_more.open() == [kept, changed]
+    await once_more.aclose()
+
+
+async def test_a_database_of_the_first_schema_is_brought_to_this_one(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "state.db") as db:
+        db.execute("CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID")
+        values = json.loads(record().to_json())
+        for later in ("expire_uptime", "shape", "parent"):
+            del values[later]
+        del values["spec"]["lifetime"]["idle_s"]
+        db.execute("INSERT INTO sandboxes VALUES (?, ?)", (record().id, json.dumps(values)))
+        db.execute("PRAGMA user_version=1")
+    db.close()
+    store = Store(tmp_path / "state.db", tmp_path / "sandboxes")
+    assert await store.open() == [record()]
+    assert not store.rebooted
+    await store.set_fact("a", "b")
+    await store.aclose()
+    with sqlite3.connect(tmp_path / "state.db") as db:
+        db.execute("UPDATE facts SET value = 'another' WHERE name = 'boot_id'")
+    db.close()
+    again = Store(tmp_path / "state.db", tmp_path / "sandboxes")
+    assert await again.open() == [record()]
+    assert again.rebooted
+    assert again.facts["a"] == "b"
+    await again.aclose()
+
+
 async def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "state.db") as db:
         db.execute("PRAGMA user_version=99")
     db.close()
-    store = Store(tmp_path / "state.db")
+    store = Store(tmp_path / "state.db", tmp_path / "sandboxes")
     with pytest.raises(HostError, match="newer sandboxd"):
         await store.open()
     await store.aclose()
 
 
 async def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    store = Store(tmp_path)  # a directory
+    store = Store(tmp_path, tmp_path / "sandboxes")  # a directory
     with pytest.raises(HostError, match="cannot open"):
         await store.open()
     await store.aclose()

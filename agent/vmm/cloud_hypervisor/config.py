@@ -7,6 +7,8 @@ left out have the defaults of v53.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from agent.errors import InvalidSpec, VmmError
@@ -25,8 +27,10 @@ def check(spec: VmSpec) -> None:
     if spec.link is not LinkKind.VSOCK:
         raise VmmError("Cloud Hypervisor has no virtio-serial ports: set vmm.link to vsock", reason="LINK_UNSUPPORTED")
     private = spec.memory_file is not None and spec.memory_file.private
-    if (spec.restore_from is not None) != private:
-        raise InvalidSpec("a VM has a private memory file if, and only if, it is restored from a snapshot")
+    if private and spec.restore_from is None:
+        raise InvalidSpec("a VM has a private memory file only if it is restored from a snapshot")
+    if spec.memory_file is not None and not private and spec.restore_from is not None:
+        raise InvalidSpec("a VM that is restored has a private memory file, or none")
 
 
 def is_template(spec: VmSpec) -> bool:
@@ -34,12 +38,15 @@ def is_template(spec: VmSpec) -> bool:
     return spec.memory_file is not None and not spec.memory_file.private
 
 
-def vm_config(spec: VmSpec, *, landlock: bool) -> dict[str, Any]:
-    """Returns the VmConfig for `vm.create`, without the network card (see `net`)."""
+def vm_config(spec: VmSpec, *, landlock: bool, zone: bool = False) -> dict[str, Any]:
+    """Returns the VmConfig for `vm.create`, without the network card (see `net`).
+
+    :param zone: its RAM is a zone although it is no file, as that of a VM that was cloned and then saved.
+    """
     layout = Layout(spec.run_dir)
     config: dict[str, Any] = {
         "cpus": {"boot_vcpus": spec.vcpu_count, "max_vcpus": spec.vcpu_count, "nested": False},
-        "memory": memory(spec),
+        "memory": memory(spec, zone=zone),
         "payload": {"kernel": str(spec.kernel), "initramfs": str(spec.initramfs), "cmdline": spec.cmdline},
         "disks": [disk(entry, spec.limits) for entry in spec.disks],
         "rng": {"src": "/dev/urandom"},
@@ -50,35 +57,45 @@ def vm_config(spec: VmSpec, *, landlock: bool) -> dict[str, Any]:
         "console": {"mode": "Off"},
         "landlock_enable": landlock,
     }
-    if landlock and is_template(spec):
+    if landlock:
         # The VMM derives the rules for all other paths.
-        config["landlock_rules"] = [{"path": str(layout.snapshot), "access": "rw"}]
-    if spec.memory_file is None:
+        written = layout.snapshot if is_template(spec) else spec.save_root
+        rules = [{"path": str(written), "access": "rw"}] if written is not None else []
+        if spec.restore_from is not None and spec.memory_file is None:
+            rules.append({"path": str(spec.restore_from), "access": "r"})
+        config["landlock_rules"] = rules
+    if spec.memory_file is None and not zone:
         # Where RAM is a file, freed pages would be punched out of it: a clone's is read-only, a template's is shared.
         config["balloon"] = {"id": "balloon0", "size": 0, "deflate_on_oom": True, "free_page_reporting": True}
     return config
 
 
-def restore_config(spec: VmSpec, *, landlock: bool) -> dict[str, Any]:
-    """Returns the config.json to restore a clone with."""
-    config = vm_config(spec, landlock=landlock)
+def restore_config(spec: VmSpec, *, landlock: bool, zone: bool = False) -> dict[str, Any]:
+    """Returns the config.json to restore with."""
+    config = vm_config(spec, landlock=landlock, zone=zone)
     if spec.nic is not None:
         # Its length is how many descriptors are to come; the numbers are ignored.
         config["net"] = [net(spec.nic, spec.limits) | {"fds": [-1]}]
     return config
 
 
-def memory(spec: VmSpec) -> dict[str, Any]:
+def memory(spec: VmSpec, *, zone: bool = False) -> dict[str, Any]:
     """Returns the MemoryConfig. RAM in a file needs a zone of its own, and `size` is then 0."""
-    if spec.memory_file is None:
+    file = spec.memory_file
+    if file is None and not zone:
         return {"size": spec.memory_bytes}
-    zone = {
-        "id": "mem0",
-        "size": spec.memory_bytes,
-        "file": str(spec.memory_file.path),
-        "shared": not spec.memory_file.private,
-    }
-    return {"size": 0, "thp": False, "zones": [zone]}
+    only: dict[str, Any] = {"id": "mem0", "size": spec.memory_bytes, "shared": False}
+    if file is not None:
+        only |= {"file": str(file.path), "shared": not file.private}
+    return {"size": 0, "thp": False, "zones": [only]}
+
+
+def has_zone(snapshot: Path) -> bool:
+    """Whether the RAM of a saved VM is a zone. :raises VmmError: its configuration cannot be read."""
+    try:
+        return bool(json.loads((snapshot / "config.json").read_text())["memory"].get("zones"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VmmError(f"the snapshot cannot be read: {error}", reason="SNAPSHOT_FAILED") from error
 
 
 def disk_id(serial: str) -> str:

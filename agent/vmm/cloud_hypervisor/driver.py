@@ -97,12 +97,20 @@ class CloudHypervisorDriver:
             for pipe in (console.pipe, log.pipe, events.pipe):
                 undo.callback(pipe.close)
             give_back = functools.partial(lending.take_back, spec, self._confinement)
+            lend = functools.partial(lending.lend_path, self._confinement)
             undo.callback(give_back)
             lending.lend(spec, self._confinement)
             process = await self._spawn(spec, layout, console, log, events)
             undo.push_async_callback(_finish, process)
             vm = CloudHypervisorVm(
-                layout, process, console, log, events, is_template=config.is_template(spec), give_back=give_back
+                layout,
+                process,
+                console,
+                log,
+                events,
+                is_template=config.is_template(spec),
+                give_back=give_back,
+                lend=lend,
             )
             try:
                 await self._bring_up(vm, spec, layout)
@@ -156,11 +164,16 @@ class CloudHypervisorDriver:
     async def _restore(
         self, vm: CloudHypervisorVm, spec: VmSpec, layout: Layout, snapshot: Path, taps: Mapping[str, int]
     ) -> None:
-        text = json.dumps(config.restore_config(spec, landlock=self._landlock)).encode()
-        layout.make_restore(text, snapshot / "state.json", self._confinement)
-        await vm.api.restore(layout.restore, taps)
-        await vm.events.wait_for("vm resumed", _RESUMED_TIMEOUT_S)  # "vm restored" comes before the CPUs go on
+        ram = spec.memory_file is None
+        zone = ram and await asyncio.to_thread(config.has_zone, snapshot)
+        text = json.dumps(config.restore_config(spec, landlock=self._landlock, zone=zone)).encode()
+        layout.make_restore(text, snapshot, self._confinement)
+        await vm.api.restore(layout.restore, taps, resume=not spec.stands_still, ram=ram)
+        # "vm restored" comes before the CPUs go on.
+        await vm.events.wait_for("vm restored" if spec.stands_still else "vm resumed", _RESUMED_TIMEOUT_S)
         layout.remove_restore()
+        if spec.stands_still:
+            return  # its disks are as they were
         for disk in spec.disks:
             if not disk.read_only:
                 await vm.announce_disk_size(disk.serial, await asyncio.to_thread(os.path.getsize, disk.path))
@@ -176,7 +189,10 @@ class CloudHypervisorDriver:
         if process is None:
             return None
         console, log, events = _open_pipes(layout, _CONSOLE_FOR_ADOPTED_BYTES)
-        return CloudHypervisorVm(layout, process, console, log, events, is_template=token.get("template") == "yes")
+        return CloudHypervisorVm(
+            layout, process, console, log, events, is_template=token.get("template") == "yes",
+            lend=functools.partial(lending.lend_path, self._confinement),
+        )  # fmt: skip
 
 
 def _open_pipes(layout: Layout, console_limit_bytes: int) -> tuple[Log, Log, Events]:

@@ -18,6 +18,7 @@ from agent.proc import Confinement
 
 _MAX_STATE_BYTES = 64 << 20
 _STATE_FILES = ("config.json", "state.json")
+_RAM_FILE = "memory-ranges"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +87,14 @@ class Layout:
             path.mkdir(mode=0o700)
             _give(path, confinement)
 
-    def make_restore(self, config: bytes, state: Path, confinement: Confinement) -> None:
-        """Fills `restore`. :raises VmmError: the snapshot cannot be read."""
+    def make_restore(self, config: bytes, snapshot: Path, confinement: Confinement) -> None:
+        """Fills `restore` with a configuration and the rest of a snapshot. :raises VmmError: that cannot be read."""
         self.remove_restore()
         self.restore.mkdir(mode=0o700)
         try:
-            data = state.read_bytes()
+            data = (snapshot / "state.json").read_bytes()
+            if (snapshot / _RAM_FILE).exists():
+                (self.restore / _RAM_FILE).symlink_to(snapshot / _RAM_FILE)
         except OSError as error:
             raise VmmError(f"the snapshot cannot be read: {error}", reason="SNAPSHOT_FAILED") from error
         for name, content in zip(_STATE_FILES, (config, data), strict=True):
@@ -113,6 +116,25 @@ class Layout:
             raise VmmError(f"the snapshot consists of {', '.join(found)}", reason="SNAPSHOT_FAILED")
         for name in _STATE_FILES:
             (directory / name).write_bytes(_read_regular(self.snapshot / name))
+
+    def take_save(self, directory: Path) -> None:
+        """Makes the agent own what the VMM wrote into `directory`, its RAM as well.
+
+        :raises VmmError: something else is there.
+        """
+        os.chown(directory, os.geteuid(), os.getegid())
+        found = sorted(entry.name for entry in directory.iterdir())
+        if found != sorted((*_STATE_FILES, _RAM_FILE)):
+            raise VmmError(f"the snapshot consists of {', '.join(found)}", reason="SNAPSHOT_FAILED")
+        for name in found:
+            fd = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise VmmError(f"the snapshot's {name} is not what it must be", reason="SNAPSHOT_FAILED")
+                os.fchown(fd, os.geteuid(), os.getegid())
+                os.fchmod(fd, 0o600)
+            finally:
+                os.close(fd)
 
     def remove(self) -> None:
         """Removes all but logs. Idempotent."""

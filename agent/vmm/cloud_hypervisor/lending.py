@@ -24,6 +24,16 @@ def lend(spec: VmSpec, confinement: Confinement) -> None:
         raise VmmError(f"cannot give {path} to user {confinement.uid}: {error}", reason="VMM_NOT_STARTED") from error
 
 
+def lend_path(confinement: Confinement, path: Path) -> None:
+    """Makes the VMM's user own a directory that it is to fill. :raises VmmError: it cannot be given."""
+    if confinement.uid is None:
+        return
+    try:
+        os.chown(path, confinement.uid, confinement.gid, follow_symlinks=False)
+    except OSError as error:
+        raise VmmError(f"cannot give {path} to user {confinement.uid}: {error}", reason="SNAPSHOT_FAILED") from error
+
+
 def take_back(spec: VmSpec, confinement: Confinement) -> None:
     """Makes the agent own a template's RAM again, once its VMM is gone. Idempotent.
 

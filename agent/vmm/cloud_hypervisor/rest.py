@@ -13,6 +13,7 @@ from agent.vmm.cloud_hypervisor import http
 
 _TIMEOUT_S = 10.0
 _STATE_TIMEOUT_S = 30.0  # creating, booting, writing and reading a snapshot
+_RAM_TIMEOUT_S = 600.0  # for what a slow disk takes with tens of GiB
 
 
 class RestClient:
@@ -71,24 +72,32 @@ class RestClient:
         """Boots what `create` gave."""
         await self.call("PUT", "vm.boot", timeout_s=_STATE_TIMEOUT_S)
 
-    async def restore(self, directory: Path, taps: Mapping[str, int]) -> None:
-        """Restores from config.json and state.json in `directory`, and lets the CPUs go on.
+    async def restore(
+        self, directory: Path, taps: Mapping[str, int], *, resume: bool = True, ram: bool = False
+    ) -> None:
+        """Restores from config.json and state.json in `directory`, and perhaps lets the CPUs go on.
 
         :param taps: an open tap for each card of the configuration, by the card's id.
+        :param ram: from memory-ranges in it, too.
         """
         body: dict[str, object] = {
             "source_url": f"file://{directory}",
             "prefault": False,
             "memory_restore_mode": "Copy",  # of the saved ranges, and a template has none
-            "resume": True,
+            "resume": resume,
         }
         if taps:
             body["net_fds"] = [{"id": name, "num_fds": 1} for name in taps]
-        await self.call("PUT", "vm.restore", body, list(taps.values()), timeout_s=_STATE_TIMEOUT_S)
+        timeout_s = _RAM_TIMEOUT_S if ram else _STATE_TIMEOUT_S
+        await self.call("PUT", "vm.restore", body, list(taps.values()), timeout_s=timeout_s)
 
-    async def snapshot(self, directory: Path) -> None:
-        """Writes a paused VM's configuration and state into an empty directory."""
-        await self.call("PUT", "vm.snapshot", {"destination_url": f"file://{directory}"}, timeout_s=_STATE_TIMEOUT_S)
+    async def snapshot(self, directory: Path, *, ram: bool = False) -> None:
+        """Writes a paused VM's configuration and state into an empty directory.
+
+        :param ram: its RAM will be written as well, since that is no shared file.
+        """
+        timeout_s = _RAM_TIMEOUT_S if ram else _STATE_TIMEOUT_S
+        await self.call("PUT", "vm.snapshot", {"destination_url": f"file://{directory}"}, timeout_s=timeout_s)
 
     async def state(self) -> str:
         """Returns Created, Running, Paused, Shutdown or BreakPoint."""

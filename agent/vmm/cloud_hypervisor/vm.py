@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from agent.errors import VmmError
+from agent.errors import VmmError, VmmUnsupported
 from agent.proc import ExitInfo, HostProcess
 from agent.vmm import sockets
 from agent.vmm.cloud_hypervisor.config import disk_id
@@ -25,11 +25,12 @@ class CloudHypervisorVm:
 
     :param is_template: its RAM is a shared file, so that it can be snapshotted.
     :param give_back: called once the VMM is gone: takes back what it was lent.
+    :param lend: gives it a directory to fill.
     """
 
     def __init__(
         self, layout: Layout, process: HostProcess, console: Log, log: Log, events: Events, *, is_template: bool,
-        give_back: Callable[[], None] = lambda: None,
+        give_back: Callable[[], None] = lambda: None, lend: Callable[[Path], None] = lambda _path: None,
     ) -> None:  # fmt: skip
         self.api = RestClient(layout.api)
         self._layout = layout
@@ -39,6 +40,7 @@ class CloudHypervisorVm:
         self._events = events
         self._is_template = is_template
         self._give_back = give_back
+        self._lend = lend
         self._ending: asyncio.Task[None] | None = None
         events.on_event = self._on_event
 
@@ -87,13 +89,27 @@ class CloudHypervisorVm:
         No connection to the guest may be open: the guest would believe in it for ever after.
         """
         if not self._is_template:
-            raise VmmError("only a VM whose RAM is a shared file can be snapshotted", reason="SNAPSHOT_UNSUPPORTED")
+            raise VmmUnsupported(
+                "only a VM whose RAM is a shared file can be snapshotted", reason="SNAPSHOT_UNSUPPORTED"
+            )
         await self.pause()
         try:
-            await self.api.snapshot(self._layout.snapshot)
+            await self.api.snapshot(self._layout.snapshot, ram=False)
         except VmmError as error:
             raise VmmError(f"the snapshot failed: {error.message}", reason="SNAPSHOT_FAILED") from error
         self._layout.take_snapshot(directory)
+
+    async def save(self, directory: Path) -> None:
+        """Pauses the VM and writes all of it; see `agent.vmm.api.Vm`. Connections to the guest must be closed."""
+        if self._is_template:
+            raise VmmUnsupported("a VM whose RAM is a shared file cannot be saved", reason="SNAPSHOT_UNSUPPORTED")
+        await self.pause()
+        self._lend(directory)
+        try:
+            await self.api.snapshot(directory, ram=True)
+        except VmmError as error:
+            raise VmmError(f"the snapshot failed: {error.message}", reason="SNAPSHOT_FAILED") from error
+        await asyncio.to_thread(self._layout.take_save, directory)
 
     async def announce_disk_size(self, serial: str, size_bytes: int) -> None:
         """Makes the disk's device take the size, which its file has already, and tell its driver."""

@@ -1,0 +1,54 @@
+"""Copies of a running sandbox: it stands still for as long as its memory is saved and its disk copied."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from agent.errors import InvalidSpec, InvalidState
+from agent.model import State
+from agent.rootfs import disk_error
+from agent.sandbox import suspension
+from agent.sandbox.host import Host, make_slots
+from agent.sandbox.machine import Machine
+from agent.sandbox.record import Record
+from agent.sparse import copy_sparse
+from agent.telemetry import step
+from agent.waiting import to_the_end
+
+MAX_COPIES = 64
+
+
+def check(record: Record, count: int) -> None:
+    """:raises InvalidSpec: so many copies are not made at once. :raises InvalidState: the sandbox cannot be copied."""
+    if not 1 <= count <= MAX_COPIES:
+        raise InvalidSpec(f"count is {count}; it must be from 1 to {MAX_COPIES}")
+    if record.state not in (State.RUNNING, State.PAUSED):
+        hint = "; resume it first" if record.state is State.SUSPENDED else ""
+        raise InvalidState(f"sandbox {record.id} is {record.state}, not running{hint}", reason="SANDBOX_NOT_RUNNING")
+    if record.spec.volumes or (record.spec.root and record.spec.root.startswith("vol-")):
+        raise InvalidState(
+            "a sandbox with volumes cannot be forked: each has one writer; copy them by snapshots instead",
+            reason="FORK_HAS_VOLUMES",
+        )
+
+
+async def freeze(host: Host, parent: Record, machine: Machine, children: list[Record], directory: Path) -> None:
+    """Saves the parent's machine, which then stands still, and gives each child its disk.
+
+    :raises AgentError: it failed; directories of children may be left.
+    """
+    await suspension.save(machine, directory)
+    with step("fork.disks"):
+        await to_the_end(asyncio.to_thread(_copy_disks, host, parent, children))
+
+
+def _copy_disks(host: Host, parent: Record, children: list[Record]) -> None:
+    for child in children:
+        disk = host.paths.disk(child.id)
+        try:
+            disk.parent.mkdir(mode=0o700, parents=True)
+            copy_sparse(host.paths.disk(parent.id), disk)
+        except OSError as error:
+            raise disk_error(disk, error) from error
+        make_slots(host, child.id, int(child.shape["slots"]))
