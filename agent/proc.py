@@ -25,12 +25,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def start_time(pid: int) -> int:
-    """Returns when the process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); 0 if it is gone."""
+    """Returns when the process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); 0 if it is gone, or
+    has ended and only waits for its parent.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return 0
-    return int(stat.rpartition(b")")[2].split()[19])
+    fields = stat.rpartition(b")")[2].split()
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 @dataclass(frozen=True, slots=True)

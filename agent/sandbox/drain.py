@@ -85,7 +85,8 @@ class Drain:
         """Yields how far it has come, on every change, until no sandbox is left or the drain is ended."""
         last = None
         while self._node.draining:
-            now = Progress(self._left(), None if self._evict_at is None else max(0.0, self._evict_at - uptime()))
+            left, evict_at = self._left(), self._evict_at
+            now = Progress(left, None if evict_at is None or not left else max(0.0, evict_at - uptime()))
             if last is None or now.remaining != last.remaining:
                 yield now
                 last = now

@@ -244,7 +244,12 @@ class QemuDriver:
             if backend is not None:
                 await backend.kill()
             return None
-        console = Console(run_dir, _CONSOLE_FOR_ADOPTED_BYTES)
+        try:
+            console = Console(run_dir, _CONSOLE_FOR_ADOPTED_BYTES)
+        except OSError:  # its directory is gone, and so is every way to it
+            for left in filter(None, (process, backend)):
+                await left.kill()
+            return None
         with contextlib.suppress(GuestUnreachable):
             console.attach(await sockets.connect(run_dir / "console.sock"))
         return QemuVm(run_dir, link, process, backend, console)

@@ -305,23 +305,58 @@ async def test_another_agent_finds_it_and_no_other(rig: Rig) -> None:
 
 
 async def test_clones_go_their_own_ways(rig: Rig, directory: Path) -> None:
-    ram, snapshot = directory / "mem0", directory / "snapshot"
-    snapshot.mkdir()
-    spec = rig.spec("template")
-    with ram.open("wb") as file:
-        os.ftruncate(file.fileno(), spec.memory_bytes)
-    spec = dataclasses.replace(spec, memory_file=MemoryFile(ram, private=False))
-    async with running(rig, spec) as vm:
-        await rig.turns(vm)
-        await vm.snapshot(snapshot)
+    one = await clone_of(rig, rig.spec("template"), directory)
+    two = dataclasses.replace(one, id="two", run_dir=rig.spec("two").run_dir)
+    ram = directory / "mem0"
     before = hashlib.sha256(ram.read_bytes()).digest()
-    changes: dict[str, Any] = {"memory_file": MemoryFile(ram, private=True), "restore_from": snapshot}
-    one, two = (
-        dataclasses.replace(spec, id=name, run_dir=rig.spec(name).run_dir, **changes) for name in ("one", "two")
-    )
     async with running(rig, one) as first, running(rig, two) as second:
         await rig.differ(first, second)
     assert hashlib.sha256(ram.read_bytes()).digest() == before
+
+
+@pytest.mark.parametrize("cloned", [False, True])
+async def test_it_goes_on_from_all_that_was_saved(rig: Rig, directory: Path, cloned: bool) -> None:
+    saved = directory / "saved"
+    saved.mkdir(mode=0o700)
+    spec = dataclasses.replace(rig.spec("source"), save_root=directory)
+    if cloned:
+        spec = await clone_of(rig, spec, directory)
+    async with running(rig, spec) as vm:
+        await rig.turns(vm)
+        await vm.save(saved)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(STANDS_S):
+                await rig.turns(vm)
+        await vm.resume()
+        await rig.turns(vm)
+    elsewhere: dict[str, Any] = {"memory_file": None, "restore_from": saved, "stands_still": True}
+    one, two = (
+        dataclasses.replace(spec, id=name, run_dir=rig.spec(name).run_dir, **elsewhere) for name in ("one", "two")
+    )
+    async with running(rig, one) as first, running(rig, two) as second:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(STANDS_S):
+                await rig.turns(first)
+        for vm in (first, second):
+            await vm.resume()
+            await rig.turns(vm)
+        await rig.differ(first, second)
+
+
+async def clone_of(rig: Rig, spec: VmSpec, directory: Path) -> VmSpec:
+    """Makes a template of a VM and returns a clone of it."""
+    ram, snapshot = directory / "mem0", directory / "snapshot"
+    snapshot.mkdir()
+    with ram.open("wb") as file:
+        os.ftruncate(file.fileno(), spec.memory_bytes)
+    template = dataclasses.replace(spec, memory_file=MemoryFile(ram, private=False))
+    async with running(rig, template) as vm:
+        await rig.turns(vm)
+        await vm.snapshot(snapshot)
+    return dataclasses.replace(
+        spec, id="clone", run_dir=rig.spec("clone").run_dir, memory_file=MemoryFile(ram, private=True),
+        restore_from=snapshot,
+    )  # fmt: skip
 
 
 async def test_what_cannot_start_leaves_nothing(rig: Rig, directory: Path) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import shutil
+import sqlite3
+import subprocess
+import time
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from sandboxd.v1 import process_pb2
@@ -95,3 +102,46 @@ async def test_what_a_killed_agent_had_half_made_is_removed(directory: Path) -> 
         async with connected(daemon) as client:
             with refused(grpc.StatusCode.NOT_FOUND, "SANDBOX_NOT_FOUND"):
                 await client.sandboxes.GetSandbox(pb.GetSandboxRequest(id=found.id))
+
+
+async def test_a_damaged_state_file_is_rebuilt_from_what_lives(directory: Path) -> None:
+    with daemon_with(directory, keeps=True, sandbox__on_stop="keep") as daemon:
+        async with connected(daemon) as client:
+            made = await client.sandboxes.CreateSandbox(REQUEST)
+            assert await start(client, made.id, *waiter(1)) == 1
+        daemon.kill()
+    for path in (directory / "state").glob("state.db*"):
+        path.write_bytes(b"no database any more, and not short either" * 100)
+    with daemon_with(directory) as daemon:
+        async with connected(daemon) as client:
+            assert await client.sandboxes.GetSandbox(pb.GetSandboxRequest(id=made.id)) == made
+            assert (await client.run(made.id, "touch", "/tmp/1")).code == 0
+            assert (await wait(client, made.id, 1)).exit_code == 7
+        assert list((directory / "state").glob("state.db.damaged-*")) != []
+        assert "records=1" in daemon.log or '"records": 1' in daemon.log
+
+
+@pytest.mark.parametrize("rebooted", [False, True])
+async def test_what_ended_while_no_agent_ran_says_why(directory: Path, rebooted: bool) -> None:
+    with daemon_with(directory, keeps=True, sandbox__on_stop="keep") as daemon:
+        async with connected(daemon) as client:
+            made = await client.sandboxes.CreateSandbox(REQUEST)
+        daemon.kill()
+    for process in psutil.process_iter():
+        if process.name() == made.id[:15]:
+            process.kill()
+    if rebooted:  # as the host's end leaves it: no process, and nothing in /run
+        with contextlib.closing(sqlite3.connect(directory / "state" / "state.db")) as db, db:
+            db.execute("UPDATE facts SET value = 'another' WHERE name = 'boot_id'")
+        shutil.rmtree(directory / "run" / "vm")
+        await asyncio.to_thread(subprocess.run, ["ip", "netns", "del", made.id], check=True)
+    with daemon_with(directory) as daemon:
+        assert daemon.left() == []
+        async with connected(daemon) as client:
+            found = await client.sandboxes.GetSandbox(pb.GetSandboxRequest(id=made.id))
+            assert found.state == pb.Sandbox.STATE_LOST
+            assert found.error == ("the node was restarted" if rebooted else "its VM ended while no agent ran")
+            assert 0 < found.expire_time.seconds - time.time() <= 3600
+            with refused(grpc.StatusCode.FAILED_PRECONDITION, "SANDBOX_NOT_RUNNING"):
+                await client.run(made.id, "true")
+            await client.sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=made.id))

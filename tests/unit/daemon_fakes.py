@@ -48,7 +48,7 @@ class World:
         self.streams: list[FakeStream] = []
         self.faults: dict[str, Exception] = {}
         self.hangs: set[str] = set()
-        self.reached: dict[str, asyncio.Event] = {phase: asyncio.Event() for phase in PHASES}
+        self.reached: dict[str, asyncio.Event] = {phase: asyncio.Event() for phase in (*PHASES, "save")}
         self.remove_faults = 0
         self.starts = 0
         self.clone_faults: list[Exception] = []  # each ends one clone of a finished template
@@ -83,6 +83,7 @@ class FakeVm:
         self.world = world
         self.id = sandbox_id
         self.ended: asyncio.Future[ExitInfo] = asyncio.get_running_loop().create_future()
+        self.running = True
         world.vms[sandbox_id] = self
 
     @property
@@ -113,8 +114,7 @@ class FakeVm:
 
     async def save(self, directory: Path) -> None:
         self.running = False
-        if "save" in self.world.faults:
-            raise self.world.faults["save"]
+        await self.world.pass_through("save")
         (directory / "state").write_bytes(b"all of it")
 
     async def pause(self) -> None:
@@ -137,11 +137,15 @@ class FakeChannel:
         self.vm = vm
         self.lost: asyncio.Future[GuestUnreachable] = asyncio.get_running_loop().create_future()
         self.calls: list[tuple[str, dict[str, object]]] = []
+        self.idle = 0.0
         vm.world.channels.append(self)
 
     @classmethod
     async def open(cls, vm: FakeVm, *, fresh: bool = True) -> FakeChannel:
         return cls(vm)
+
+    def idle_s(self) -> float:
+        return self.idle
 
     async def call(self, op: str, /, **fields: object) -> dict[str, Any]:
         self.calls.append((op, fields))
@@ -296,6 +300,9 @@ class FakeNetwork:
 
 class FakeImages:
     """One image, called minimal."""
+
+    def get_build(self, name: str, digest: str) -> Image:
+        return self.get(name)
 
     def get(self, name: str) -> Image:
         if name != "minimal":

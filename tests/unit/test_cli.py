@@ -113,7 +113,7 @@ def test_json_of_a_message() -> None:
     assert shown["labels"] == {"a": "b"}
     assert shown["create_time"] == "2026-01-01T00:00:00Z"
     assert shown["expire_time"] is None
-    assert shown["lifetime"] == {"lease": 1.5}
+    assert shown["lifetime"] == {"lease": 1.5, "idle_timeout": None}
     assert shown["phases"] == [{"name": "boot", "duration": 2.5}]
 
 

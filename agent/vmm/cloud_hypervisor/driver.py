@@ -188,7 +188,11 @@ class CloudHypervisorDriver:
         process = proc.adopt(pid, started, layout.log)
         if process is None:
             return None
-        console, log, events = _open_pipes(layout, _CONSOLE_FOR_ADOPTED_BYTES)
+        try:
+            console, log, events = _open_pipes(layout, _CONSOLE_FOR_ADOPTED_BYTES)
+        except OSError:  # its directory is gone, and so is every way to it
+            await process.kill()
+            return None
         return CloudHypervisorVm(
             layout, process, console, log, events, is_template=token.get("template") == "yes",
             lend=functools.partial(lending.lend_path, self._confinement),
