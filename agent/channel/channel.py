@@ -18,7 +18,7 @@ from guest import wire
 from guest.wire import Frame, WireError, find_sync
 from guest.yamux import YamuxError
 
-_RESYNC_INTERVAL_S = 1.0
+_RESYNC_INTERVAL_S = 0.25
 _PING_INTERVAL_S = 5.0
 _PING_TIMEOUT_S = 30.0
 _MAX_NOISE_BYTES = 64 << 20

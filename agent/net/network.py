@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -86,12 +87,22 @@ class Networks:
             raise
         return sockets
 
-    async def update(self, sandbox_id: str, policy: Policy, *, secrets: bool) -> None:
-        """Puts another policy into force, in one transaction. :raises AgentError:"""
+    async def update(self, sandbox_id: str, policy: Policy, *, secrets: bool, present: str = "") -> None:
+        """Puts another policy into force, in one transaction. :raises AgentError:
+
+        :param present: `digest` of the policy that is in force.
+        """
         mode = mode_of(policy, secrets=secrets)
-        text = render(policy, mode, replace=True)
-        await self._inside(sandbox_id, lambda: nft.run(text), "change the rules of a sandbox")
+        if present != self.digest(policy, secrets=secrets):
+            text = render(policy, mode, replace=True)
+            await self._inside(sandbox_id, lambda: nft.run(text), "change the rules of a sandbox")
         await self._route(sandbox_id, mode)
+
+    @staticmethod
+    def digest(policy: Policy, *, secrets: bool) -> str:
+        """Returns what tells the rules of a policy from others."""
+        text = render(policy, mode_of(policy, secrets=secrets), replace=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     async def listen(self, sandbox_id: str) -> list[socket.socket]:
         """Returns fresh sockets for a new egress process. :raises HostError:"""

@@ -11,7 +11,7 @@ from agent.model import State
 from agent.sandbox import dialogue
 from agent.sandbox.host import Host, push_state_removal, push_volatile_removal
 from agent.sandbox.record import Record
-from agent.telemetry import log
+from agent.telemetry import log, step
 from agent.vmm.api import Vm
 
 
@@ -90,23 +90,24 @@ async def adopt(host: Host, record: Record) -> Machine | None:
     async with AsyncExitStack() as lasting, AsyncExitStack() as volatile:
         push_state_removal(host, record.id, lasting)
         push_volatile_removal(host, record.id, volatile)
-        vm = await host.driver.adopt(record.id, host.paths.sandbox_run(record.id), record.token)
+        with step("adopt.vmm"):
+            vm = await host.driver.adopt(record.id, host.paths.sandbox_run(record.id), record.token)
         if vm is None:
             return None
         volatile.push_async_callback(vm.stop)
         try:
-            await host.network.adopt(record)
+            with step("adopt.network"):
+                await host.network.adopt(record)
             if record.state is State.PAUSED:
                 await vm.pause()
                 return Machine(vm, None, volatile.pop_all(), lasting.pop_all())
-            await vm.resume()  # an agent may have died while it had it stand still
-            channel = await dialogue.connect(vm, fresh=False, timeout_s=host.settings.sandbox.relink_timeout_s)
-            hello = await channel.call("sys.hello")
+            if record.standing:  # an agent died meanwhile
+                with step("adopt.resume"):
+                    await vm.resume()
+            with step("adopt.link"):
+                channel = await dialogue.connect(vm, fresh=False, timeout_s=host.settings.sandbox.relink_timeout_s)
         except AgentError as error:
             log.warning("a running VM does not answer", sandbox_id=record.id, error=error.message)
-            return None
-        if not hello.get("configured"):
-            await channel.aclose()
             return None
         return Machine(vm, channel, volatile.pop_all(), lasting.pop_all())
     raise AssertionError("unreachable: nothing above suppresses exceptions")

@@ -87,6 +87,7 @@ class SandboxNetwork:
             await self._egress.wait_ready()
             sockets = await self._networks.setup(record.id, policy, secrets=bool(record.secrets))
             record.slot = self._networks.slot(record.id)
+            record.rules = self._networks.digest(policy, secrets=bool(record.secrets))
             self._present[record.id] = record
             try:
                 await self._assign(record, policy, sockets)
@@ -105,8 +106,9 @@ class SandboxNetwork:
         self._present[record.id] = record
         policy = policy_of(self._settings, record)
         # Rules as this agent would make them: its settings may be others than those of the agent before it.
-        await self._networks.update(record.id, policy, secrets=bool(record.secrets))
+        await self._networks.update(record.id, policy, secrets=bool(record.secrets), present=record.rules)
         record.slot = self._networks.slot(record.id)
+        record.rules = self._networks.digest(policy, secrets=bool(record.secrets))
         await self._egress.wait_ready()
         order = await self._order(record, policy)
         if self._egress.sandboxes.get(record.id) != order["digest"]:
@@ -117,8 +119,10 @@ class SandboxNetwork:
         policy = policy_of(self._settings, record)
         await self._egress.wait_ready()
         await self._assign(record, policy, ())
+        record.rules = ""  # unknown, should what follows fail
         await self._networks.update(record.id, policy, secrets=bool(record.secrets))
         record.slot = self._networks.slot(record.id)
+        record.rules = self._networks.digest(policy, secrets=bool(record.secrets))
 
     async def remove(self, sandbox_id: str) -> None:
         """Removes all of a sandbox's network. Idempotent. :raises HostError:"""

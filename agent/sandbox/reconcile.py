@@ -58,6 +58,8 @@ async def _settle(host: Host, manager: Manager, store: Store, record: Record) ->
     """Returns what became of a recorded sandbox; one that is gone loses its record only after its resources."""
     await asyncio.to_thread(resources.remove_tree, host.paths.forks(record.id))
     if record.state in (State.RUNNING, State.PAUSED):
+        # Of a resume that an agent did not live to finish: the disk has gone on since.
+        await asyncio.to_thread(resources.remove_tree, host.paths.memory(record.id))
         adopted = await machine.adopt(host, record)
         if adopted is not None:
             manager.adopt(record, adopted)

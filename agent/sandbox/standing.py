@@ -103,6 +103,7 @@ class Standing(Lifecycle):
         """A time in which nobody watches over a machine and its CPUs may stand still; what fails goes on as it was."""
         await self._stop_watch(entry)
         try:
+            await self._note_standing(entry, standing=True)
             yield
         except BaseException:
             if entry.deleting is None and entry.record.state is State.RUNNING:
@@ -112,6 +113,13 @@ class Standing(Lifecycle):
         finally:
             if entry.deleting is None and entry.record.state in (State.RUNNING, State.PAUSED):
                 self._start_watch(entry)
+                with contextlib.suppress(AgentError):  # at worst the next agent lets it go on once more
+                    await asyncio.shield(self._note_standing(entry, standing=False))
+
+    async def _note_standing(self, entry: Entry, *, standing: bool) -> None:
+        """Keeps whether the CPUs of a sandbox that is RUNNING may stand still: the next agent lets them go on."""
+        entry.record.standing = standing
+        await self._store.put(entry.record)
 
     async def _moved(self, entry: Entry, state: State, *, durable: bool = False) -> None:
         before = entry.record.state
@@ -138,13 +146,16 @@ class Standing(Lifecycle):
             image = self.images.get_build(record.spec.image, record.image_digest)
             entry.sweep = True
             machine = await suspension.restore(self._host, record, image, saved)
+            record.standing = True  # until it goes on
             try:
                 await self._moved(entry, State.RUNNING, durable=True)
             except BaseException:
+                record.standing = False
                 await machine.vanish()
                 raise
             entry.machine, entry.sweep = machine, False
             await self._going_on(entry, machine, timeout_s)
+            await self._note_standing(entry, standing=False)
             await to_the_end(asyncio.to_thread(host.remove_tree, saved))
         else:
             self.running(record.id)  # says why not

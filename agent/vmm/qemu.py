@@ -165,6 +165,7 @@ class QemuDriver:
             self._binary, version = await find_qemu(self._options.binary)
             accelerator, reason = await self._probe.choose(self._options.accelerator, self._binary, version)
             key = f"qemu {version} {accelerator} {cpu_key() if accelerator == 'kvm' else 'emulated'}"
+            key += f" m{qemu_args.REVISION}"
             link = LinkKind.VSOCK if self._options.link == LinkKind.VSOCK else LinkKind.SERIAL
             reason = "; ".join(filter(None, (reason, self._options.note)))
             can_snapshot = link is LinkKind.SERIAL  # a vsock device cannot be frozen

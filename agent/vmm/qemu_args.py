@@ -10,6 +10,8 @@ from agent.errors import InvalidSpec
 from agent.vmm.api import LinkKind, VmSpec
 
 GUEST_CID = 3
+# Of what a saved VM must find again: goes up whenever machine or devices change.
+REVISION = 2
 SERIAL_PORT_NAME = "org.sandboxd.link"
 # Five-level page tables make every TLB miss of the emulator a fifth longer, and no guest here has 128 TiB.
 _TCG_CPU = "max,la57=off,erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off"
@@ -28,13 +30,14 @@ def value(text: object) -> str:
 
 def machine_args(spec: VmSpec, accelerator: str) -> list[str]:
     """Returns machine, CPU and memory."""
+    # With an HPET, an idle guest's VMM wakes 250 times a second: 2 % of a CPU instead of 0.5 % when emulated.
     cpu = "host" if accelerator == "kvm" else _TCG_CPU
     incoming = [] if spec.restore_from is None else ["-incoming", "defer"]
     return [
         "-nodefaults", "-no-user-config", "-no-reboot", "-nographic", "-S",
         "-name", f"{spec.id},process={spec.id}",
         "-sandbox", _SANDBOX,
-        "-M", "q35,memory-backend=mem0,usb=off,vmport=off,smbus=off,sata=off,graphics=off",
+        "-M", "q35,memory-backend=mem0,hpet=off,usb=off,vmport=off,smbus=off,sata=off,graphics=off",
         "-accel", accelerator,
         "-cpu", cpu,
         "-smp", str(spec.vcpu_count),

@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m tests.bench boot egress exec stream files sdk [--json] [--rounds N]`."""
+"""Command line of the benchmarks: `python -m tests.bench NAME... [--json] [--rounds N]`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import asyncio
 import importlib.util
 import sys
 
-from tests.bench import boot, egress, files, sdk, stream
+from tests.bench import boot, egress, files, recover, sdk, stream
 from tests.bench import exec as exec_bench
 from tests.bench.harness import Report, target
 
 _BENCHES = {"exec": exec_bench.measure, "stream": stream.measure, "files": files.measure}  # on a sandbox that is there
-_ALONE = {"boot": boot.measure, "egress": egress.measure, "sdk": sdk.measure}
+_ALONE = {"boot": boot.measure, "egress": egress.measure, "sdk": sdk.measure, "recover": recover.measure}
 _ROUNDS, _BOOT_ROUNDS = 10, 30
 
 
