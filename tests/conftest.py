@@ -12,6 +12,7 @@ import pytest
 
 from tests import leaks
 from tests.internet.internet import Internet, running
+from tests.reliability import Reliability
 
 IMAGES_DIR = Path(os.environ.get("SANDBOXD_IMAGES__IMAGES_DIR", "/var/lib/sandboxd/images"))
 
@@ -47,6 +48,12 @@ def directory() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix=leaks.PREFIX))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def reliability(request: pytest.FixtureRequest) -> Reliability:
+    """Takes down what a fault test saw."""
+    return Reliability(request.node.nodeid.partition("::")[2].partition("[")[0])
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from agent.sandbox.registry import Registry
 from agent.sandbox.spec import same_request
 from agent.sandbox.store import Store
 from agent.sandbox.templates import Templates
-from agent.telemetry import CREATES, DELETES, collect_phases, log, step, tracer
+from agent.telemetry import CREATES, DELETES, collect_phases, log, step
 
 
 class Lifecycle(Registry):
@@ -122,7 +122,7 @@ class Lifecycle(Registry):
         record = entry.record
         outcome = "failed"
         try:
-            with collect_phases() as phases, tracer.start_as_current_span("create"), step("create"):
+            with collect_phases() as phases, step("create"):
                 with step("intent"):
                     await self._store.put(record)
                     await hold()
@@ -153,13 +153,17 @@ class Lifecycle(Registry):
                 await dialogue.sync(entry.machine)
             built, entry.machine = entry.machine, None
             entry.sweep = True  # unless what follows says otherwise
-            await built.aclose()
+            with step("delete.machine"):
+                await built.aclose()
         elif entry.sweep:
-            await host.remove(self._host, entry.record.id)
+            with step("delete.machine"):
+                await host.remove(self._host, entry.record.id)
         entry.held.close()
-        await self._host.network.release(entry.record.id)
+        with step("delete.secrets"):
+            await self._host.network.release(entry.record.id)
         self._host.volumes.detach(entry.record)
-        await self._store.delete(entry.record.id)
+        with step("delete.record"):
+            await self._store.delete(entry.record.id)
         self._drop(entry)
         entry.record.state = State.DELETED
         self._publish(EventType.DELETED, entry, reason)
@@ -215,7 +219,7 @@ class Lifecycle(Registry):
             entry.record.state = State.DELETING
             self._publish(EventType.UPDATED, entry, reason)
             try:
-                with contextlib.suppress(AgentError):  # a full disk must not keep anyone from deleting
+                with step("delete.intent"), contextlib.suppress(AgentError):  # a full disk must not keep anyone
                     await self._store.put(entry.record)
                 await self._forget(entry, reason)
             except BaseException as error:

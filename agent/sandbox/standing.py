@@ -19,7 +19,7 @@ from agent.sandbox.lifecycle import Lifecycle
 from agent.sandbox.machine import Machine
 from agent.sandbox.record import Record
 from agent.sandbox.spec import changed_labels
-from agent.telemetry import log
+from agent.telemetry import log, step
 from agent.waiting import to_the_end
 
 
@@ -64,8 +64,10 @@ class Standing(Lifecycle):
         machine = self.running(entry.record.id)
         await self._sync_volumes(entry, machine)
         async with self._still(entry, machine):
-            await machine.stand_still()
-            await self._moved(entry, State.PAUSED)
+            with step("pause.stop"):
+                await machine.stand_still()
+            with step("pause.record"):
+                await self._moved(entry, State.PAUSED)
 
     async def _suspend(self, entry: Entry) -> None:
         record = entry.record
@@ -78,14 +80,16 @@ class Standing(Lifecycle):
             await suspension.save(machine, saved)
             token, record.token = record.token, {}
             try:
-                await self._moved(entry, State.SUSPENDED, durable=True)
+                with step("pause.record"):
+                    await self._moved(entry, State.SUSPENDED, durable=True)
             except BaseException:
                 record.token = token
                 await to_the_end(asyncio.to_thread(host.remove_tree, saved))
                 raise
         entry.machine, entry.sweep = None, True
         entry.held.close()
-        await machine.vanish()
+        with step("pause.machine"):
+            await machine.vanish()
 
     async def _sync_volumes(self, entry: Entry, machine: Machine) -> None:
         """Volumes outlive the sandbox: what it has written to them is there, whatever becomes of it."""
@@ -119,7 +123,8 @@ class Standing(Lifecycle):
     async def _note_standing(self, entry: Entry, *, standing: bool) -> None:
         """Keeps whether the CPUs of a sandbox that is RUNNING may stand still: the next agent lets them go on."""
         entry.record.standing = standing
-        await self._store.put(entry.record)
+        with step("pause.note"):
+            await self._store.put(entry.record)
 
     async def _moved(self, entry: Entry, state: State, *, durable: bool = False) -> None:
         before = entry.record.state
@@ -148,7 +153,8 @@ class Standing(Lifecycle):
             machine = await suspension.restore(self._host, record, image, saved)
             record.standing = True  # until it goes on
             try:
-                await self._moved(entry, State.RUNNING, durable=True)
+                with step("resume.record"):
+                    await self._moved(entry, State.RUNNING, durable=True)
             except BaseException:
                 record.standing = False
                 await machine.vanish()
@@ -156,19 +162,22 @@ class Standing(Lifecycle):
             entry.machine, entry.sweep = machine, False
             await self._going_on(entry, machine, timeout_s)
             await self._note_standing(entry, standing=False)
-            await to_the_end(asyncio.to_thread(host.remove_tree, saved))
+            with step("resume.saved"):
+                await to_the_end(asyncio.to_thread(host.remove_tree, saved))
         else:
             self.running(record.id)  # says why not
 
     async def _going_on(self, entry: Entry, machine: Machine, timeout_s: float) -> None:
         """Lets a machine go on; a guest that does not come back has failed."""
         try:
-            await machine.go_on(timeout_s)
+            with step("resume.guest"):
+                await machine.go_on(timeout_s)
         except AgentError as error:
             await self._fail(entry, error)
             raise
         if entry.record.state is not State.RUNNING:
-            await self._moved(entry, State.RUNNING)
+            with step("resume.record"):
+                await self._moved(entry, State.RUNNING)
         self._start_watch(entry)
 
     # -- forking -------------------------------------------------------------------------------------------------------
@@ -252,8 +261,10 @@ class Standing(Lifecycle):
             await to_the_end(asyncio.shield(frozen))  # whoever freezes makes files of this child
             machine = await suspension.restore(self._host, child, image, directory)
             try:
-                await self._store.put(child)
-                await machine.go_on(self._host.settings.templates.clone_timeout_s, hostname=child.id)
+                with step("token"):
+                    await self._store.put(child)
+                with step("resume.guest"):
+                    await machine.go_on(self._host.settings.templates.clone_timeout_s, hostname=child.id)
             except BaseException:
                 await machine.aclose()
                 raise
@@ -291,4 +302,5 @@ class Standing(Lifecycle):
         async with self._still(parent, machine):
             await fork.freeze(self._host, parent.record, machine, children, directory)
             if parent.record.state is State.RUNNING:
-                await machine.go_on(self._host.settings.sandbox.relink_timeout_s)
+                with step("fork.parent"):
+                    await machine.go_on(self._host.settings.sandbox.relink_timeout_s)

@@ -37,7 +37,8 @@ async def save(machine: Machine, directory: Path) -> None:
         draft.mkdir(mode=0o700, parents=True)
         with step("vmm.save"):
             await machine.save(draft)
-        await to_the_end(asyncio.to_thread(_finish, draft, directory))
+        with step("vmm.saved"):
+            await to_the_end(asyncio.to_thread(_finish, draft, directory))
     except BaseException as error:
         await to_the_end(asyncio.to_thread(remove_tree, draft))
         if isinstance(error, OSError):

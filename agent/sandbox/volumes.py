@@ -229,16 +229,18 @@ class Volumes:
         try:
             draft.mkdir(mode=0o700)
             disk = draft / _DISK
-            if source:
-                _copy(self.disk(source), disk)
-            else:
-                disk.touch(mode=0o600)
-            with disk.open("r+b") as file:
-                file.truncate(volume.capacity_bytes)
-            if not source:
-                format_volume(disk, 0 if volume.image else _OWNER)
-            (draft / _FACTS).write_text(json.dumps(dataclasses.asdict(volume)) + "\n")
-            draft.rename(self._dir / volume.id)
+            with step("volume.disk"):
+                if source:
+                    _copy(self.disk(source), disk)
+                else:
+                    disk.touch(mode=0o600)
+                with disk.open("r+b") as file:
+                    file.truncate(volume.capacity_bytes)
+                if not source:
+                    format_volume(disk, 0 if volume.image else _OWNER)
+            with step("volume.publish"):
+                (draft / _FACTS).write_text(json.dumps(dataclasses.asdict(volume)) + "\n")
+                draft.rename(self._dir / volume.id)
         except OSError as error:
             raise disk_error(draft, error) from error
         finally:
