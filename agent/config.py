@@ -87,8 +87,8 @@ class VmmSettings:
     auto, kvm or tcg; `link` auto (what the VMM does best), serial or vsock. `sandboxctl vmm install` takes the release
     from `download_url` (empty: where its makers publish it), if it has the SHA-256 digest `download_sha256`.
 
-    `uid` and `gid` are whom Cloud Hypervisor runs as, and need an agent that is root; 0: the agent's own user. All VMMs
-    share that user: what keeps them from one another's disks is Landlock, where the kernel has it.
+    `uid_base` is the first of 65,536 users, nobody else's on this host, of whom each VMM is one, with a view of its own
+    files alone; 0: VMMs run as the agent's own user, which they do anyway if that is not root.
     """
 
     driver: str = "auto"
@@ -97,8 +97,7 @@ class VmmSettings:
     link: str = "auto"
     download_url: str = ""
     download_sha256: str = ""
-    uid: int = 0
-    gid: int = 0
+    uid_base: int = 1_900_000_000
     console_limit_bytes: int = 1 << 20
     extra_kernel_args: str = ""
 
@@ -214,6 +213,7 @@ class Settings:
     log: LogSettings = field(default_factory=LogSettings)
 
 
+_FIRST_UID, _LAST_UID = 100_000, (1 << 32) - 2  # below are users of the system; the last is no user (setresuid(2))
 _CHOICES = {
     "vmm.accelerator": ("auto", "kvm", "tcg"),
     "vmm.driver": ("auto", "qemu", "cloud-hypervisor"),
@@ -294,7 +294,7 @@ def _check(settings: Settings) -> None:
             value = getattr(values, entry.name)
             if isinstance(value, int | float) and value < 0:
                 raise ConfigError(f"{table.name}.{entry.name} must not be negative")
-    _check_user(settings.vmm)
+    _check_users(settings.vmm)
     _check_egress(settings.egress)
     api = settings.api
     if api.tcp_address and not (api.tls_cert and api.tls_key and api.tls_client_ca) and not api.allow_insecure_loopback:
@@ -334,14 +334,10 @@ def _check_egress(egress: EgressSettings) -> None:
             raise ConfigError(f"egress.resolvers: {error}; write 192.0.2.1, 192.0.2.1:53 or [2001:db8::1]:53") from None
 
 
-def _check_user(vmm: VmmSettings) -> None:
-    if (vmm.uid == 0) != (vmm.gid == 0):
+def _check_users(vmm: VmmSettings) -> None:
+    if vmm.uid_base and not _FIRST_UID <= vmm.uid_base <= _LAST_UID - (1 << 16):
         raise ConfigError(
-            "vmm.uid and vmm.gid go together: set both to a user and a group that are not root's, or none"
-        )
-    if vmm.uid and vmm.driver == "qemu":
-        raise ConfigError(
-            "vmm.uid is for Cloud Hypervisor; QEMU runs as the agent's user: leave it 0, or change vmm.driver"
+            f"vmm.uid_base is {vmm.uid_base}; it must be 0, or from {_FIRST_UID} on with 65,536 users after it"
         )
 
 

@@ -21,6 +21,7 @@ from agent.sandbox.node import Node
 from agent.sandbox.reconcile import reconcile
 from agent.sandbox.store import Store, lock_directory
 from agent.sandbox.templates import Templates
+from agent.sandbox.uids import Uids
 from agent.sandbox.vmm_choice import choose_driver
 from agent.sandbox.volumes import Volumes
 from agent.sdnotify import notify
@@ -64,7 +65,9 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
         started.push_async_callback(network.aclose, keep=settings.sandbox.on_stop == "keep")
         volumes = Volumes(paths.volumes)
         await asyncio.to_thread(volumes.open)
-        host = Host(settings, paths, driver, DiskMaker(paths.disk_templates), network, volumes)
+        host = Host(
+            settings, paths, driver, DiskMaker(paths.disk_templates), network, volumes, Uids(settings.vmm.uid_base)
+        )
         templates = _templates(host, vmm)
         manager = Manager(host, images, Node(settings, vmm), store, templates)
         network.on_denial = manager.on_denial

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent import view
 from agent.errors import VmmError
+from agent.view import View
 from agent.waiting import to_the_end
 
 _CLONE_NEWNET = 0x40000000
@@ -165,9 +167,11 @@ async def spawn(
     stderr_path: Path,
     pass_fds: Sequence[int] = (),
     output_fds: tuple[int, int] | None = None,
+    seen: View | None = None,
 ) -> HostProcess:
     """Starts `argv` in its own session and in the namespace `netns`, with stdout and stderr in a file.
 
+    :param seen: what it has of the host's files; None: all.
     :param output_fds: where stdout and stderr go instead; `stderr_path` is then only read, for the end of stderr.
     :raises VmmError: the program cannot be started.
     """
@@ -177,7 +181,7 @@ async def spawn(
     def run() -> None:
         # Namespaces belong to threads, and a child starts in its parent thread's: no helper program is needed.
         try:
-            pid = _spawn_here(argv, netns, stderr_path, pass_fds, output_fds)
+            pid = _spawn_here(argv, netns, stderr_path, pass_fds, output_fds, seen)
         except Exception as error:  # noqa: BLE001  handed to the caller, who waits for it
             loop.call_soon_threadsafe(started.set_exception, error)
         else:
@@ -218,6 +222,7 @@ def _spawn_here(
     stderr_path: Path,
     pass_fds: Sequence[int],
     output_fds: tuple[int, int] | None,
+    seen: View | None,
 ) -> int:
     if netns is not None:
         enter_netns(netns)
@@ -225,6 +230,8 @@ def _spawn_here(
         if output_fds is None:
             file = opened.enter_context(stderr_path.open("ab"))
             output_fds = (file.fileno(), file.fileno())
+        if seen is not None:
+            view.enter(seen)
         process = subprocess.Popen(
             list(argv), stdin=subprocess.DEVNULL, stdout=output_fds[0], stderr=output_fds[1], pass_fds=pass_fds,
             start_new_session=True, cwd="/",

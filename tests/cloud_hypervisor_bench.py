@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from agent.proc import Confinement
 from agent.vmm.accelerator import AcceleratorProbe
 from agent.vmm.api import LinkKind, MemoryFile, VmmOptions, VmSpec
 from agent.vmm.cloud_hypervisor.driver import CloudHypervisorDriver, trial
@@ -59,7 +58,7 @@ class Bench:
         os.truncate(path, size)
         return path
 
-    def driver(self, *, shim: bool = False, confinement: Confinement | None = None) -> CloudHypervisorDriver:
+    def driver(self, *, shim: bool = False) -> CloudHypervisorDriver:
         """Returns a driver; with `shim` its VMM can snapshot even where KVM has no nested state."""
         binary = BINARY
         if shim and no_nested_state.is_needed():
@@ -69,8 +68,8 @@ class Bench:
             script.chmod(0o755)
             binary = str(script)
         probe = AcceleratorProbe(self.directory, None, None, trial)
-        options = VmmOptions(binary=binary, accelerator="kvm")
-        return CloudHypervisorDriver(options, self.directory, probe, confinement=confinement)
+        options = VmmOptions(binary=binary, accelerator="kvm", visible=(self.directory, Path(BINARY)))
+        return CloudHypervisorDriver(options, self.directory, probe)
 
     def spec(self, name: str, guest: BareGuest | None = None, **changes: object) -> VmSpec:
         run_dir = self.directory / name

@@ -49,7 +49,7 @@ class Boot:
         """
         async with AsyncExitStack() as lasting, AsyncExitStack() as volatile:
             with step("directories"):
-                make_state_directory(self._host, self._record.id, lasting)
+                make_state_directory(self._host, self._record.id, self._record.uid, lasting)
                 make_run_directory(self._host, self._record.id, volatile)
             await self._host.network.make(self._record, volatile)
             if self._templates is None:
@@ -66,7 +66,8 @@ class Boot:
         shape = shape_of(self._host.settings, self._image, spec.vcpu_count, spec.memory_bytes, vmm, volumes)
         self._record.shape = dataclasses.asdict(shape)
         disks = disks_of(self._host.volumes, spec)
-        return vm_spec(self._host.settings, self._host.paths, self._record.id, shape, self._image, disks=disks)
+        uid = self._record.uid
+        return vm_spec(self._host.settings, self._host.paths, self._record.id, shape, self._image, disks=disks, uid=uid)
 
     async def _clone(self, stack: AsyncExitStack, templates: Templates) -> tuple[Vm, Channel]:
         """Restores a template; a clone that fails to answer is ended, and another one tried."""
@@ -98,8 +99,9 @@ class Boot:
         self._record.shape = dataclasses.asdict(template.shape)
         disks = disks_of(host.volumes, self._record.spec)
         return vm_spec(
-            host.settings, host.paths, self._record.id, template.shape, self._image, memory, template.vmm, disks
-        )
+            host.settings, host.paths, self._record.id, template.shape, self._image, memory, template.vmm, disks,
+            self._record.uid,
+        )  # fmt: skip
 
     async def _start(self, stack: AsyncExitStack, spec: VmSpec, template: Template | None) -> tuple[Vm, Channel]:
         """Starts the VM on a fresh disk and makes its guest this sandbox."""

@@ -9,7 +9,7 @@ from agent.errors import InvalidSpec, InvalidState
 from agent.model import State
 from agent.rootfs import disk_error
 from agent.sandbox import suspension
-from agent.sandbox.host import Host, make_slots
+from agent.sandbox.host import Host, make_slots, open_to
 from agent.sandbox.machine import Machine
 from agent.sandbox.record import Record
 from agent.sparse import copy_sparse
@@ -48,6 +48,7 @@ def _copy_disks(host: Host, parent: Record, children: list[Record]) -> None:
         disk = host.paths.disk(child.id)
         try:
             disk.parent.mkdir(mode=0o700, parents=True)
+            open_to(disk.parent, child.uid)
             copy_sparse(host.paths.disk(parent.id), disk)
         except OSError as error:
             raise disk_error(disk, error) from error

@@ -22,6 +22,7 @@ from agent.paths import Paths
 from agent.rootfs import DiskMaker
 from agent.sandbox.record import Record
 from agent.sandbox.shape import SLOT_BYTES
+from agent.sandbox.uids import Uids
 from agent.sandbox.volumes import Volumes
 from agent.vmm.api import Driver
 
@@ -82,6 +83,7 @@ class Host:
     disks: DiskMaker
     network: Network
     volumes: Volumes
+    uids: Uids
 
 
 def make_run_directory(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
@@ -89,19 +91,24 @@ def make_run_directory(host: Host, sandbox_id: str, stack: AsyncExitStack) -> No
     _make_directory(host.paths.sandbox_run(sandbox_id), stack)
 
 
-def make_state_directory(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
-    """Makes the directory for the disk; `stack` removes it. :raises HostError:
-
-    The way to the disk is open to the group of a VMM that is another user.
-    """
+def make_state_directory(host: Host, sandbox_id: str, uid: int | None, stack: AsyncExitStack) -> None:
+    """Makes the directory for the disk; `stack` removes it. :raises HostError:"""
     state = host.paths.sandbox_state(sandbox_id)
     _make_directory(state, stack)
-    if host.settings.vmm.uid:
-        try:
-            os.chown(state, -1, host.settings.vmm.gid)
-            state.chmod(0o710)
-        except OSError as error:
-            raise HostError(f"cannot give {state} to vmm.gid: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+    open_to(state, uid)
+
+
+def open_to(directory: Path, uid: int | None) -> None:
+    """Opens the way through a directory to a VMM that is another user. :raises HostError:"""
+    if uid is None:
+        return
+    try:
+        os.chown(directory, -1, uid)
+        directory.chmod(0o710)
+    except OSError as error:
+        raise HostError(
+            f"cannot open {directory} to user {uid}: {error.strerror}", reason="STATE_UNAVAILABLE"
+        ) from error
 
 
 def _make_directory(path: Path, stack: AsyncExitStack) -> None:

@@ -110,6 +110,7 @@ class Lifecycle(Registry):
         """Enters a new sandbox and starts to make it: `hold` keeps its secrets, `make` returns its machine."""
         if (duration := record.spec.lifetime.duration_s or record.spec.lifetime.lease_s) is not None:
             lifetimes.live_for(record, duration)
+        record.uid = self._host.uids.take()
         entry = Entry(record)
         self._add(entry)
         self._publish(EventType.CREATED, entry)
@@ -165,6 +166,7 @@ class Lifecycle(Registry):
         with step("delete.record"):
             await self._store.delete(entry.record.id)
         self._drop(entry)
+        self._host.uids.give_back(entry.record.uid)
         entry.record.state = State.DELETED
         self._publish(EventType.DELETED, entry, reason)
 

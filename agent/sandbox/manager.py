@@ -127,7 +127,7 @@ class Manager(Standing):
 
         It has nothing on the host, and is deleted after a while.
         """
-        record.error, record.token, record.slot = why, {}, None
+        record.error, record.token, record.slot, record.uid = why, {}, None, None
         record.move(State.LOST)
         retention_s = self._host.settings.sandbox.lost_retention_s
         if record.expire_time is None or record.expire_time > time.time() + retention_s:
@@ -143,6 +143,7 @@ class Manager(Standing):
     def _take_over(self, record: Record, adopted: Machine | None) -> Entry:
         if self._store.rebooted:
             lifetimes.after_reboot(record)
+        self._host.uids.reserve(record.uid)
         entry = Entry(record, adopted)
         self._add(entry)
         self._publish(EventType.UPDATED, entry)

@@ -17,11 +17,12 @@ class Record:
 
     `expire_uptime` is when it ends by the clock of `agent.sandbox.lifetimes.uptime`, if it is to live for so long
     rather than until a time of day: `expire_time` then follows it.
-    `slot` is its place in the pool of addresses, None if it has no way to the uplink; `rules` is the digest of the
-    kernel's rules that are in force. `net` and `secrets` are as they are now, while `spec` has what the create asked
-    for. `denials` counts what it was not let do, by reason. `fingerprint` stands for the values of the secrets that
-    came with the create. `standing` is true while its CPUs may stand still although it is RUNNING. `shape` has the
-    fields of the VM's `agent.sandbox.shape.Shape`. `parent` is the sandbox that a fork is a copy of.
+    `uid` is whom its VMM runs as; None: the agent's own user. `slot` is its place in the pool of addresses, None if it
+    has no way to the uplink; `rules` is the digest of the kernel's rules that are in force. `net` and `secrets` are as
+    they are now, while `spec` has what the create asked for. `denials` counts what it was not let do, by reason.
+    `fingerprint` stands for the values of the secrets that came with the create. `standing` is true while its CPUs may
+    stand still although it is RUNNING. `shape` has the fields of the VM's `agent.sandbox.shape.Shape`. `parent` is the
+    sandbox that a fork is a copy of.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Record:
     shape: dict[str, Any] = field(default_factory=dict)
     parent: str = ""
     slot: int | None = None
+    uid: int | None = None
     rules: str = ""
     net: NetSpec = field(default_factory=NetSpec)
     secrets: tuple[SecretSpec, ...] = ()

@@ -183,6 +183,7 @@ def _copy(directory: Path, text: str) -> None:
     path = directory / _COPY
     try:
         fresh = directory / f"{_COPY}.new"
+        fresh.touch(mode=0o600)  # the directory is open to the sandbox's VMM
         fresh.write_text(text)
         fresh.rename(path)
     except OSError:

@@ -85,7 +85,7 @@ async def restore(host: Host, record: Record, image: Image, directory: Path) -> 
             make_run_directory(host, record.id, volatile)
         await host.network.make(record, volatile)
         disks = disks_of(host.volumes, record.spec)
-        spec = vm_spec(host.settings, host.paths, record.id, shape, image, None, directory, disks)
+        spec = vm_spec(host.settings, host.paths, record.id, shape, image, None, directory, disks, record.uid)
         with step("vmm.restore"):
             vm = await host.driver.start(dataclasses.replace(spec, stands_still=True))
         volatile.push_async_callback(vm.stop)

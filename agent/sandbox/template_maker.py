@@ -84,12 +84,15 @@ async def _booted(
     """A VM with host resources of its own, under an id that a starting agent would clean up after, and its link."""
     sandbox_id = new_sandbox_id()
     async with AsyncExitStack() as stack:
-        make_state_directory(host, sandbox_id, stack)
+        uid = host.uids.take()
+        stack.callback(host.uids.give_back, uid)
+        make_state_directory(host, sandbox_id, uid, stack)
         make_run_directory(host, sandbox_id, stack)
         await to_the_end(host.disks.make_disk(host.paths.disk(sandbox_id), TEMPLATE_DISK_BYTES))
         make_slots(host, sandbox_id, shape.slots)
         await host.network.make_bare(sandbox_id, stack)
-        spec = vm_spec(host.settings, host.paths, sandbox_id, shape, image, memory_file, restore_from)
+        spec = vm_spec(host.settings, host.paths, sandbox_id, shape, image, memory_file, restore_from, uid=uid)
+        spec = dataclasses.replace(spec, save_root=memory_file.path.parent)
         vm = await host.driver.start(dataclasses.replace(spec, limits=type(spec.limits)()))
         stack.push_async_callback(vm.stop)
         try:

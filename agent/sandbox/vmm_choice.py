@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import os
 from pathlib import Path
 
-from agent.config import Settings, VmmSettings
+from agent.config import Settings
 from agent.errors import AgentError, VmmError
-from agent.proc import Confinement
 from agent.rootfs import ImageStore
 from agent.vmm.accelerator import AcceleratorProbe, Trial, qemu_trial
 from agent.vmm.api import Driver, LinkKind, VmmOptions
@@ -19,7 +16,6 @@ from agent.vmm.cloud_hypervisor.driver import CloudHypervisorDriver, trial
 from agent.vmm.qemu import QemuDriver
 
 QEMU, CLOUD_HYPERVISOR = "qemu", binary.NAME
-KVM = Path("/dev/kvm")
 
 
 async def choose_driver(settings: Settings, images: ImageStore) -> Driver:
@@ -42,8 +38,6 @@ async def choose_driver(settings: Settings, images: ImageStore) -> Driver:
             why_not = error.message
         else:
             return driver
-    if settings.vmm.uid:
-        why_not += "; QEMU runs as the agent's user, not as vmm.uid"
     # A program with the other one's name is not QEMU.
     program = "" if CLOUD_HYPERVISOR in Path(options.binary).name else options.binary
     options = dataclasses.replace(options, binary=program, note=f"not {CLOUD_HYPERVISOR}: {why_not}")
@@ -63,29 +57,8 @@ def _unsuitable(settings: Settings) -> str:
 
 
 async def _cloud_hypervisor(settings: Settings, images: ImageStore, options: VmmOptions) -> CloudHypervisorDriver:
-    confinement = _confinement(settings.vmm)
     probe = await asyncio.to_thread(_probe, settings, images, trial)
-    return CloudHypervisorDriver(options, settings.paths.tools_dir, probe, confinement=confinement)
-
-
-def _confinement(vmm: VmmSettings) -> Confinement | None:
-    """Returns whom VMMs run as; None: as the agent. :raises VmmError: that user cannot run VMs."""
-    if not vmm.uid:
-        return None
-    if os.geteuid() != 0:
-        raise VmmError("vmm.uid needs an agent that is root; leave it 0", reason="VMM_UNSUPPORTED")
-    groups: tuple[int, ...] = ()
-    with contextlib.suppress(OSError):  # a missing device is the driver's to report
-        facts = KVM.stat()
-        by_group = facts.st_gid != 0 and facts.st_mode & 0o060 == 0o060  # never root's group
-        by_owner = facts.st_uid == vmm.uid and facts.st_mode & 0o600 == 0o600
-        if not by_group and not by_owner and facts.st_mode & 0o006 != 0o006:
-            raise VmmError(
-                f"user {vmm.uid} (vmm.uid) may not open {KVM}: `chgrp kvm {KVM} && chmod 660 {KVM}`, or leave it 0",
-                reason="KVM_UNUSABLE",
-            )
-        groups = (facts.st_gid,) if by_group else ()
-    return Confinement(vmm.uid, vmm.gid, groups)
+    return CloudHypervisorDriver(options, settings.paths.tools_dir, probe)
 
 
 async def _qemu(settings: Settings, images: ImageStore, options: VmmOptions) -> QemuDriver:

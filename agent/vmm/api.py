@@ -90,7 +90,8 @@ class VmSpec:
     memory_file: MemoryFile | None = None  # None: memory of its own, which cannot be snapshotted
     restore_from: Path | None = None
     stands_still: bool = False
-    save_root: Path | None = None  # below which directories for `Vm.save` lie
+    save_root: Path | None = None  # below which directories for `Vm.save` and `Vm.snapshot` lie
+    uid: int | None = None  # user and group that the VMM runs as, with a view of its own files alone; None: the agent's
     limits: Limits = Limits()
 
 
@@ -194,3 +195,4 @@ class VmmOptions:
     link: str = "auto"  # auto | serial | vsock
     note: str = ""
     extra_args: tuple[str, ...] = field(default=())
+    visible: tuple[Path, ...] = ()  # what a confined VMM sees besides

@@ -13,6 +13,7 @@ from agent.errors import VmmError
 from agent.vmm.qmp import Qmp
 
 _STATE = "state"
+FILES = (_STATE,)
 _TIMEOUT_S = 30.0
 _RAM_TIMEOUT_S = 600.0  # for what a slow disk takes to write tens of GiB
 _RAM_BYTES_PER_S = 1 << 40  # QEMU's own limit is 128 MiB/s: it thinks of networks

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import shutil
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from agent import proc
 from agent.errors import GuestUnreachable, VmmError, VmmUnsupported
 from agent.proc import ExitInfo, HostProcess
-from agent.vmm import migration, qemu_args, sockets, vsock_backend
+from agent.vmm import lending, migration, qemu_args, sockets, vsock_backend
 from agent.vmm.accelerator import AcceleratorProbe
 from agent.vmm.api import LinkKind, VmmInfo, VmmOptions, VmSpec
 from agent.vmm.console import Console
 from agent.vmm.cpu import cpu_key
 from agent.vmm.qmp import Qmp
+from agent.vmm.tap import open_tap
 
 LINK_PORT = 1024
 _MIN_VERSION = (8, 2)  # migration to a file, which templates need
@@ -35,13 +37,16 @@ class QemuVm:
     """One QEMU process and its sockets; see `agent.vmm.api.Vm`."""
 
     def __init__(
-        self, run_dir: Path, link: LinkKind, process: HostProcess, backend: HostProcess | None, console: Console
-    ) -> None:
+        self, run_dir: Path, link: LinkKind, process: HostProcess, backend: HostProcess | None, console: Console,
+        uid: int | None, give_back: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self._run_dir = run_dir
         self._link = link
         self._process = process
         self._backend = backend
         self._console = console
+        self._uid = uid
+        self._give_back = give_back
         self._driver_ready = False
 
     @property
@@ -53,6 +58,8 @@ class QemuVm:
     def resume_token(self) -> Mapping[str, str]:
         """What `QemuDriver.adopt` needs."""
         token = {"pid": str(self.pid), "start_time": str(self._process.start_time), "link": self._link.value}
+        if self._uid is not None:
+            token["uid"] = str(self._uid)
         if self._backend is not None:
             token |= {"backend_pid": str(self._backend.pid), "backend_start_time": str(self._backend.start_time)}
         return token
@@ -87,6 +94,7 @@ class QemuVm:
         await self._process.kill()
         if self._backend is not None:
             await self._backend.kill()
+        self._give_back()
         await self._console.aclose()
         for name in (*_SOCKETS, "vhost", "vsock"):
             (self._run_dir / f"{name}.sock").unlink(missing_ok=True)
@@ -110,9 +118,12 @@ class QemuVm:
     async def _save(self, directory: Path, *, ram: bool) -> None:
         if self._link is LinkKind.VSOCK:
             raise VmmUnsupported("a QEMU with a vsock device cannot be snapshotted", reason="SNAPSHOT_UNSUPPORTED")
+        lending.lend_path(self._uid, directory)
         async with self._control() as qmp:
             await qmp.execute("stop")
             await migration.save(qmp, directory, ram=ram)
+        if self._uid is not None:
+            await asyncio.to_thread(lending.take_directory, directory, migration.FILES)
 
     async def pause(self) -> None:
         """Stops the CPUs."""
@@ -192,16 +203,25 @@ class QemuDriver:
         return await vsock_backend.start(binary, spec.run_dir, qemu_args.GUEST_CID)
 
     async def _start_qemu(self, spec: VmSpec, accelerator: str, backend: HostProcess | None) -> QemuVm:
+        give_back = functools.partial(lending.take_back, spec)
         names = [name for name in _SOCKETS if name != "link" or spec.link is LinkKind.SERIAL]
         listeners = {name: sockets.listen(spec.run_dir / f"{name}.sock") for name in names}
         process: HostProcess | None = None
         console: Console | None = None
+        tap_fd: int | None = None
         try:
+            if spec.nic is not None:
+                tap_fd = await open_tap(spec.nic.tap, spec.netns)
+            lending.lend(spec)
+            argv = self._argv(spec, accelerator, backend, listeners, tap_fd)
+            devices = ("/dev/null", "/dev/urandom", *(["/dev/kvm"] if accelerator == "kvm" else []))
+            fds = [sock.fileno() for sock in listeners.values()] + ([] if tap_fd is None else [tap_fd])
             process = await proc.spawn(
-                self._argv(spec, accelerator, backend, listeners),
+                lending.confinement_of(spec).argv(argv),
                 netns=spec.netns,
                 stderr_path=spec.run_dir / "vmm.log",
-                pass_fds=[sock.fileno() for sock in listeners.values()],
+                pass_fds=fds,
+                seen=lending.view_of(spec, self._binary, devices),
             )
             for sock in listeners.values():
                 sock.close()  # QEMU alone listens now: its death closes what is connected
@@ -215,21 +235,27 @@ class QemuDriver:
             for name, sock in listeners.items():
                 sock.close()
                 (spec.run_dir / f"{name}.sock").unlink(missing_ok=True)
+            give_back()
             raise
-        return QemuVm(spec.run_dir, spec.link, process, backend, console)
+        finally:
+            if tap_fd is not None:
+                os.close(tap_fd)
+        return QemuVm(spec.run_dir, spec.link, process, backend, console, spec.uid, give_back)
 
     def _argv(
-        self, spec: VmSpec, accelerator: str, backend: HostProcess | None, listeners: Mapping[str, socket.socket]
-    ) -> list[str]:
+        self, spec: VmSpec, accelerator: str, backend: HostProcess | None, listeners: Mapping[str, socket.socket],
+        tap_fd: int | None,
+    ) -> list[str]:  # fmt: skip
         link = listeners.get("link")
         vsock = None
         if spec.link is LinkKind.VSOCK:
             vsock = qemu_args.vsock_device(None if backend is None else str(spec.run_dir / "vhost.sock"))
         link_fd = None if link is None else link.fileno()
+        console_fd, qmp_fd = listeners["console"].fileno(), listeners["qmp"].fileno()
         return [
             self._binary,
             *qemu_args.machine_args(spec, accelerator),
-            *qemu_args.device_args(spec, link_fd, listeners["console"].fileno(), listeners["qmp"].fileno(), vsock),
+            *qemu_args.device_args(spec, link_fd, console_fd, qmp_fd, vsock, tap_fd),
             *self._options.extra_args,
         ]
 
@@ -253,7 +279,7 @@ class QemuDriver:
             return None
         with contextlib.suppress(GuestUnreachable):
             console.attach(await sockets.connect(run_dir / "console.sock"))
-        return QemuVm(run_dir, link, process, backend, console)
+        return QemuVm(run_dir, link, process, backend, console, int(token["uid"]) if "uid" in token else None)
 
 
 def _adopt(token: Mapping[str, str], prefix: str, stderr_path: Path) -> HostProcess | None:

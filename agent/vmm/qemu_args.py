@@ -57,8 +57,10 @@ def _memory(spec: VmSpec) -> str:
     return f"memory-backend-file,id=mem0,size={spec.memory_bytes},mem-path={value(spec.memory_file.path)},{access}"
 
 
-def device_args(spec: VmSpec, link_fd: int | None, console_fd: int, qmp_fd: int, vsock: str | None) -> list[str]:
-    """Returns kernel, disks, card and sockets. The descriptors are listening sockets that QEMU inherits.
+def device_args(
+    spec: VmSpec, link_fd: int | None, console_fd: int, qmp_fd: int, vsock: str | None, tap_fd: int | None
+) -> list[str]:
+    """Returns kernel, disks, card and sockets. The descriptors are listening sockets, and an open tap, for QEMU.
 
     :param vsock: the device for a VSOCK link, as `vsock_device` gives it.
     """
@@ -74,7 +76,7 @@ def device_args(spec: VmSpec, link_fd: int | None, console_fd: int, qmp_fd: int,
         args += ["-blockdev", f"driver=raw,node-name=d-{node},file=f-{node},{mode}{cache}"]
         args += ["-device", f"virtio-blk-pci,drive=d-{node},serial={node}"]
     if spec.nic is not None:
-        args += ["-netdev", f"tap,id=net0,ifname={value(spec.nic.tap)},script=no,downscript=no,vhost=off"]
+        args += ["-netdev", f"tap,id=net0,fd={tap_fd},vhost=off"]
         args += ["-device", f"virtio-net-pci,netdev=net0,mac={value(spec.nic.mac)},romfile="]
     args += ["-device", "virtio-rng-pci"]
     args += ["-chardev", f"socket,id=console,fd={console_fd},server=on,wait=off", "-serial", "chardev:console"]

@@ -33,6 +33,7 @@ from agent.sandbox import dialogue, template_files
 from agent.sandbox.shape import DATA_DISK, vm_spec
 from agent.vmm.api import MemoryFile, VmSpec
 from agent.vmm.qemu_args import device_args, machine_args
+from agent.vmm.tap import attach
 from guest import wire
 from guest.wire import Frame, FrameReader
 from guest.yamux import Session
@@ -162,13 +163,17 @@ def _vmm(spec: VmSpec, directory: Path) -> Iterator[dict[str, socket.socket]]:
         listener.bind(str(directory / name))
         listener.listen()
     fds = {name: listener.fileno() for name, listener in listeners.items()}
-    devices = device_args(spec, fds["link"], fds["console"], fds["qmp"], None)
-    argv = ["qemu-system-x86_64", *machine_args(spec, "tcg"), *devices]
     started: list[subprocess.Popen[bytes]] = []
 
     def spawn() -> None:  # a thread of its own: it stays in the namespace
         enter_netns(str(spec.netns))
-        started.append(subprocess.Popen(argv, pass_fds=fds.values(), stdout=subprocess.DEVNULL))
+        tap = attach(str(spec.nic.tap)) if spec.nic is not None else None
+        devices = device_args(spec, fds["link"], fds["console"], fds["qmp"], None, tap)
+        argv = ["qemu-system-x86_64", *machine_args(spec, "tcg"), *devices]
+        passed = [*fds.values(), *([] if tap is None else [tap])]
+        started.append(subprocess.Popen(argv, pass_fds=passed, stdout=subprocess.DEVNULL))
+        if tap is not None:
+            os.close(tap)
 
     thread = threading.Thread(target=spawn)
     thread.start()

@@ -25,6 +25,7 @@ from agent.sandbox.node import Node
 from agent.sandbox.record import Record
 from agent.sandbox.store import Store
 from agent.sandbox.templates import Templates
+from agent.sandbox.uids import Uids
 from agent.sandbox.volumes import Volumes
 from agent.telemetry import step
 from agent.vmm.api import Vm, VmmInfo, VmSpec
@@ -377,6 +378,7 @@ async def bench(
         cast("DiskMaker", FakeDisks(world)),
         network,
         Volumes(chosen.paths.state_dir / "volumes"),
+        Uids(0),
     )
     store = Store(host.paths.database, host.paths.sandboxes_state)
     await store.open()

@@ -33,7 +33,7 @@ def options(args: list[str], name: str) -> list[str]:
 
 
 def devices(spec: VmSpec, link_fd: int | None = 5, vsock: str | None = None) -> list[str]:
-    return qemu_args.device_args(spec, link_fd, 6, 7, vsock)
+    return qemu_args.device_args(spec, link_fd, 6, 7, vsock, 8)
 
 
 def test_machine() -> None:
@@ -79,7 +79,7 @@ def test_disks_keep_their_rights_and_commas() -> None:
 
 def test_a_nic_is_the_tap_that_exists_or_none() -> None:
     args = devices(SPEC)
-    assert options(args, "-netdev") == ["tap,id=net0,ifname=tap0,script=no,downscript=no,vhost=off"]
+    assert options(args, "-netdev") == ["tap,id=net0,fd=8,vhost=off"]
     assert "virtio-net-pci,netdev=net0,mac=02:00:00:00:00:01,romfile=" in options(args, "-device")
     assert not any("net" in word for word in devices(dataclasses.replace(SPEC, nic=None)))
 

@@ -12,9 +12,7 @@ import pytest
 
 from agent.config import PathSettings, Settings, VmmSettings
 from agent.errors import AgentError, VmmError
-from agent.proc import Confinement
 from agent.rootfs import ImageStore
-from agent.sandbox import vmm_choice
 from agent.sandbox.vmm_choice import choose_driver
 from agent.vmm.api import LinkKind, VmmInfo
 
@@ -131,37 +129,3 @@ async def test_a_program_that_boots_nothing_does_not_stand_in_for_qemu(host: Hos
     info = await host.choose(binary=str(mine))
     assert (info.name, info.version) == ("qemu", "10.0.2")
     assert "a guest kernel does not reach its first program" in info.reason
-
-
-@pytest.mark.parametrize(
-    ("mode", "owner", "group", "expected"),
-    [
-        (0o660, 0, 104, Confinement(64123, 64124, (104,))),
-        (0o666, 0, 0, Confinement(64123, 64124)),
-        (0o600, 64123, 0, Confinement(64123, 64124)),
-        (0o660, 0, 0, None),
-        (0o600, 0, 104, None),
-    ],
-)
-async def test_another_user_must_be_able_to_open_kvm(
-    host: Host, monkeypatch: pytest.MonkeyPatch, mode: int, owner: int, group: int, expected: Confinement | None
-) -> None:
-    host.install()
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    device = SimpleNamespace(st_mode=0o20000 | mode, st_uid=owner, st_gid=group)
-    monkeypatch.setattr(vmm_choice, "KVM", SimpleNamespace(stat=lambda: device))
-    settings = VmmSettings(uid=64123, gid=64124)
-    if expected is not None:
-        assert vmm_choice._confinement(settings) == expected
-        return
-    with pytest.raises(VmmError, match=r"user 64123 .* may not open "):
-        await host.choose(driver="cloud-hypervisor", uid=64123, gid=64124)
-    info = await host.choose(uid=64123, gid=64124)
-    assert info.name == "qemu"
-    assert "QEMU runs as the agent's user, not as vmm.uid" in info.reason
-
-
-async def test_only_root_can_give_vms_to_another_user(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(VmmError, match="an agent that is root"):
-        await host.choose(driver="cloud-hypervisor", uid=64123, gid=64123)

@@ -13,21 +13,22 @@ from pathlib import Path
 
 from agent import proc
 from agent.errors import GuestUnreachable, VmmError
-from agent.proc import Confinement, HostProcess
-from agent.vmm import sockets
+from agent.proc import HostProcess
+from agent.vmm import lending, sockets
 from agent.vmm.accelerator import AcceleratorProbe
 from agent.vmm.api import LinkKind, VmmInfo, VmmOptions, VmSpec
-from agent.vmm.cloud_hypervisor import binary, config, lending
+from agent.vmm.cloud_hypervisor import binary, config
 from agent.vmm.cloud_hypervisor.landlock import landlock_works
 from agent.vmm.cloud_hypervisor.layout import Layout
 from agent.vmm.cloud_hypervisor.pipes import Events, Log
-from agent.vmm.cloud_hypervisor.tap import open_tap
 from agent.vmm.cloud_hypervisor.vm import CloudHypervisorVm
 from agent.vmm.cpu import cpu_key
+from agent.vmm.tap import open_tap
 
 _CONSOLE_FOR_ADOPTED_BYTES = 1 << 20
 _RESUMED_TIMEOUT_S = 10.0
 _LAST_WORDS_S = 0.5
+_DEVICES = ("/dev/null", "/dev/urandom", "/dev/kvm")
 
 
 def trial(program: str, kernel: Path, initramfs: Path, cmdline: str) -> list[str]:
@@ -42,8 +43,6 @@ class CloudHypervisorDriver:
     """Starts VMs with Cloud Hypervisor v53.
 
     :param probe: made with `trial`.
-    :param confinement: whom the VMMs run as. To another user, /dev/kvm, the way to all files, and what is only read
-        must be open. What it writes to it owns: disks for good, a template's RAM until the VM is stopped.
     :param landlock: whether VMMs confine themselves by Landlock, too; None: where the kernel can.
     """
 
@@ -53,13 +52,11 @@ class CloudHypervisorDriver:
         tools_dir: Path,
         probe: AcceleratorProbe,
         *,
-        confinement: Confinement | None = None,
         landlock: bool | None = None,
     ) -> None:
         self._options = options
         self._tools_dir = tools_dir
         self._probe = probe
-        self._confinement = confinement or Confinement()
         self._landlock = landlock_works() if landlock is None else landlock
         self._info: VmmInfo | None = None
         self._binary = ""
@@ -92,14 +89,13 @@ class CloudHypervisorDriver:
         layout = Layout(spec.run_dir)
         async with AsyncExitStack() as undo:
             undo.callback(layout.remove)
-            layout.make(self._confinement)
+            layout.make(lending.confinement_of(spec))
             console, log, events = _open_pipes(layout, spec.console_limit_bytes)
             for pipe in (console.pipe, log.pipe, events.pipe):
                 undo.callback(pipe.close)
-            give_back = functools.partial(lending.take_back, spec, self._confinement)
-            lend = functools.partial(lending.lend_path, self._confinement)
+            give_back = functools.partial(lending.take_back, spec)
             undo.callback(give_back)
-            lending.lend(spec, self._confinement)
+            lending.lend(spec)
             process = await self._spawn(spec, layout, console, log, events)
             undo.push_async_callback(_finish, process)
             vm = CloudHypervisorVm(
@@ -110,7 +106,7 @@ class CloudHypervisorDriver:
                 events,
                 is_template=config.is_template(spec),
                 give_back=give_back,
-                lend=lend,
+                uid=spec.uid,
             )
             try:
                 await self._bring_up(vm, spec, layout)
@@ -135,11 +131,14 @@ class CloudHypervisorDriver:
             ]
             # Its death closes what is connected, since it alone listens from here on.
             return await proc.spawn(
-                self._confinement.argv(argv),
+                lending.confinement_of(spec).argv(argv),
                 netns=spec.netns,
                 stderr_path=layout.log,
                 pass_fds=[listener.fileno(), event_fd],
                 output_fds=(stdout, stderr),
+                seen=lending.view_of(
+                    spec, self._binary, _DEVICES, read_only=self._options.visible, writable=[spec.run_dir]
+                ),
             )
 
     async def _bring_up(self, vm: CloudHypervisorVm, spec: VmSpec, layout: Layout) -> None:
@@ -167,7 +166,7 @@ class CloudHypervisorDriver:
         ram = spec.memory_file is None
         zone = ram and await asyncio.to_thread(config.has_zone, snapshot)
         text = json.dumps(config.restore_config(spec, landlock=self._landlock, zone=zone)).encode()
-        layout.make_restore(text, snapshot, self._confinement)
+        layout.make_restore(text, snapshot, lending.confinement_of(spec))
         await vm.api.restore(layout.restore, taps, resume=not spec.stands_still, ram=ram)
         # "vm restored" comes before the CPUs go on.
         await vm.events.wait_for("vm restored" if spec.stands_still else "vm resumed", _RESUMED_TIMEOUT_S)
@@ -195,7 +194,7 @@ class CloudHypervisorDriver:
             return None
         return CloudHypervisorVm(
             layout, process, console, log, events, is_template=token.get("template") == "yes",
-            lend=functools.partial(lending.lend_path, self._confinement),
+            uid=int(token["uid"]) if "uid" in token else None,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agent.errors import VmmError
 from agent.proc import Confinement
+from agent.vmm import lending
 
 _MAX_STATE_BYTES = 64 << 20
 _STATE_FILES = ("config.json", "state.json")
@@ -122,19 +123,7 @@ class Layout:
 
         :raises VmmError: something else is there.
         """
-        os.chown(directory, os.geteuid(), os.getegid())
-        found = sorted(entry.name for entry in directory.iterdir())
-        if found != sorted((*_STATE_FILES, _RAM_FILE)):
-            raise VmmError(f"the snapshot consists of {', '.join(found)}", reason="SNAPSHOT_FAILED")
-        for name in found:
-            fd = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise VmmError(f"the snapshot's {name} is not what it must be", reason="SNAPSHOT_FAILED")
-                os.fchown(fd, os.geteuid(), os.getegid())
-                os.fchmod(fd, 0o600)
-            finally:
-                os.close(fd)
+        lending.take_directory(directory, (*_STATE_FILES, _RAM_FILE))
 
     def remove(self) -> None:
         """Removes all but logs. Idempotent."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agent.errors import VmmError, VmmUnsupported
 from agent.proc import ExitInfo, HostProcess
-from agent.vmm import sockets
+from agent.vmm import lending, sockets
 from agent.vmm.cloud_hypervisor.config import disk_id
 from agent.vmm.cloud_hypervisor.layout import Layout
 from agent.vmm.cloud_hypervisor.pipes import Events, Log
@@ -25,12 +25,12 @@ class CloudHypervisorVm:
 
     :param is_template: its RAM is a shared file, so that it can be snapshotted.
     :param give_back: called once the VMM is gone: takes back what it was lent.
-    :param lend: gives it a directory to fill.
+    :param uid: whom it runs as; None: the agent's own user.
     """
 
     def __init__(
         self, layout: Layout, process: HostProcess, console: Log, log: Log, events: Events, *, is_template: bool,
-        give_back: Callable[[], None] = lambda: None, lend: Callable[[Path], None] = lambda _path: None,
+        give_back: Callable[[], None] = lambda: None, uid: int | None = None,
     ) -> None:  # fmt: skip
         self.api = RestClient(layout.api)
         self._layout = layout
@@ -40,7 +40,7 @@ class CloudHypervisorVm:
         self._events = events
         self._is_template = is_template
         self._give_back = give_back
-        self._lend = lend
+        self._uid = uid
         self._ending: asyncio.Task[None] | None = None
         events.on_event = self._on_event
 
@@ -61,6 +61,7 @@ class CloudHypervisorVm:
             "pid": str(self.pid),
             "start_time": str(self._process.start_time),
             "template": "yes" if self._is_template else "no",
+            **({} if self._uid is None else {"uid": str(self._uid)}),
         }
 
     async def dial(self) -> socket.socket:
@@ -104,7 +105,7 @@ class CloudHypervisorVm:
         if self._is_template:
             raise VmmUnsupported("a VM whose RAM is a shared file cannot be saved", reason="SNAPSHOT_UNSUPPORTED")
         await self.pause()
-        self._lend(directory)
+        lending.lend_path(self._uid, directory)
         try:
             await self.api.snapshot(directory, ram=True)
         except VmmError as error:

@@ -40,7 +40,7 @@ async def open_tap(name: str, netns: str | None) -> int:
         try:
             if netns is not None:
                 enter_netns(netns)
-            fd = _open(name)
+            fd = attach(name)
         except OSError as error:
             problem = error
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -53,7 +53,8 @@ async def open_tap(name: str, netns: str | None) -> int:
         raise VmmError(f"cannot open the tap {name}: {error}", reason="TAP_FAILED") from error
 
 
-def _open(name: str) -> int:
+def attach(name: str) -> int:
+    """Returns a descriptor of the tap `name` in the thread's own namespace. :raises OSError:"""
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
