@@ -21,6 +21,7 @@ from agent.errors import InvalidSpec
 from agent.gateway_settings import GatewaySettings
 from agent.policy.addresses import parse_network, parse_server
 from agent.policy.rules import parse_rules
+from agent.quota import Quota
 from agent.units import converted
 
 ENV_PREFIX = "SANDBOXD_"
@@ -35,7 +36,13 @@ class ConfigError(InvalidSpec):
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """The node. `*_overcommit` multiply what the host has; `reserved_memory_bytes` is left to the host."""
+    """The node. `*_overcommit` multiply what the host has; `reserved_memory_bytes` is left to the host.
+
+    `quotas` has what the sandboxes of a tenant may have together, as "sandboxes=10, cpus=16, memory=8GiB"; that of "*"
+    holds for each tenant without one of its own. A create for which there is no room waits up to `queue_timeout_s` for
+    some, with `queue_length` others at most; 0: it is refused at once. None is let in while all processes of the host
+    wait for memory for more than `max_memory_pressure` percent of the time; 0: however long.
+    """
 
     name: str = field(default_factory=socket.gethostname)
     region: str = "local"
@@ -45,6 +52,10 @@ class NodeSettings:
     memory_overcommit: float = 1.0
     reserved_memory_bytes: int = 512 << 20
     reserved_disk_bytes: int = 1 << 30
+    quotas: Mapping[str, str] = field(default_factory=dict)
+    queue_length: int = 0
+    queue_timeout_s: float = 10.0
+    max_memory_pressure: float = 25.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +306,11 @@ def _check(settings: Settings) -> None:
             if isinstance(value, int | float) and value < 0:
                 raise ConfigError(f"{table.name}.{entry.name} must not be negative")
     _check_users(settings.vmm)
+    for tenant, text in settings.node.quotas.items():
+        try:
+            Quota.parse(text)
+        except ValueError as error:
+            raise ConfigError(f"node.quotas.{tenant}: {error}") from None
     _check_egress(settings.egress)
     api = settings.api
     if api.tcp_address and not (api.tls_cert and api.tls_key and api.tls_client_ca) and not api.allow_insecure_loopback:

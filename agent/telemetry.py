@@ -59,6 +59,8 @@ RECONCILED = Counter(
 STATE_REBUILT = Counter(
     "sandboxd_state_rebuilt", "Damaged state files that were rebuilt from the sandboxes' directories", registry=registry
 )
+QUEUED = Gauge("sandboxd_queued_creates", "Creates that wait for room", registry=registry)
+REFUSED = Counter("sandboxd_refused", "Creates for which there was no room, by reason", ["reason"], registry=registry)
 DRAINING = Gauge("sandboxd_draining", "1 while the node takes no sandboxes", registry=registry)
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("sandboxd")

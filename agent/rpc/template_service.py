@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from agent.config import Settings
-from agent.errors import InvalidState
+from agent.errors import InvalidState, ResourceExhausted
 from agent.model import Lifetime
 from agent.rpc import convert
 from agent.sandbox.manager import Manager
@@ -53,7 +53,10 @@ class TemplateService(node_pb2_grpc.TemplateServiceServicer):
             lifetime=Lifetime(), request_id="",
         )  # fmt: skip
         image = self._manager.fitting_image(spec)
-        self._manager.node.admit([spec], ())  # whether a sandbox of this size could ever run here
+        if lacking := self._manager.node.lacking([spec], ()):
+            raise ResourceExhausted(
+                f"no sandbox of this size could run here ({'; '.join(lacking)})", reason="NODE_FULL"
+            )
         return convert.template(await templates.get(image, spec.vcpu_count, spec.memory_bytes))
 
     async def DeleteTemplate(  # noqa: N802

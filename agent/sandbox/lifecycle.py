@@ -53,10 +53,13 @@ class Lifecycle(Registry):
         :raises AlreadyExists: the request_id was used for another request.
         :raises AgentError: it failed; nothing is left.
         """
-        entry = self._by_request.get(spec.request_id) if spec.request_id else None
+        entry = self._by_request.get(spec.request_id)
         if entry is None:
-            entry = self._begin(spec, values)
-        elif not same_request(entry.record.spec, spec) or entry.record.fingerprint != self._fingerprint(spec, values):
+            self.fitting_image(spec)
+            async with self.admission.room([spec], lambda: spec.request_id in self._by_request):
+                # The same request may have come once more while this one waited.
+                entry = self._by_request.get(spec.request_id) or self._begin(spec, values)
+        if not same_request(entry.record.spec, spec) or entry.record.fingerprint != self._fingerprint(spec, values):
             raise AlreadyExists(
                 f"request_id {spec.request_id} was used for another request; use a fresh one",
                 reason="REQUEST_ID_REUSED",
@@ -91,7 +94,6 @@ class Lifecycle(Registry):
 
     def _begin(self, spec: SandboxSpec, values: Mapping[str, str]) -> Entry:
         image = self.fitting_image(spec)
-        self.node.admit([spec], self._held())
         record = Record(
             new_sandbox_id(), spec, State.CREATING, time.time(), labels=dict(spec.labels), image_digest=image.digest,
             net=spec.net, secrets=spec.secrets, fingerprint=self._fingerprint(spec, values),

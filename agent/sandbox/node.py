@@ -1,4 +1,4 @@
-"""What the node has, has promised, and uses; and whether one more sandbox fits."""
+"""What the node has, has promised, and uses; and what it lacks for one more sandbox."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 
 from agent.config import Settings
-from agent.errors import NodeDraining, ResourceExhausted
 from agent.model import SandboxSpec
 from agent.vmm.api import VmmInfo
 
@@ -47,7 +46,7 @@ class NodeInfo:
 
 
 class Node:
-    """Admission and facts. `specs` are those of all sandboxes that hold resources."""
+    """Facts. `specs` are those of all sandboxes that hold resources."""
 
     def __init__(self, settings: Settings, vmm: VmmInfo) -> None:
         self._settings = settings
@@ -63,14 +62,8 @@ class Node:
         for notify in self.on_change:
             notify()
 
-    def admit(self, wanted: Sequence[SandboxSpec], specs: Iterable[SandboxSpec]) -> None:
-        """:raises ResourceExhausted: they do not fit; the message says what lacks and how much.
-
-        :raises NodeDraining:
-        """
-        if self.draining:
-            raise NodeDraining(f"this node takes no sandboxes ({self.draining}); try another")
-        held = list(specs)
+    def lacking(self, wanted: Sequence[SandboxSpec], held: Sequence[SandboxSpec]) -> list[str]:
+        """Returns what the node has too little of for these besides those that are held: each with what is left."""
         info = self.describe(held)
         lacking = [
             f"{name}: {need} wanted, {max(0, resource.allocatable - resource.allocated)} left"
@@ -84,11 +77,7 @@ class Node:
         # Disks are sparse: what counts is that the host keeps its reserve.
         if info.disk.total - info.disk.used < self._settings.node.reserved_disk_bytes:
             lacking.append(f"disk: less than {self._settings.node.reserved_disk_bytes} bytes are free on the host")
-        if lacking:
-            raise ResourceExhausted(
-                f"this node has no room ({'; '.join(lacking)}); delete sandboxes or try another node",
-                reason="NODE_FULL",
-            )
+        return lacking
 
     def describe(self, specs: Iterable[SandboxSpec]) -> NodeInfo:
         """Returns the node as it is now."""

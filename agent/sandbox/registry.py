@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from agent.channel.channel import Channel
 from agent.errors import InvalidSpec, InvalidState, NotFound
 from agent.model import SandboxSpec, State, is_sandbox_id
 from agent.sandbox import drops
+from agent.sandbox.admission import Admission
 from agent.sandbox.entry import Entry
 from agent.sandbox.events import Denial, Event, Events, EventType
 from agent.sandbox.host import Host
@@ -26,6 +27,7 @@ class Registry:
 
     def __init__(self, machines: Host, node: Node) -> None:
         self.node = node
+        self.admission = Admission(machines.settings.node, node, self._held)
         self._host = machines
         self._entries: dict[str, Entry] = {}
         self._by_request: dict[str, Entry] = {}
@@ -48,7 +50,7 @@ class Registry:
         """Returns the node now."""
         return self.node.describe(self._held())
 
-    def _held(self) -> Iterable[SandboxSpec]:
+    def _held(self) -> Sequence[SandboxSpec]:
         return [entry.record.spec for entry in self._entries.values() if entry.record.state not in _HOLD_NOTHING]
 
     @property
@@ -119,6 +121,7 @@ class Registry:
     # -- telling -------------------------------------------------------------------------------------------------------
 
     def _publish(self, kind: EventType, entry: Entry, reason: str = "") -> None:
+        self.admission.poke()
         counts = dict.fromkeys(State, 0)
         for other in self._entries.values():
             counts[other.record.state] += 1

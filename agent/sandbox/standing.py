@@ -147,7 +147,7 @@ class Standing(Lifecycle):
             await self._going_on(entry, entry.machine, timeout_s)
         elif record.state is State.SUSPENDED:
             saved = self._host.paths.memory(record.id)
-            self.node.admit([record.spec], self._held())
+            self.admission.check([record.spec])
             image = self.images.get_build(record.spec.image, record.image_digest)
             entry.sweep = True
             machine = await suspension.restore(self._host, record, image, saved)
@@ -226,7 +226,7 @@ class Standing(Lifecycle):
         labels = changed_labels(record.labels, labels, ())
         image = self.images.get_build(record.spec.image, record.image_digest)
         spec = dataclasses.replace(record.spec, lifetime=lifetime or record.spec.lifetime, labels=dict(labels))
-        self.node.admit([spec] * count, self._held())
+        self.admission.check([spec] * count)
         directory = self._host.paths.forks(record.id) / new_sandbox_id()
         frozen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         frozen.add_done_callback(lambda done: done.exception())  # every child may be gone before it fails

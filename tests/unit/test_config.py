@@ -41,6 +41,8 @@ def test_file_and_environment_the_environment_wins(tmp_path: Path) -> None:
         ("[sandbox]\nmax_vcpus = true\n", r"must not be true or false"),
         ("[sandbox]\nmax_vcpus = 1.5\n", r"must be a whole number"),
         ('[vmm]\nlink = "carrier pigeon"\n', r"must be one of auto, serial, vsock"),
+        ('[node.quotas]\nacme = "sandboxes=ten"\n', r"node.quotas.acme: 'sandboxes=ten' is no limit; write"),
+        ('[node.quotas]\nacme = "disks=1"\n', r"'disks=1' is no limit"),
         ("[vmm]\nuid_base = 1000\n", r"vmm.uid_base is 1000; it must be 0, or from 100000 on"),
         ("[vmm]\nuid_base = 4294967000\n", r"with 65,536 users after it"),
         ('[api]\ntcp_address = "0.0.0.0:1"\n', r"mutual TLS"),
