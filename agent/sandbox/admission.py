@@ -81,14 +81,17 @@ class Admission:
         :param unless: whether none is needed any more.
         :raises ResourceExhausted: there is none, or none came in time. :raises NodeDraining:
         """
-        if self._queue or not self._fits(wanted):
+        if not self._fits(wanted):
             await self._wait(wanted, unless)
         with self._held_for(wanted):
             yield
 
     def _fits(self, wanted: Sequence[SandboxSpec]) -> bool:
+        """Whether they are let in at once. :raises ResourceExhausted: nor may they wait. :raises NodeDraining:"""
         try:
             self.check(wanted)
+            if self._queue:
+                raise self._crowded(len(self._queue))
         except ResourceExhausted as error:
             # Who can wait for room waits; a quota is its tenant's own affair, and a node that drains has none to give.
             if error.reason != "NODE_FULL" or len(self._queue) >= self._settings.queue_length:
@@ -110,13 +113,15 @@ class Admission:
                         turn.clear()
         except TimeoutError:
             self.check(wanted)  # which says what lacks
-            raise ResourceExhausted(
-                f"{len(self._queue) - 1} creates wait for room on this node; try another", reason="NODE_FULL"
-            ) from None
+            raise self._crowded(len(self._queue) - 1) from None
         finally:
             self._queue.remove(turn)
             QUEUED.set(len(self._queue))
             self.poke()
+
+    @staticmethod
+    def _crowded(waiting: int) -> ResourceExhausted:
+        return ResourceExhausted(f"{waiting} creates wait for room on this node; try another", reason="NODE_FULL")
 
     def _fits_at_last(self, wanted: Sequence[SandboxSpec]) -> bool:
         try:
