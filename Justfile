@@ -57,6 +57,17 @@ check: lint type unit
 bench *ARGS: proto image
     @{{ python }} -m tests.bench {{ ARGS }}
 
+# Random operations with restarts of the agent: just churn --minutes 30
+churn *ARGS: proto image
+    @{{ python }} -m tests.churn {{ ARGS }}
+
+# Run the fault tests and write docs/reliability.md from what they saw
+reliability: proto image
+    rm -f .reliability.jsonl
+    SANDBOXD_RELIABILITY=.reliability.jsonl {{ python }} -m pytest -m fault tests/integration
+    {{ python }} -m tests.reliability .reliability.jsonl
+    rm .reliability.jsonl
+
 # Measure where the time of a create goes, and draw it
 waterfall: proto image
     @uv run --frozen --group plot python -m tests.bench boot --plot docs/create-waterfall.png

@@ -200,10 +200,14 @@ class TracingSettings:
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """`level` debug, info, warning or error; `format` auto (json unless a terminal), json or console."""
+    """`level` debug, info, warning or error; `format` auto (json unless a terminal), json or console.
+
+    With `audit`, each call of the API is a line "audit": who, what, which sandbox, outcome.
+    """
 
     level: str = "info"
     format: str = "auto"
+    audit: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests of VMs where no VM can run, and says why."""
+    """Marks fault tests; skips tests of VMs where no VM can run, and says why."""
+    for item in items:
+        if "reliability" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.fault)
     reason = _why_no_vm()
     if reason is None:
         return

@@ -9,6 +9,7 @@ import typer
 from agent.cli import (
     copy,
     doctor,
+    events,
     execute,
     image,
     logs,
@@ -66,6 +67,7 @@ add_command(app, process.kill)
 add_command(app, process.wait)
 add_command(app, copy.cp)
 add_command(app, logs.logs)
+add_command(app, events.events)
 add_command(app, ports.port_forward, "port-forward")
 add_command(app, sandbox.rm)
 add_command(app, sandbox.update)

@@ -1,4 +1,6 @@
-"""Around every RPC: log context, span, time, and the translation of errors."""
+"""Around every RPC: log context, span, time, the translation of errors, and a line in the audit log: who did what to
+which sandbox, and what came of it.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,52 @@ from typing import Any
 import grpc
 import structlog
 
+from agent.rpc.convert import printable
 from agent.rpc.status import to_status
 from agent.telemetry import RPC_SECONDS, log, tracer
 
 Handler = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Any]
+# Where a message names what it is about; a stream's first message has that in a part of its own.
+_NAMES = ("sandbox_id", "id", "id_or_slug", "volume", "name", "slug")
+_PARTS = ("start", "open")
+_MAX_NAME = 80
+
+
+def target_of(message: Any) -> str:
+    """Returns the sandbox, volume, image or template that a message is about; "" if it names none."""
+    for part in (message, *(getattr(message, name, None) for name in _PARTS)):
+        for name in _NAMES:
+            value = getattr(part, name, "")
+            if isinstance(value, str) and value:
+                return printable(value[:_MAX_NAME])
+    return ""
+
+
+def _who(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Returns the caller: user and PID on the unix socket, the certificate's common name on TCP."""
+    for name in context.auth_context().get("x509_common_name", ()):
+        return printable(name.decode(errors="replace")[:_MAX_NAME])
+    peer = context.peer()
+    return peer.rpartition("/")[2] if peer.startswith("unix") else peer
+
+
+class _Noted:
+    """What a call turned out to be about."""
+
+    def __init__(self, request: Any) -> None:
+        self.target = target_of(request)
+
+    async def first_of(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Yields the requests, and looks at the first."""
+        async for request in requests:
+            self.target = self.target or target_of(request)
+            yield request
 
 
 @asynccontextmanager
-async def _observed(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+async def _observed(
+    method: str, context: grpc.aio.ServicerContext[Any, Any], noted: _Noted, *, audit: bool
+) -> AsyncIterator[None]:
     start = time.perf_counter()
     code = grpc.StatusCode.OK
     with structlog.contextvars.bound_contextvars(rpc=method, peer=context.peer()):
@@ -37,10 +77,15 @@ async def _observed(method: str, context: grpc.aio.ServicerContext[Any, Any]) ->
             seconds = time.perf_counter() - start
             RPC_SECONDS.labels(method, code.name).observe(seconds)
             log.debug("rpc", code=code.name, ms=round(seconds * 1000, 2))
+            if audit:
+                log.info("audit", who=_who(context), target=noted.target, code=code.name, ms=round(seconds * 1000, 2))
 
 
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Wraps the four kinds of handlers."""
+    """Wraps the four kinds of handlers. :param audit: whether each call gets a line in the audit log."""
+
+    def __init__(self, *, audit: bool) -> None:
+        self._audit = audit
 
     async def intercept_service(
         self,
@@ -52,33 +97,46 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
         method: str = handler_call_details.method
         if handler is None or method.startswith("/grpc."):
             return handler
-        name = method.rpartition("/")[2]
+        name, audit = method.rpartition("/")[2], self._audit
         serializers = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
         if handler.request_streaming and handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(_streaming(name, handler.stream_stream), **serializers)
+            return grpc.stream_stream_rpc_method_handler(
+                _streaming(name, handler.stream_stream, audit=audit), **serializers
+            )
         if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(_unary(name, handler.stream_unary), **serializers)
+            return grpc.stream_unary_rpc_method_handler(_unary(name, handler.stream_unary, audit=audit), **serializers)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(_streaming(name, handler.unary_stream), **serializers)
-        return grpc.unary_unary_rpc_method_handler(_unary(name, handler.unary_unary), **serializers)
+            return grpc.unary_stream_rpc_method_handler(
+                _streaming(name, handler.unary_stream, audit=audit), **serializers
+            )
+        return grpc.unary_unary_rpc_method_handler(_unary(name, handler.unary_unary, audit=audit), **serializers)
 
 
-def _unary(name: str, inner: Any) -> Handler:
+def _unary(name: str, inner: Any, *, audit: bool) -> Handler:
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        async with _observed(name, context):
-            return await inner(request, context)
+        noted = _Noted(request)
+        async with _observed(name, context, noted, audit=audit):
+            response = await inner(_looked_at(request, noted), context)
+            noted.target = noted.target or target_of(response)  # what was created
+            return response
 
     return handle
 
 
-def _streaming(name: str, inner: Any) -> Handler:
+def _looked_at(request: Any, noted: _Noted) -> Any:
+    return noted.first_of(request) if hasattr(request, "__aiter__") else request
+
+
+def _streaming(name: str, inner: Any, *, audit: bool) -> Handler:
     # Not a generator itself: grpc drops a generator whose client left in the middle of a message, and its cleanup would
     # then run later, in another task and another context.
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        async with _observed(name, context), aclosing(inner(request, context)) as responses:
+        noted = _Noted(request)
+        requests = _looked_at(request, noted)
+        async with _observed(name, context, noted, audit=audit), aclosing(inner(requests, context)) as responses:
             async for response in responses:
                 await context.write(response)
 

@@ -56,7 +56,7 @@ class ApiServer:
         self._settings = settings
         self.manager = manager
         self._paths = Paths.of(settings)
-        self._server = grpc.aio.server(interceptors=[Interceptor()], options=_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[Interceptor(audit=settings.log.audit)], options=_OPTIONS)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self.tcp_port = 0
         self._peers = PeerSocket(

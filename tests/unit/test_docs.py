@@ -45,3 +45,16 @@ def test_every_method_is_used_by_a_suite(name: str) -> None:
         "envSet": "env.set(", "envToObject": "env.toObject(", "envDelete": "env.delete(", "vscode": "exposeVscode(",
     }  # fmt: skip
     assert leads.get(name, f".{name}(") in "".join(SUITES.values())
+
+
+def test_every_test_that_the_threat_model_names_exists() -> None:
+    sources = "".join(
+        path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if "node_modules" not in path.parts
+    )
+    rows = [line for line in (ROOT / "docs/threat-model.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 5
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        for name in named:
+            assert f"def {name}(" in sources, name
