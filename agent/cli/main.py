@@ -17,6 +17,7 @@ from agent.cli import (
     options,
     ports,
     process,
+    report,
     sandbox,
     standing,
     template,
@@ -96,6 +97,7 @@ app.add_typer(tokens, name="token")
 add_command(authorities, token.create_ca, "create")
 app.add_typer(authorities, name="ca")
 add_command(app, doctor.doctor)
+add_command(app, report.report)
 add_command(app, node.version)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,29 @@ async def test_each_call_has_a_line_and_no_secret_is_in_any(
         "each call is in the audit log; the value of no secret is anywhere",
         f"5 calls, 5 lines; {len(kept)} files searched, logs at level debug among them",
     )
+
+
+async def test_a_report_has_what_is_needed_and_nothing_that_somebody_wrote(
+    client: Client, daemon: Daemon, tmp_path: Path
+) -> None:
+    ctl, path = Ctl(daemon.env), tmp_path / "report.tar.gz"
+    secret = pb.Secret(value=VALUE, hosts=["api.example"])
+    words = {"env": {"PLAIN": "of-the-environment"}, "labels": {"label": "of-a-label"}, "secrets": {"KEY": secret}}
+    async with client.sandbox(**words) as made:
+        assert (await asyncio.to_thread(ctl, "report", "-o", str(path))).decode().strip() == str(path)
+    with tarfile.open(path) as archive:
+        parts = {entry.name: archive.extractfile(entry).read().decode() for entry in archive}  # type: ignore[union-attr]
+    assert made.id in parts["sandboxd-report/daemon/sandboxes.json"]
+    assert {"accelerator", "memory_bytes"} <= json.loads(parts["sandboxd-report/daemon/node.json"]).keys()
+    assert "uid_base" in parts["sandboxd-report/settings.json"]
+    for text in (VALUE, "of-the-environment", "of-a-label", "api.example", "KEY"):
+        assert [name for name, part in parts.items() if text in part and "/host/" not in name] == []
+    assert path.stat().st_mode & 0o777 == 0o600
+    broken = Ctl(daemon.env | {"SANDBOXD_ADDRESS": "unix:/nowhere"})
+    other = tmp_path / "other.tar.gz"
+    await asyncio.to_thread(broken, "report", "-o", str(other))
+    with tarfile.open(other) as archive:
+        assert "sandboxd-report/daemon.error" in archive.getnames()
 
 
 async def test_events_are_printed_as_they_come(client: Client, daemon: Daemon, tmp_path: Path) -> None:
