@@ -214,14 +214,18 @@ class QemuDriver:
                 tap_fd = await open_tap(spec.nic.tap, spec.netns)
             lending.lend(spec)
             argv = self._argv(spec, accelerator, backend, listeners, tap_fd)
-            devices = ("/dev/null", "/dev/urandom", *(["/dev/kvm"] if accelerator == "kvm" else []))
+            devices = ["/dev/null", "/dev/urandom"] + (["/dev/kvm"] if accelerator == "kvm" else [])
+            devices += ["/dev/vhost-vsock"] if spec.link is LinkKind.VSOCK and backend is None else []
+            sockets_seen = [] if backend is None else [spec.run_dir / "vhost.sock"]
+            for path in sockets_seen:
+                lending.lend_path(spec.uid, path)
             fds = [sock.fileno() for sock in listeners.values()] + ([] if tap_fd is None else [tap_fd])
             process = await proc.spawn(
                 lending.confinement_of(spec).argv(argv),
                 netns=spec.netns,
                 stderr_path=spec.run_dir / "vmm.log",
                 pass_fds=fds,
-                seen=lending.view_of(spec, self._binary, devices),
+                seen=lending.view_of(spec, self._binary, devices, writable=sockets_seen),
             )
             for sock in listeners.values():
                 sock.close()  # QEMU alone listens now: its death closes what is connected
