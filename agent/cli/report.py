@@ -5,14 +5,8 @@ No secrets, and nothing of what guests or clients wrote: no environment, labels,
 
 from __future__ import annotations
 
-import asyncio
-import io
 import json
-import platform
-import subprocess
-import tarfile
 import time
-import urllib.request
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +48,8 @@ async def report(
     ] = None,
 ) -> None:
     """Collect what a bug report needs into a file, without secrets and without anything that guests wrote."""
+    import platform
+
     path = to or Path(f"sandboxd-report-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.tar.gz")
     parts: dict[str, str] = {"about.json": json.dumps({"host": platform.node(), "python": platform.python_version()})}
     for name, collect in (("host", _host), ("daemon", _daemon), ("settings", _settings), ("metrics", _metrics)):
@@ -78,10 +74,14 @@ async def _collected(parts: dict[str, str], name: str, collect: Callable[[], Awa
 
 
 async def _host() -> dict[str, str]:
+    import asyncio
+
     return await asyncio.to_thread(_looked_at_host)
 
 
 def _looked_at_host() -> dict[str, str]:
+    import subprocess
+
     found = {}
     for name in _HOST_FILES:
         try:
@@ -127,6 +127,8 @@ async def _settings() -> dict[str, str]:
 
 
 async def _metrics() -> dict[str, str]:
+    import urllib.request
+
     from agent.config import load
 
     address = load().metrics.address
@@ -141,6 +143,9 @@ def _json(value: Any) -> str:
 
 
 def _write(path: Path, parts: dict[str, str]) -> None:
+    import io
+    import tarfile
+
     with tarfile.open(path, "x:gz") as archive:
         for name, text in sorted(parts.items()):
             data = text.encode()
