@@ -110,8 +110,8 @@ class Inbound:
 class Outbound:
     """A stream that the client reads. After a cancel nothing is sent for it: the JavaScript SDK would end its process.
 
-    :param announced: set once the client has been told of the stream. What the JavaScript SDK hears earlier it keeps in a
-        stream that throws when it is cancelled without a reason, and then ends the process at the stream's end.
+    :param announced: set once the client has been told of the stream. What the JavaScript SDK hears earlier it keeps
+        in a stream that throws when it is cancelled without a reason, and then ends the process at the stream's end.
     :param ends_after_error: an error is followed by an end, without which the Python SDK waits for ever.
     """
 
