@@ -11,8 +11,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from agent import telemetry
 from agent.config import Settings
+from agent.disks import DiskMaker
 from agent.paths import Paths
-from agent.rootfs import DiskMaker, ImageStore
+from agent.rootfs import ImageStore
 from agent.rpc.server import ApiServer
 from agent.sandbox.host import Host
 from agent.sandbox.manager import Manager

@@ -136,12 +136,10 @@ class Confinement:
     """What a process may not do: it has no capability and cannot get one, and may run as another user than the agent.
 
     :param uid: the user to run as, for an agent that is root; None: the agent's own.
-    :param groups: further groups, such as that of /dev/kvm.
     """
 
     uid: int | None = None
     gid: int = 0
-    groups: tuple[int, ...] = ()
 
     def argv(self, argv: Sequence[str]) -> list[str]:
         """Returns the words that start `argv` so confined, by setpriv(1): the process keeps its PID.
@@ -155,8 +153,7 @@ class Confinement:
         if os.geteuid() == 0:
             words += ["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]
         if self.uid is not None:
-            groups = f"--groups={','.join(str(group) for group in self.groups)}" if self.groups else "--clear-groups"
-            words += [f"--reuid={self.uid}", f"--regid={self.gid}", groups]
+            words += [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups"]
         return [*words, "--", *argv]
 
 

@@ -66,7 +66,6 @@ class Admission:
             return
         lacking = quota.lacking([*(spec for spec in held if spec.net.tenant == tenant), *wanted])
         if lacking:
-            REFUSED.labels("TENANT_QUOTA").inc()
             raise ResourceExhausted(
                 f"tenant {tenant!r} would exceed its quota ({'; '.join(lacking)}); delete sandboxes of it",
                 reason="TENANT_QUOTA",
@@ -81,21 +80,29 @@ class Admission:
         :param unless: whether none is needed any more.
         :raises ResourceExhausted: there is none, or none came in time. :raises NodeDraining:
         """
-        if not self._fits(wanted):
-            await self._wait(wanted, unless)
+        try:
+            await self._let_in(wanted, unless)
+        except ResourceExhausted as error:
+            REFUSED.labels(error.reason).inc()
+            raise
         with self._held_for(wanted):
             yield
 
-    def _fits(self, wanted: Sequence[SandboxSpec]) -> bool:
-        """Whether they are let in at once. :raises ResourceExhausted: nor may they wait. :raises NodeDraining:"""
+    async def _let_in(self, wanted: Sequence[SandboxSpec], unless: Callable[[], bool]) -> None:
+        if self._has_room(wanted) and not self._queue:
+            return
+        if len(self._queue) >= self._settings.queue_length:
+            self.check(wanted)  # which says what lacks
+            raise self._crowded(len(self._queue))
+        await self._wait(wanted, unless)
+
+    def _has_room(self, wanted: Sequence[SandboxSpec]) -> bool:
+        """Whether there is room. :raises ResourceExhausted: waiting would not help. :raises NodeDraining:"""
         try:
             self.check(wanted)
-            if self._queue:
-                raise self._crowded(len(self._queue))
         except ResourceExhausted as error:
-            # Who can wait for room waits; a quota is its tenant's own affair, and a node that drains has none to give.
-            if error.reason != "NODE_FULL" or len(self._queue) >= self._settings.queue_length:
-                REFUSED.labels(error.reason).inc()
+            # A quota is its tenant's own affair, and a node that drains has no room to give.
+            if error.reason != "NODE_FULL":
                 raise
             return False
         return True
@@ -107,7 +114,7 @@ class Admission:
         try:
             with step("queue"):
                 async with asyncio.timeout(self._settings.queue_timeout_s):
-                    while not unless() and (self._queue[0] is not turn or not self._fits_at_last(wanted)):
+                    while not unless() and (self._queue[0] is not turn or not self._has_room(wanted)):
                         with contextlib.suppress(TimeoutError):
                             await asyncio.wait_for(turn.wait(), _LOOK_S)
                         turn.clear()
@@ -122,15 +129,6 @@ class Admission:
     @staticmethod
     def _crowded(waiting: int) -> ResourceExhausted:
         return ResourceExhausted(f"{waiting} creates wait for room on this node; try another", reason="NODE_FULL")
-
-    def _fits_at_last(self, wanted: Sequence[SandboxSpec]) -> bool:
-        try:
-            self.check(wanted)
-        except ResourceExhausted as error:
-            if error.reason != "NODE_FULL":
-                raise
-            return False
-        return True
 
     @contextlib.contextmanager
     def _held_for(self, wanted: Sequence[SandboxSpec]) -> Iterator[None]:

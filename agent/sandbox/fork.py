@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from agent.disks import disk_error
 from agent.errors import InvalidSpec, InvalidState
 from agent.model import State
-from agent.rootfs import disk_error
 from agent.sandbox import suspension
 from agent.sandbox.host import Host, make_slots, open_to
 from agent.sandbox.machine import Machine
 from agent.sandbox.record import Record
+from agent.sandbox.volumes import is_snapshot
 from agent.sparse import copy_sparse
 from agent.telemetry import step
 from agent.waiting import to_the_end
@@ -26,7 +27,7 @@ def check(record: Record, count: int) -> None:
     if record.state not in (State.RUNNING, State.PAUSED):
         hint = "; resume it first" if record.state is State.SUSPENDED else ""
         raise InvalidState(f"sandbox {record.id} is {record.state}, not running{hint}", reason="SANDBOX_NOT_RUNNING")
-    if record.spec.volumes or (record.spec.root and record.spec.root.startswith("vol-")):
+    if record.spec.volumes or (record.spec.root and not is_snapshot(record.spec.root)):
         raise InvalidState(
             "a sandbox with volumes cannot be forked: each has one writer; copy them by snapshots instead",
             reason="FORK_HAS_VOLUMES",

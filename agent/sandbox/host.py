@@ -17,9 +17,9 @@ from typing import Protocol
 import psutil
 
 from agent.config import Settings
+from agent.disks import DiskMaker
 from agent.errors import HostError
 from agent.paths import Paths
-from agent.rootfs import DiskMaker
 from agent.sandbox.record import Record
 from agent.sandbox.shape import SLOT_BYTES
 from agent.sandbox.uids import Uids

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 
-from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState
+from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, ResourceExhausted
 from agent.model import SandboxSpec, State, new_sandbox_id
 from agent.rootfs import Image, ImageStore
 from agent.sandbox import dialogue, host, lifetimes
@@ -104,7 +104,11 @@ class Lifecycle(Registry):
             await self._host.network.hold(record, values)
 
         boot = Boot(self._host, self.templates, record, image, lambda: self._store.put(record))
-        return self._enter(record, hold, boot.run)
+        try:
+            return self._enter(record, hold, boot.run)
+        except ResourceExhausted:  # no user is left for it
+            self._host.volumes.detach(record)
+            raise
 
     def _enter(
         self, record: Record, hold: Callable[[], Awaitable[None]], make: Callable[[], Awaitable[Machine]]

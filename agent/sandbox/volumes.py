@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.disks import disk_error, format_volume
 from agent.errors import AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound, ResourceExhausted
-from agent.rootfs import disk_error, format_volume
 from agent.sandbox.record import Record
 from agent.sparse import copy_sparse
 from agent.telemetry import log, step

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from agent.config import load
+from agent.disks import DiskMaker
 from agent.model import new_sandbox_id
 from agent.net import netns
 from agent.paths import Paths
 from agent.proc import enter_netns
-from agent.rootfs import DiskMaker, ImageStore
+from agent.rootfs import ImageStore
 from agent.sandbox import dialogue, template_files
 from agent.sandbox.shape import DATA_DISK, vm_spec
 from agent.vmm.api import MemoryFile, VmSpec

@@ -21,11 +21,12 @@ import pytest
 
 from agent.channel.channel import Channel
 from agent.config import Settings
+from agent.disks import DiskMaker
 from agent.errors import NotFound, VmmError
 from agent.model import SandboxSpec, State
 from agent.net import netns
 from agent.paths import Paths
-from agent.rootfs import DiskMaker, ImageStore
+from agent.rootfs import ImageStore
 from agent.sandbox import dialogue
 from agent.sandbox.record import Record
 from agent.sandbox.shape import TEMPLATE_DISK_BYTES, shape_of, vm_spec

@@ -13,11 +13,12 @@ import pytest
 
 from agent.channel.channel import Channel
 from agent.config import NodeSettings, PathSettings, SandboxSettings, Settings, TemplateSettings
+from agent.disks import DiskMaker
 from agent.errors import GuestUnreachable, HostError, NotFound
 from agent.model import Lifetime, SandboxSpec, State
 from agent.paths import Paths
 from agent.proc import ExitInfo
-from agent.rootfs import Artefact, DiskMaker, Image, ImageStore
+from agent.rootfs import Artefact, Image, ImageStore
 from agent.sandbox import dialogue
 from agent.sandbox.host import Host
 from agent.sandbox.manager import Manager

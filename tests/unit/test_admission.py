@@ -14,6 +14,7 @@ from agent.model import NetSpec, SandboxSpec
 from agent.quota import Quota
 from agent.sandbox import admission
 from agent.sandbox.admission import Admission
+from agent.telemetry import REFUSED
 from tests.unit.daemon_fakes import MIB, Bench, bench, spec
 
 
@@ -48,11 +49,13 @@ def test_quotas_are_read() -> None:
 
 async def test_a_tenant_has_its_quota_and_no_more(node: Bench, rules: Callable[..., None]) -> None:
     rules(quotas={"acme": "sandboxes=2", "*": "memory=128MiB"}, queue_length=10)
+    before = REFUSED.labels("TENANT_QUOTA")._value.get()
     first = await node.manager.create(of("acme"))
     await node.manager.create(of("acme"))
     with pytest.raises(ResourceExhausted, match=r"tenant 'acme' would exceed its quota .sandboxes: 3 of 2") as caught:
         await node.manager.create(of("acme"))  # at once, although there is a queue
     assert caught.value.reason == "TENANT_QUOTA"
+    assert REFUSED.labels("TENANT_QUOTA")._value.get() == before + 1
     await node.manager.create(of("other", memory_bytes=128 * MIB))
     with pytest.raises(ResourceExhausted, match="memory_bytes: 201326592 of 134217728"):
         await node.manager.create(of("other"))

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from agent import rootfs, sparse
+from agent import disks, rootfs, sparse
+from agent.disks import DiskMaker
 from agent.errors import AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound, ResourceExhausted
-from agent.rootfs import DiskMaker, ImageStore
+from agent.rootfs import ImageStore
 from agent.sparse import copy_sparse
 
 MIB = 1 << 20
@@ -229,13 +230,13 @@ def test_a_disk_is_an_empty_sparse_ext4(tmp_path: Path) -> None:
 async def test_formatting_happens_once_per_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maker = DiskMaker(tmp_path / "templates")
     formatted: list[Path] = []
-    real = rootfs.run_mkfs
+    real = disks.run_mkfs
 
     def counting(path: Path) -> None:
         formatted.append(path)
         real(path)
 
-    monkeypatch.setattr(rootfs, "run_mkfs", counting)
+    monkeypatch.setattr(disks, "run_mkfs", counting)
     await asyncio.gather(*(maker.make_disk(tmp_path / f"{n}.raw", 32 * MIB) for n in range(8)))
     await maker.make_disk(tmp_path / "other.raw", 64 * MIB)
     assert len(formatted) == 2
@@ -281,7 +282,7 @@ async def test_a_failed_copy_leaves_no_file(
 
 
 async def test_a_failed_format_leaves_no_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rootfs, "run_mkfs", failing(errno.ENOSPC))
+    monkeypatch.setattr(disks, "run_mkfs", failing(errno.ENOSPC))
     with pytest.raises(ResourceExhausted):
         await DiskMaker(tmp_path / "templates").make_disk(tmp_path / "disk.raw", 16 * MIB)
     assert os.listdir(tmp_path / "templates") == []
@@ -297,7 +298,7 @@ async def test_a_cancelled_disk_leaves_no_file(tmp_path: Path, monkeypatch: pyte
         go.wait(5)
         real(source, target)
 
-    monkeypatch.setattr(rootfs, "copy_sparse", slow)
+    monkeypatch.setattr(disks, "copy_sparse", slow)
     task = asyncio.create_task(maker.make_disk(tmp_path / "disk.raw", 16 * MIB))
     await asyncio.to_thread(started.wait, 5)
     task.cancel()
