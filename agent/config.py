@@ -114,6 +114,19 @@ class VmmSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CgroupSettings:
+    """The control group (cgroup v2) of each sandbox's VMM, in the group `parent`; empty: none is made.
+
+    The VMM may use the CPUs of its sandbox and `cpu_headroom` more; and memory as its guest, and more by
+    `memory_headroom_bytes`; 0: what suits the accelerator, since an emulator keeps the code that it has translated.
+    """
+
+    parent: str = "/sandboxd"
+    cpu_headroom: float = 1.0
+    memory_headroom_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TemplateSettings:
     """Templates: `prepare` are memory sizes that are made ready for the default image and number of CPUs.
 
@@ -219,6 +232,7 @@ class Settings:
     images: ImageSettings = field(default_factory=ImageSettings)
     api: ApiSettings = field(default_factory=ApiSettings)
     vmm: VmmSettings = field(default_factory=VmmSettings)
+    cgroups: CgroupSettings = field(default_factory=CgroupSettings)
     templates: TemplateSettings = field(default_factory=TemplateSettings)
     sandbox: SandboxSettings = field(default_factory=SandboxSettings)
     egress: EgressSettings = field(default_factory=EgressSettings)

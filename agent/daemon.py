@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from agent import telemetry
+from agent.cgroup import Cgroups
 from agent.config import Settings
 from agent.disks import DiskMaker
 from agent.paths import Paths
@@ -27,7 +28,7 @@ from agent.sandbox.vmm_choice import choose_driver
 from agent.sandbox.volumes import Volumes
 from agent.sdnotify import notify
 from agent.secrets.vault import Vault
-from agent.telemetry import log
+from agent.telemetry import DEGRADED, log
 from agent.vmm.api import VmmInfo
 
 _STOP_GRACE_S = 2.0
@@ -66,11 +67,15 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
         started.push_async_callback(network.aclose, keep=settings.sandbox.on_stop == "keep")
         volumes = Volumes(paths.volumes)
         await asyncio.to_thread(volumes.open)
-        host = Host(
-            settings, paths, driver, DiskMaker(paths.disk_templates), network, volumes, Uids(settings.vmm.uid_base)
-        )
+        cgroups = Cgroups.open(settings.cgroups.parent)
+        for sentence in cgroups.degraded:
+            log.warning("degraded", why=sentence)
+        DEGRADED.set(len(cgroups.degraded))
+        started.callback(cgroups.close)
+        uids = Uids(settings.vmm.uid_base)
+        host = Host(settings, paths, driver, DiskMaker(paths.disk_templates), network, volumes, uids, cgroups)
         templates = _templates(host, vmm)
-        manager = Manager(host, images, Node(settings, vmm), store, templates)
+        manager = Manager(host, images, Node(settings, vmm, cgroups.degraded), store, templates)
         network.on_denial = manager.on_denial
         await reconcile(host, manager, store, records)
         await network.settle()

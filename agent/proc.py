@@ -60,8 +60,11 @@ class ExitInfo:
 class HostProcess:
     """One process, by pidfd: waiting for it never confuses it with another that got its PID."""
 
-    def __init__(self, pid: int, stderr_path: Path, *, is_child: bool) -> None:
+    def __init__(
+        self, pid: int, stderr_path: Path, *, is_child: bool, placing: asyncio.Future[None] | None = None
+    ) -> None:
         self.pid = pid
+        self._placing = placing
         self._stderr_path = stderr_path
         self._is_child = is_child
         self._pidfd = os.pidfd_open(pid)
@@ -102,6 +105,15 @@ class HostProcess:
     async def wait(self) -> ExitInfo:
         """Returns once the process has ended; cancellation leaves it alone."""
         return await asyncio.shield(self._ended)
+
+    async def placed(self) -> None:
+        """Returns once the process is in its control group. :raises VmmError: it could not be moved there."""
+        if self._placing is None:
+            return
+        try:
+            await asyncio.shield(self._placing)
+        except OSError as error:
+            raise VmmError(f"cannot move process {self.pid} to its cgroup: {error}", reason="CGROUP_FAILED") from error
 
     def forget(self) -> None:
         """Stops watching the process and leaves it alone; this object is of no more use."""
@@ -165,24 +177,34 @@ async def spawn(
     pass_fds: Sequence[int] = (),
     output_fds: tuple[int, int] | None = None,
     seen: View | None = None,
+    cgroup: Path | None = None,
 ) -> HostProcess:
     """Starts `argv` in its own session and in the namespace `netns`, with stdout and stderr in a file.
 
     :param seen: what it has of the host's files; None: all.
+    :param cgroup: the control group that it is moved to, which takes the kernel up to 20 ms: `HostProcess.placed`.
     :param output_fds: where stdout and stderr go instead; `stderr_path` is then only read, for the end of stderr.
     :raises VmmError: the program cannot be started.
     """
     loop = asyncio.get_running_loop()
     started: asyncio.Future[int] = loop.create_future()
+    placing: asyncio.Future[None] = loop.create_future()
+    placing.add_done_callback(lambda done: done.exception())  # whoever has ended the process does not ask
 
     def run() -> None:
         # Namespaces belong to threads, and a child starts in its parent thread's: no helper program is needed.
-        try:
-            pid = _spawn_here(argv, netns, stderr_path, pass_fds, output_fds, seen)
-        except Exception as error:  # noqa: BLE001  handed to the caller, who waits for it
-            loop.call_soon_threadsafe(started.set_exception, error)
-        else:
+        with contextlib.ExitStack() as opened:
+            try:
+                group = None
+                if cgroup is not None:
+                    group = os.open(cgroup / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+                    opened.callback(os.close, group)
+                pid = _spawn_here(argv, netns, stderr_path, pass_fds, output_fds, seen)
+            except Exception as error:  # noqa: BLE001  handed to the caller, who waits for it
+                loop.call_soon_threadsafe(started.set_exception, error)
+                return
             loop.call_soon_threadsafe(started.set_result, pid)
+            _place(pid, group, loop, placing)
 
     threading.Thread(target=run, name="spawn", daemon=True).start()
     try:
@@ -194,7 +216,22 @@ async def spawn(
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in a word
         raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
-    return HostProcess(pid, stderr_path, is_child=True)
+    return HostProcess(pid, stderr_path, is_child=True, placing=placing)
+
+
+def _place(pid: int, group: int | None, loop: asyncio.AbstractEventLoop, placing: asyncio.Future[None]) -> None:
+    """Moves a process to a control group, while it starts already: the kernel waits for all its CPUs meanwhile."""
+    try:
+        if group is not None:
+            os.write(group, str(pid).encode())
+    except ProcessLookupError:
+        pass  # it has ended, which its owner finds out
+    except OSError as error:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(placing.set_exception, error)
+        return
+    with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+        loop.call_soon_threadsafe(placing.set_result, None)
 
 
 def _kill_and_reap(pid: int) -> None:

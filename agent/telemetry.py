@@ -59,6 +59,10 @@ RECONCILED = Counter(
 STATE_REBUILT = Counter(
     "sandboxd_state_rebuilt", "Damaged state files that were rebuilt from the sandboxes' directories", registry=registry
 )
+VMM_OUT_OF_MEMORY = Counter(
+    "sandboxd_vmm_out_of_memory", "VMMs that the host's kernel ended for lack of memory", registry=registry
+)
+DEGRADED = Gauge("sandboxd_degraded", "What this host lacks to limit sandboxes; see GetNode", registry=registry)
 QUEUED = Gauge("sandboxd_queued_creates", "Creates that wait for room", registry=registry)
 REFUSED = Counter("sandboxd_refused", "Creates for which there was no room, by reason", ["reason"], registry=registry)
 DRAINING = Gauge("sandboxd_draining", "1 while the node takes no sandboxes", registry=registry)

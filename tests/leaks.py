@@ -1,11 +1,13 @@
-"""What a test must leave as it found it: processes, namespaces, taps, mounts and directories of ours.
+"""What a test must leave as it found it: processes, namespaces, taps, mounts, cgroups and directories of ours.
 
 Plain reads of /proc and of a few directories, since it runs around every test (about a millisecond).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -13,10 +15,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent import cgroup
+
 PREFIX = "sbx-"
 NETNS_DIR = Path("/run/netns")
 NET_DIR = Path("/sys/class/net")
 TEMPORARY = Path("/tmp")
+CGROUP = "sandboxd"  # what the group above those of sandboxes is called, or begins with
 # The kernel keeps fifteen bytes of a process's name; a VMM carries that of its sandbox.
 COMMANDS = ("qemu-system", PREFIX, "vhost-device-v", "cloud-hyperviso", "sandboxd")
 # In the environment of all that a test run starts; its value is the run's PID.
@@ -36,6 +41,7 @@ class Snapshot:
     interfaces: frozenset[str] = field(default_factory=frozenset)
     mounts: frozenset[str] = field(default_factory=frozenset)
     directories: frozenset[str] = field(default_factory=frozenset)
+    cgroups: frozenset[str] = field(default_factory=frozenset)
 
     def since(self, before: Snapshot) -> Snapshot:
         """Returns what came since `before`."""
@@ -45,6 +51,7 @@ class Snapshot:
             self.interfaces - before.interfaces,
             self.mounts - before.mounts,
             self.directories - before.directories,
+            self.cgroups - before.cgroups,
         )
 
     def describe(self) -> list[str]:
@@ -54,6 +61,7 @@ class Snapshot:
         lines += [f"network interface {name}" for name in sorted(self.interfaces)]
         lines += [f"mount {path}" for path in sorted(self.mounts)]
         lines += [f"directory {path}" for path in sorted(self.directories)]
+        lines += [f"cgroup {path}" for path in sorted(self.cgroups)]
         return lines
 
 
@@ -111,7 +119,18 @@ def snapshot() -> Snapshot:
         interfaces=frozenset(name for name in _names(NET_DIR) if name.startswith("tap")),
         mounts=_mounts(),
         directories=frozenset(str(TEMPORARY / name) for name in _names(TEMPORARY) if name.startswith(PREFIX)),
+        cgroups=_cgroups(),
     )
+
+
+_hierarchy = functools.cache(cgroup.hierarchy)
+
+
+def _cgroups() -> frozenset[str]:
+    """Returns the control groups of sandboxes, those of a template in the making included."""
+    root = _hierarchy()
+    above = () if root is None else root.glob(f"{CGROUP}*")
+    return frozenset(str(place / name) for place in above for name in _names(place) if name.startswith(PREFIX))
 
 
 def wait_for_leaks(before: Snapshot, grace_s: float = GRACE_S) -> Snapshot:
@@ -137,5 +156,8 @@ def clean(left: Snapshot) -> None:
     for name in left.namespaces:
         _libc.umount2(os.fsencode(NETNS_DIR / name), _MNT_DETACH)
         (NETNS_DIR / name).unlink(missing_ok=True)
+    for group in left.cgroups:
+        with contextlib.suppress(OSError):
+            Path(group).rmdir()
     for path in left.directories:
         shutil.rmtree(path, ignore_errors=True)

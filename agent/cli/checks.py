@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agent import cgroup
 from agent.cli import text
 from agent.errors import AgentError
 
@@ -191,9 +192,9 @@ def _builder(name: str, package: str) -> Check:
 
 
 def _cgroup() -> Check:
-    controllers = Path("/sys/fs/cgroup/cgroup.controllers")
-    try:
-        return Check("cgroup v2", Status.OK, controllers.read_text().strip() or "no controllers")
-    except OSError:
-        advice = "boot with systemd.unified_cgroup_hierarchy=1"
-        return Check("cgroup v2", Status.WARN, "/sys/fs/cgroup is not a cgroup2 file system", advice)
+    found = cgroup.available()
+    missing = [name for name in cgroup.CONTROLLERS if name not in found]
+    if not missing:
+        return Check("cgroup v2", Status.OK, " ".join(found))
+    detail = f"no controllers {' '.join(missing)}: sandboxes are not limited by the host"
+    return Check("cgroup v2", Status.WARN, detail, "boot with systemd.unified_cgroup_hierarchy=1")

@@ -39,6 +39,7 @@ def _show(node: Node) -> None:
         ("sandboxd", f"{node.version}, up {output.since(node.start_time)}"),
         ("vmm", f"{node.vmm} {node.vmm_version} ({node.accelerator}: {node.vmm_reason})"),
         ("kernel", node.kernel), ("cpu", node.cpu_model), ("labels", output.labels_text(node.labels) or "-"),
+        *(("degraded", sentence) for sentence in node.degraded),
         ("images", ", ".join(image.name for image in node.images) or "none"),
     ]  # fmt: skip
     for name, value in facts:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from sandboxd.v1.sandbox_pb2 import SandboxStats
 
 _CALLS_AT_ONCE = 16
-_HEADERS = ("ID", "CPU%", "HOST MEM", "GUEST MEM", "DISK", "LOAD", "PROCS", "UP")
+_HEADERS = (
+    "ID", "CPU%", "HOST MEM", "GUEST MEM", "DISK", "READ/S", "WRITTEN/S", "RECEIVED/S", "SENT/S", "LOAD", "PROCS", "UP",
+)  # fmt: skip
+_COUNTERS = ("disk_read_bytes", "disk_written_bytes", "net_received_bytes", "net_sent_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ async def top(
         typer.Option(parser=text.duration_option, metavar="TIME", help="Between two looks, as 500ms; default 2s."),
     ] = 2.0,
 ) -> None:
-    """Show CPU and memory of running sandboxes, until Ctrl-C."""
+    """Show CPU, memory, disk and network of running sandboxes, until Ctrl-C."""
     import asyncio
 
     if interval < 0.1:
@@ -102,32 +105,50 @@ def cpu_percent(before: float, after: float, span_s: float) -> float | None:
     return max(0.0, (after - before) / span_s * 100) if span_s > 0 and after > 0 else None
 
 
-def _usage(before: Samples, sandbox_id: str, sample: _Sample) -> float | None:
+def rate(before: int, after: int, span_s: float) -> float | None:
+    """Returns what a counter gained per second; None if it is unknown: the counters of another VMM begin anew."""
+    return (after - before) / span_s if span_s > 0 and after >= before else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Usage:
+    """What a sandbox used between two samples: percent of one CPU, and bytes per second; None where it is unknown."""
+
+    cpu_percent: float | None = None
+    rates: tuple[float | None, ...] = (None,) * len(_COUNTERS)
+
+
+def _usage(before: Samples, sandbox_id: str, sample: _Sample) -> _Usage:
     earlier = before.get(sandbox_id)
     if earlier is None:
-        return None
+        return _Usage()
+    span_s = sample.at_s - earlier.at_s
     cpu_s = [one.stats.vmm_cpu.seconds + one.stats.vmm_cpu.nanos / 1e9 for one in (earlier, sample)]
-    return cpu_percent(cpu_s[0], cpu_s[1], sample.at_s - earlier.at_s)
+    counts = [(getattr(earlier.stats, name), getattr(sample.stats, name)) for name in _COUNTERS]
+    return _Usage(cpu_percent(cpu_s[0], cpu_s[1], span_s), tuple(rate(*pair, span_s) for pair in counts))
 
 
 def _show(before: Samples, now: Samples, live: Any) -> None:
+    used = {sandbox_id: _usage(before, sandbox_id, sample) for sandbox_id, sample in now.items()}
     if output.json_wanted():
         for sandbox_id, sample in now.items():
-            output.emit(
-                {"id": sandbox_id, "cpu_percent": _usage(before, sandbox_id, sample), **output.to_json(sample.stats)}
-            )
+            usage = used[sandbox_id]
+            rates = {f"{name}_per_s": value for name, value in zip(_COUNTERS, usage.rates, strict=True)}
+            output.emit({"id": sandbox_id, "cpu_percent": usage.cpu_percent, **rates, **output.to_json(sample.stats)})
         return
-    rows = [_row(sandbox_id, sample.stats, _usage(before, sandbox_id, sample)) for sandbox_id, sample in now.items()]
+    rows = [_row(sandbox_id, sample.stats, used[sandbox_id]) for sandbox_id, sample in now.items()]
     if live is not None:
         live.update(output.rich_table(_HEADERS, rows), refresh=True)
     else:
         output.print_table(_HEADERS, rows)
 
 
-def _row(sandbox_id: str, stats: SandboxStats, cpu: float | None) -> tuple[str, ...]:
+def _row(sandbox_id: str, stats: SandboxStats, usage: _Usage) -> tuple[str, ...]:
     used = stats.memory_total_bytes - stats.memory_available_bytes
     disk = stats.disk_total_bytes - stats.disk_available_bytes
+    cpu = "-" if usage.cpu_percent is None else f"{usage.cpu_percent:.0f}"
+    rates = ("-" if value is None else text.size(round(value)) for value in usage.rates)
     return (
-        sandbox_id, "-" if cpu is None else f"{cpu:.0f}", text.size(stats.vmm_pss_bytes), text.size(used),
-        text.size(disk), f"{stats.load1:.2f}", str(stats.process_count), text.age(stats.uptime.seconds),
+        sandbox_id, cpu, text.size(stats.vmm_pss_bytes), text.size(used), text.size(disk), *rates,
+        f"{stats.load1:.2f}", str(stats.process_count), text.age(stats.uptime.seconds),
     )  # fmt: skip

@@ -193,6 +193,7 @@ def node(info: NodeInfo, images: list[Image], version: str) -> node_pb2.Node:
         cpu_millis=_resource(info.cpu), memory_bytes=_resource(info.memory), disk_bytes=_resource(info.disk),
         sandboxes=_resource(info.sandboxes), images=[image(value) for value in images], labels=info.labels,
         start_time=timestamp(info.start_time), kernel=info.kernel, cpu_model=info.cpu_model,
+        degraded=info.degraded,
     )  # fmt: skip
 
 

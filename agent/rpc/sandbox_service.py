@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-import psutil
 
 from agent.config import Settings
 from agent.errors import InvalidSpec, InvalidState, NotFound
@@ -212,7 +211,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         stats = await running.channel.call("sys.stats")
         load = stats.get("load")
         loads = {str(index): value for index, value in enumerate(load)} if isinstance(load, list) else {}
-        cpu_s, pss = await asyncio.to_thread(_host_cost, running.vm.pid)
+        cost = await asyncio.to_thread(running.cost)
         return pb.SandboxStats(
             memory_total_bytes=convert.guest_int(stats, "memory_total"),
             memory_available_bytes=convert.guest_int(stats, "memory_available"),
@@ -223,18 +222,13 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             disk_available_bytes=convert.guest_int(stats, "disk_available"),
             process_count=convert.guest_int(stats, "processes", 0, 1 << 30),
             uptime=convert.duration(convert.guest_float(stats, "uptime_s")),
-            vmm_cpu=convert.duration(cpu_s),
-            vmm_pss_bytes=pss,
+            vmm_cpu=convert.duration(cost.cpu_s),
+            vmm_pss_bytes=cost.pss_bytes,
+            net_received_bytes=cost.net_received_bytes,
+            net_sent_bytes=cost.net_sent_bytes,
+            disk_read_bytes=cost.disk_read_bytes,
+            disk_written_bytes=cost.disk_written_bytes,
         )
-
-
-def _host_cost(pid: int) -> tuple[float, int]:
-    try:
-        process = psutil.Process(pid)
-        times = process.cpu_times()
-        return times.user + times.system, process.memory_full_info().pss
-    except psutil.Error:
-        return 0.0, 0
 
 
 def _appended(before: bytes, now: bytes) -> bytes:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 from agent.channel.channel import Channel
 from agent.errors import AgentError, DeadlineExceeded, GuestUnreachable, VmmError
 from agent.rootfs import Image
 from agent.sandbox import dialogue
-from agent.sandbox.host import Host, make_run_directory, make_slots, make_state_directory
+from agent.sandbox.host import Host, make_cgroup, make_run_directory, make_slots, make_state_directory
 from agent.sandbox.machine import Machine
 from agent.sandbox.record import Record
-from agent.sandbox.shape import disks_of, shape_of, vm_spec, volume_serial
+from agent.sandbox.shape import disks_of, ram_bytes, shape_of, vm_spec, volume_serial
 from agent.sandbox.template_files import Template
 from agent.sandbox.templates import Templates
 from agent.sandbox.volumes import is_snapshot
@@ -41,6 +42,7 @@ class Boot:
         self._record = record
         self._image = image
         self._save = save
+        self._cgroup: Path | None = None
 
     async def run(self) -> Machine:
         """Makes the resources of the record in order and returns a machine that is configured.
@@ -51,6 +53,10 @@ class Boot:
             with step("directories"):
                 make_state_directory(self._host, self._record.id, self._record.uid, lasting)
                 make_run_directory(self._host, self._record.id, volatile)
+            with step("cgroup"):
+                spec = self._record.spec
+                ram = ram_bytes(spec.memory_bytes)
+                self._cgroup = await make_cgroup(self._host, self._record.id, spec.vcpu_count, ram, volatile)
             await self._host.network.make(self._record, volatile)
             if self._templates is None:
                 vm, channel = await self._start(volatile, await self._cold(), None)
@@ -67,7 +73,10 @@ class Boot:
         self._record.shape = dataclasses.asdict(shape)
         disks = disks_of(self._host.volumes, spec)
         uid = self._record.uid
-        return vm_spec(self._host.settings, self._host.paths, self._record.id, shape, self._image, disks=disks, uid=uid)
+        return vm_spec(
+            self._host.settings, self._host.paths, self._record.id, shape, self._image, disks=disks, uid=uid,
+            cgroup=self._cgroup,
+        )  # fmt: skip
 
     async def _clone(self, stack: AsyncExitStack, templates: Templates) -> tuple[Vm, Channel]:
         """Restores a template; a clone that fails to answer is ended, and another one tried."""
@@ -100,7 +109,7 @@ class Boot:
         disks = disks_of(host.volumes, self._record.spec)
         return vm_spec(
             host.settings, host.paths, self._record.id, template.shape, self._image, memory, template.vmm, disks,
-            self._record.uid,
+            self._record.uid, self._cgroup,
         )  # fmt: skip
 
     async def _start(self, stack: AsyncExitStack, spec: VmSpec, template: Template | None) -> tuple[Vm, Channel]:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import psutil
 
+from agent.cgroup import Cgroups, GroupLimits, block_device
 from agent.config import Settings
 from agent.disks import DiskMaker
 from agent.errors import HostError
@@ -84,6 +85,26 @@ class Host:
     network: Network
     volumes: Volumes
     uids: Uids
+    cgroups: Cgroups
+
+
+_TASKS, _TASKS_OF_CPU = 256, 4  # threads of a VMM: one for each CPU, and up to 64 for each disk's requests
+# Of an emulator, most is the code that it has translated (1 GiB at most) and the maps of it.
+_HEADROOM_BYTES = {"kvm": 512 << 20, "tcg": 1536 << 20}
+
+
+async def make_cgroup(host: Host, sandbox_id: str, vcpus: int, ram_bytes: int, stack: AsyncExitStack) -> Path | None:
+    """Makes the control group of a sandbox's VMM, if there can be one; `stack` removes it. :raises HostError:"""
+    settings, sandbox = host.settings.cgroups, host.settings.sandbox
+    headroom = settings.memory_headroom_bytes or _HEADROOM_BYTES[(await host.driver.probe()).accelerator]
+    limits = GroupLimits(
+        cpus=vcpus + settings.cpu_headroom, weight=100 * vcpus, memory_bytes=ram_bytes + headroom,
+        tasks=_TASKS + _TASKS_OF_CPU * vcpus, device=block_device(host.paths.state_dir),
+        io_bytes=sandbox.disk_bytes_per_s, io_operations=sandbox.disk_operations_per_s,
+    )  # fmt: skip
+    group = host.cgroups.make(sandbox_id, limits)
+    stack.push_async_callback(asyncio.to_thread, host.cgroups.remove, sandbox_id)
+    return group
 
 
 def make_run_directory(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
@@ -168,6 +189,8 @@ async def remove_volatile(host: Host, sandbox_id: str) -> int:
 def push_volatile_removal(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
     """Makes `stack` remove all that a sandbox has besides VM and disk; absence is success."""
     stack.push_async_callback(asyncio.to_thread, remove_tree, host.paths.sandbox_run(sandbox_id))
+    # Before the directories: what has none is not looked for.
+    stack.push_async_callback(asyncio.to_thread, host.cgroups.remove, sandbox_id)
     stack.push_async_callback(host.network.remove, sandbox_id)
 
 

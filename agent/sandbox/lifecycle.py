@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 
-from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, ResourceExhausted
+from agent.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, ResourceExhausted, VmmError
 from agent.model import SandboxSpec, State, new_sandbox_id
 from agent.rootfs import Image, ImageStore
 from agent.sandbox import dialogue, host, lifetimes
@@ -29,7 +29,8 @@ from agent.sandbox.registry import Registry
 from agent.sandbox.spec import same_request
 from agent.sandbox.store import Store
 from agent.sandbox.templates import Templates
-from agent.telemetry import CREATES, DELETES, collect_phases, log, step
+from agent.telemetry import CREATES, DELETES, VMM_OUT_OF_MEMORY, collect_phases, log, step
+from guest.oom import OomWatcher
 
 
 class Lifecycle(Registry):
@@ -42,6 +43,7 @@ class Lifecycle(Registry):
         self.images = images
         self.templates = templates
         self._store = store
+        self._oom = OomWatcher()
 
     # -- creating ------------------------------------------------------------------------------------------------------
 
@@ -193,7 +195,21 @@ class Lifecycle(Registry):
         else:
             timeout_s = self._host.settings.sandbox.relink_timeout_s
             why = await until_lost(entry.machine, entry.record.id, timeout_s)
-        await self._fail(entry, why)
+        await self._fail(entry, self._of_memory(entry, why))
+
+    def _of_memory(self, entry: Entry, why: AgentError) -> AgentError:
+        """Returns why a sandbox has ended, told apart if the host ended its VMM for lack of memory."""
+        assert entry.machine is not None
+        # The log is read either way, or what it says now would be found at another end.
+        logged = self._oom.killed(entry.machine.vm.pid)
+        if why.reason != "VMM_ENDED" or not (logged or self._host.cgroups.out_of_memory(entry.record.id)):
+            return why
+        VMM_OUT_OF_MEMORY.inc()
+        return VmmError(
+            "the host ended the sandbox's virtual machine for lack of memory: raise cgroups.memory_headroom_bytes or "
+            f"node.reserved_memory_bytes ({why.message})",
+            reason="VMM_OUT_OF_MEMORY",
+        )
 
     async def _fail(self, entry: Entry, error: AgentError) -> None:
         """Keeps the sandbox as FAILED with the evidence; its VM is ended, its disk stays until the delete."""

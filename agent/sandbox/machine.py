@@ -8,11 +8,13 @@ from pathlib import Path
 from agent.channel.channel import Channel
 from agent.errors import AgentError, InvalidState
 from agent.model import State
+from agent.net import netns
 from agent.sandbox import dialogue
 from agent.sandbox.host import Host, push_state_removal, push_volatile_removal
 from agent.sandbox.record import Record
 from agent.telemetry import log, step
 from agent.vmm.api import Vm
+from agent.vmm.cost import Cost, cost_of
 
 
 class Machine:
@@ -34,6 +36,10 @@ class Machine:
         if self._channel is None:
             raise InvalidState("the sandbox is paused; resume it first", reason="SANDBOX_NOT_RUNNING")
         return self._channel
+
+    def cost(self) -> Cost:
+        """Returns what the VMM has used on the host so far."""
+        return cost_of(self.vm.pid, netns.TAP)
 
     def idle_s(self) -> float:
         """Returns for how long nobody has used the guest; 0 while a call is open."""

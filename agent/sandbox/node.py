@@ -43,12 +43,14 @@ class NodeInfo:
     kernel: str
     cpu_model: str
     draining: str  # why it takes no sandboxes, "" if it does
+    degraded: tuple[str, ...]  # what this host lacks, a sentence each
 
 
 class Node:
-    """Facts. `specs` are those of all sandboxes that hold resources."""
+    """Facts. `specs` are those of all sandboxes that hold resources. :param degraded: what this host lacks."""
 
-    def __init__(self, settings: Settings, vmm: VmmInfo) -> None:
+    def __init__(self, settings: Settings, vmm: VmmInfo, degraded: tuple[str, ...] = ()) -> None:
+        self._degraded = degraded
         self._settings = settings
         self._vmm = vmm
         self._start_time = time.time()
@@ -106,6 +108,7 @@ class Node:
             kernel=platform.release(),
             cpu_model=self._cpu_model,
             draining=self.draining,
+            degraded=self._degraded,
         )  # fmt: skip
 
     def _disk(self, promised: int) -> Resource:

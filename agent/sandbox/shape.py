@@ -111,7 +111,7 @@ def shape_of(
 def vm_spec(
     settings: Settings, paths: Paths, sandbox_id: str, shape: Shape, image: Image,
     memory_file: MemoryFile | None = None, restore_from: Path | None = None, disks: Disks = _NO_VOLUMES,
-    uid: int | None = None,
+    uid: int | None = None, cgroup: Path | None = None,
 ) -> VmSpec:  # fmt: skip
     """Returns the VM of a sandbox, or of a template in the making."""
     slots = [
@@ -139,5 +139,6 @@ def vm_spec(
         restore_from=restore_from,
         save_root=paths.sandbox_state(sandbox_id),
         uid=uid,
+        cgroup=cgroup,
         limits=Limits(sandbox.disk_bytes_per_s, sandbox.disk_operations_per_s, sandbox.net_bytes_per_s),
     )

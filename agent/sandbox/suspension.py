@@ -15,7 +15,7 @@ from pathlib import Path
 
 from agent.errors import HostError, InvalidState, ResourceExhausted
 from agent.rootfs import Image
-from agent.sandbox.host import Host, make_run_directory, push_state_removal, remove_tree
+from agent.sandbox.host import Host, make_cgroup, make_run_directory, push_state_removal, remove_tree
 from agent.sandbox.machine import Machine
 from agent.sandbox.record import Record
 from agent.sandbox.shape import Shape, disks_of, vm_spec
@@ -83,9 +83,11 @@ async def restore(host: Host, record: Record, image: Image, directory: Path) -> 
     async with AsyncExitStack() as volatile, AsyncExitStack() as lasting:
         with step("directories"):
             make_run_directory(host, record.id, volatile)
+        with step("cgroup"):
+            cgroup = await make_cgroup(host, record.id, shape.vcpu_count, shape.memory_bytes, volatile)
         await host.network.make(record, volatile)
         disks = disks_of(host.volumes, record.spec)
-        spec = vm_spec(host.settings, host.paths, record.id, shape, image, None, directory, disks, record.uid)
+        spec = vm_spec(host.settings, host.paths, record.id, shape, image, None, directory, disks, record.uid, cgroup)
         with step("vmm.restore"):
             vm = await host.driver.start(dataclasses.replace(spec, stands_still=True))
         volatile.push_async_callback(vm.stop)

@@ -17,7 +17,7 @@ from agent.errors import AgentError, HostError, ResourceExhausted, VmmError
 from agent.model import new_sandbox_id
 from agent.rootfs import Image
 from agent.sandbox import dialogue, template_files
-from agent.sandbox.host import Host, make_run_directory, make_slots, make_state_directory, remove_tree
+from agent.sandbox.host import Host, make_cgroup, make_run_directory, make_slots, make_state_directory, remove_tree
 from agent.sandbox.shape import TEMPLATE_DISK_BYTES, Shape, vm_spec
 from agent.sandbox.template_files import Template
 from agent.sparse import NO_SPACE
@@ -88,10 +88,13 @@ async def _booted(
         stack.callback(host.uids.give_back, uid)
         make_state_directory(host, sandbox_id, uid, stack)
         make_run_directory(host, sandbox_id, stack)
+        cgroup = await make_cgroup(host, sandbox_id, shape.vcpu_count, shape.memory_bytes, stack)
         await to_the_end(host.disks.make_disk(host.paths.disk(sandbox_id), TEMPLATE_DISK_BYTES))
         make_slots(host, sandbox_id, shape.slots)
         await host.network.make_bare(sandbox_id, stack)
-        spec = vm_spec(host.settings, host.paths, sandbox_id, shape, image, memory_file, restore_from, uid=uid)
+        spec = vm_spec(
+            host.settings, host.paths, sandbox_id, shape, image, memory_file, restore_from, uid=uid, cgroup=cgroup
+        )
         spec = dataclasses.replace(spec, save_root=memory_file.path.parent)
         vm = await host.driver.start(dataclasses.replace(spec, limits=type(spec.limits)()))
         stack.push_async_callback(vm.stop)

@@ -93,6 +93,7 @@ class VmSpec:
     save_root: Path | None = None  # below which directories for `Vm.save` and `Vm.snapshot` lie
     uid: int | None = None  # user and group that the VMM runs as, with a view of its own files alone; None: the agent's
     limits: Limits = Limits()
+    cgroup: Path | None = None  # control group that the VMM and its helpers are moved to
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,7 +200,7 @@ class QemuDriver:
         if spec.link is LinkKind.SERIAL or os.path.exists("/dev/vhost-vsock"):  # noqa: ASYNC240, PTH110  devtmpfs
             return None
         binary = vsock_backend.find_binary(self._tools_dir)
-        return await vsock_backend.start(binary, spec.run_dir, qemu_args.GUEST_CID)
+        return await vsock_backend.start(binary, spec.run_dir, qemu_args.GUEST_CID, spec.cgroup)
 
     async def _start_qemu(self, spec: VmSpec, accelerator: str, backend: HostProcess | None) -> QemuVm:
         give_back = functools.partial(lending.take_back, spec)
@@ -226,11 +226,13 @@ class QemuDriver:
                 stderr_path=spec.run_dir / "vmm.log",
                 pass_fds=fds,
                 seen=lending.view_of(spec, self._binary, devices, writable=sockets_seen),
+                cgroup=spec.cgroup,
             )
             for sock in listeners.values():
                 sock.close()  # QEMU alone listens now: its death closes what is connected
             console = Console(spec.run_dir, spec.console_limit_bytes)
             await _run(process, console, spec)
+            await process.placed()
         except BaseException:
             if process is not None:
                 await asyncio.shield(asyncio.ensure_future(process.kill()))

@@ -31,7 +31,7 @@ def find_binary(tools_dir: Path) -> str:
     return found
 
 
-async def start(binary: str, run_dir: Path, cid: int) -> HostProcess:
+async def start(binary: str, run_dir: Path, cid: int, cgroup: Path | None = None) -> HostProcess:
     """Starts a backend that listens at `run_dir/vhost.sock` for QEMU and `run_dir/vsock.sock` for hosts.
 
     :raises VmmError: it did not start; nothing is left.
@@ -43,7 +43,7 @@ async def start(binary: str, run_dir: Path, cid: int) -> HostProcess:
         binary, "--guest-cid", str(cid), "--socket", str(sockets[0]), "--uds-path", str(sockets[1]),
         "--tx-buffer-size", str(_TX_BUFFER_BYTES),
     ]  # fmt: skip
-    process = await spawn(argv, netns=None, stderr_path=run_dir / "vsock.log")
+    process = await spawn(argv, netns=None, stderr_path=run_dir / "vsock.log", cgroup=cgroup)
     try:
         async with asyncio.timeout(_START_TIMEOUT_S):
             while not all(path.exists() for path in sockets[:1]):
@@ -51,6 +51,7 @@ async def start(binary: str, run_dir: Path, cid: int) -> HostProcess:
                     exit_info = await process.wait()
                     raise VmmError(f"{_BINARY} {exit_info.describe()}: {exit_info.stderr_tail}")
                 await asyncio.sleep(0.005)
+        await process.placed()
     except BaseException as error:
         await asyncio.shield(asyncio.ensure_future(process.kill()))
         if isinstance(error, TimeoutError):

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from agent.cgroup import Cgroups
 from agent.channel.channel import Channel
 from agent.config import NodeSettings, PathSettings, SandboxSettings, Settings, TemplateSettings
 from agent.disks import DiskMaker
@@ -380,6 +381,7 @@ async def bench(
         network,
         Volumes(chosen.paths.state_dir / "volumes"),
         Uids(0),
+        Cgroups(None),
     )
     store = Store(host.paths.database, host.paths.sandboxes_state)
     await store.open()

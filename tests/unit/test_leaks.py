@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.cgroup import Cgroups, GroupLimits
 from tests import leaks
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace, so it needs root")
@@ -90,3 +91,17 @@ def test_is_cheap() -> None:
     for _ in range(rounds):
         leaks.snapshot()
     assert (time.perf_counter() - start) / rounds < 0.02
+
+
+@needs_root
+def test_finds_and_removes_a_cgroup() -> None:
+    groups = Cgroups.open("/sandboxd-leaks")
+    if groups.directory is None:
+        pytest.skip("this host has no cgroup v2")
+    before = leaks.snapshot()
+    made = groups.make("sbx-leaked", GroupLimits(1, 100, 1 << 30, 64))
+    left = leaks.snapshot().since(before)
+    leaks.clean(left)
+    groups.close()
+    assert left.describe() == [f"cgroup {made}"]
+    assert not leaks.snapshot().since(before).describe()

@@ -47,7 +47,7 @@ async def test_create_makes_a_running_sandbox_and_delete_leaves_nothing(node: Be
     assert created.state is State.RUNNING
     names = [name for name, _ in created.phases]
     assert names == [
-        "intent", "directories", "netns", "disk", "vmm.start", "token", "guest.boot", "guest.configure",
+        "intent", "directories", "cgroup", "netns", "disk", "vmm.start", "token", "guest.boot", "guest.configure",
         "guest.clock_sync", "create",
     ]  # fmt: skip
     assert created.vmm == "fake 1.0 (tcg)"

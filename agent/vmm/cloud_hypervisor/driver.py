@@ -110,6 +110,7 @@ class CloudHypervisorDriver:
             )
             try:
                 await self._bring_up(vm, spec, layout)
+                await process.placed()
             except (VmmError, GuestUnreachable) as error:
                 raise await _explained(vm, error) from error
             undo.pop_all()
@@ -139,6 +140,7 @@ class CloudHypervisorDriver:
                 seen=lending.view_of(
                     spec, self._binary, _DEVICES, read_only=self._options.visible, writable=[spec.run_dir]
                 ),
+                cgroup=spec.cgroup,
             )
 
     async def _bring_up(self, vm: CloudHypervisorVm, spec: VmSpec, layout: Layout) -> None:
