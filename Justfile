@@ -79,3 +79,7 @@ doctor: proto
 # Remove what setup, proto and the tools made (images stay)
 clean:
     rm -rf .venv sandboxd build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+# Build the Debian package into a directory
+deb directory="dist": proto
+    {{ python }} systemd/build_deb.py {{ directory }}

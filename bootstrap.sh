@@ -82,8 +82,8 @@ install_packages() {
     wanted=(ca-certificates debian-archive-keyring python3 python3-venv iproute2 e2fsprogs erofs-utils libnftables1 mmdebstrap
         openssl xz-utils zstd)
     # The reference implementation of yamux, which the tests speak with ours; a repository to clone, rules to look
-    # at, and the usual clients of SSH.
-    if [ "${1:-}" = test ]; then wanted+=(golang-go golang-github-hashicorp-yamux-dev git nftables openssh-client); fi
+    # at, the usual clients of SSH, and what boots a machine with systemd.
+    if [ "${1:-}" = test ]; then wanted+=(golang-go golang-github-hashicorp-yamux-dev git nftables openssh-client systemd-container); fi
     mapfile -t absent < <(missing "${wanted[@]}")
     if [ ${#absent[@]} -eq 0 ] && qemu_is_recent; then return 0; fi
     if ! qemu_is_recent; then ensure_backports; fi

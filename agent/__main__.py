@@ -16,14 +16,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="sandboxd", description="Node agent for microVM sandboxes.")
     parser.add_argument("--config", type=Path, help="TOML file (default: /etc/sandboxd/config.toml, if it exists)")
     parser.add_argument("--check", action="store_true", help="check the settings and exit")
+    parser.add_argument("--delete-all", action="store_true", help="remove all sandboxes that are left here, and exit")
     arguments = parser.parse_args()
     try:
         settings = load(arguments.config)
         if arguments.check:
             return
-        from agent.daemon import run  # after the check: it loads gRPC
+        from agent.daemon import delete_all, run  # after the check: it loads gRPC
 
-        asyncio.run(run(settings))
+        if arguments.delete_all:
+            asyncio.run(delete_all(settings))
+        else:
+            asyncio.run(run(settings, lambda: load(arguments.config)))
     except ConfigError as error:
         sys.exit(_complain(error, 2))
     except (AgentError, OSError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import grp
 import os
 import socket
 import tomllib
@@ -78,16 +79,33 @@ class ImageSettings:
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Where the API listens. Empty `unix_socket`: `<run_dir>/sandboxd.sock`; empty `tcp_address`: no TCP."""
+    """Where the API listens. Empty `unix_socket`: `<run_dir>/sandboxd.sock`; empty `tcp_address`: no TCP.
+
+    Root and `unix_allow_*` (users and groups by number, `unix_allow_groups` by name) may use the socket: they may do
+    with all sandboxes whatever the API can.
+    """
 
     unix_socket: str = ""
     unix_allow_uids: tuple[int, ...] = ()
     unix_allow_gids: tuple[int, ...] = ()
+    unix_allow_groups: tuple[str, ...] = ()
     tcp_address: str = ""
     tls_cert: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
     allow_insecure_loopback: bool = False
+
+    def group_ids(self) -> frozenset[int]:
+        """Returns the groups that may use the socket. :raises ConfigError: there is none of a name."""
+        numbers = set(self.unix_allow_gids)
+        for name in self.unix_allow_groups:
+            try:
+                numbers.add(grp.getgrnam(name).gr_gid)
+            except KeyError:
+                raise ConfigError(
+                    f"api.unix_allow_groups: there is no group {name}; groupadd --system {name}"
+                ) from None
+        return frozenset(numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +190,9 @@ class SandboxSettings:
 class EgressSettings:
     """What sandboxes may reach, as the operator has it, and how it is enforced.
 
-    `uplink` is the network namespace (of `ip netns`) that leads out, empty for the agent's own. `uid` and `gid` are
-    whom the egress process runs as. `resolvers` are "address" or "address:port"; without any, those of
+    `control` is the socket of an egress process that somebody else keeps, such as systemd; empty: the agent starts one
+    itself. `uplink` is the network namespace (of `ip netns`) that leads out, empty for the agent's own. `uid` and `gid`
+    are whom the egress process runs as. `resolvers` are "address" or "address:port"; without any, those of
     /etc/resolv.conf. `always` and `deny` are lists of rules (hosts, addresses, ranges, each with an optional port):
     what every sandbox may reach and what none may. `permit_private` are ranges that would be blocked, such as
     "10.1.0.0/16". `tenants` has the most that a tenant's sandboxes may reach, as rules with commas between.
@@ -181,6 +200,7 @@ class EgressSettings:
     sandbox; 0: none.
     """
 
+    control: str = ""
     uplink: str = ""
     uid: int = 65534
     gid: int = 65534
@@ -331,6 +351,7 @@ def _check(settings: Settings) -> None:
             raise ConfigError(f"node.quotas.{tenant}: {error}") from None
     _check_egress(settings.egress)
     api = settings.api
+    api.group_ids()
     if api.tcp_address and not (api.tls_cert and api.tls_key and api.tls_client_ca) and not api.allow_insecure_loopback:
         raise ConfigError(
             "api.tcp_address needs api.tls_cert, api.tls_key and api.tls_client_ca (mutual TLS); "

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from agent import telemetry
+from agent import systemd, telemetry
 from agent.cgroup import Cgroups
-from agent.config import Settings
+from agent.config import ApiSettings, ConfigError, MetricsSettings, Settings, TracingSettings
 from agent.disks import DiskMaker
 from agent.paths import Paths
+from agent.reload import merged
 from agent.rootfs import ImageStore
 from agent.rpc.server import ApiServer
 from agent.sandbox.host import Host
@@ -26,7 +29,6 @@ from agent.sandbox.templates import Templates
 from agent.sandbox.uids import Uids
 from agent.sandbox.vmm_choice import choose_driver
 from agent.sandbox.volumes import Volumes
-from agent.sdnotify import notify
 from agent.secrets.vault import Vault
 from agent.telemetry import DEGRADED, log
 from agent.vmm.api import VmmInfo
@@ -43,10 +45,16 @@ def _templates(host: Host, vmm: VmmInfo) -> Templates | None:
     return templates
 
 
+def _prepare_process() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core of ours, or of a VMM, has secrets and guests in it
+    os.umask(0o022)  # VMMs, other users than we, read images and templates; what is secret says so when it is made
+
+
 @asynccontextmanager
-async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
+async def agent(settings: Settings, listener: socket.socket | None = None) -> AsyncIterator[ApiServer]:
     """Runs an agent inside the context; leaving it is an orderly stop.
 
+    :param listener: of the API's unix socket, if somebody has made it already.
     :raises AgentError: it cannot start; the message says what to do.
     """
     paths = Paths.of(settings)
@@ -80,7 +88,7 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
         await reconcile(host, manager, store, records)
         await network.settle()
         manager.drain.restore()
-        server = ApiServer(settings, manager)
+        server = ApiServer(settings, manager, listener)
         lasting = (manager.prepare_templates(), manager.count_drops(), manager.keep_lifetimes())
         working = [asyncio.create_task(work) for work in lasting]
         try:
@@ -98,11 +106,14 @@ async def agent(settings: Settings) -> AsyncIterator[ApiServer]:
             os.close(lock)
 
 
-async def run(settings: Settings) -> None:
-    """Runs until SIGTERM or SIGINT. A second one ends the process without cleaning up."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core of ours, or of a VMM, has secrets and guests in it
+async def run(settings: Settings, read: Callable[[], Settings] | None = None) -> None:
+    """Runs until SIGTERM or SIGINT; a second one ends the process without cleaning up. SIGHUP reads the settings anew.
+
+    :param read: reads them; None: there is nothing to read, as SIGHUP is no more than a terminal that closes.
+    """
+    _prepare_process()
     telemetry.setup(settings.log, settings.metrics, settings.tracing, settings.node.name)
-    stop = asyncio.Event()
+    stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -112,15 +123,51 @@ async def run(settings: Settings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes must not end sandboxes
-    async with agent(settings) as server:
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    async with agent(settings, systemd.listeners().get("api")) as server:
         log.info("ready", socket=str(server.socket_path), tcp_port=server.tcp_port)
-        notify("READY=1")
+        systemd.notify("READY=1")
+        serving = [asyncio.create_task(systemd.keep_watchdog())]
+        if read is not None:
+            serving.append(asyncio.create_task(_keep_reloading(server, settings, read, reload)))
         await stop.wait()
         log.info("stopping", sandboxes=settings.sandbox.on_stop)
-        notify("STOPPING=1")
+        systemd.notify("STOPPING=1")
         if settings.sandbox.on_stop == "drain":
             await _drain(server.manager, settings.sandbox.drain_timeout_s)
+        for task in serving:
+            task.cancel()
+
+
+async def delete_all(settings: Settings) -> None:
+    """Ends and removes all sandboxes that an earlier agent left. :raises AgentError: one runs, or it cannot start."""
+    sandbox = dataclasses.replace(settings.sandbox, on_stop="delete")
+    # Nothing is started for it: no template, no port.
+    templates, api = dataclasses.replace(settings.templates, enabled=False), ApiSettings()
+    _prepare_process()
+    telemetry.setup(settings.log, MetricsSettings(), TracingSettings(), settings.node.name)
+    async with agent(dataclasses.replace(settings, sandbox=sandbox, templates=templates, api=api)):
+        pass
+
+
+async def _keep_reloading(
+    server: ApiServer, present: Settings, read: Callable[[], Settings], wanted: asyncio.Event
+) -> None:
+    """Reads the settings whenever it is wanted. Wrong ones change nothing."""
+    while True:
+        await wanted.wait()
+        wanted.clear()
+        systemd.notify_reloading()
+        try:
+            present, changed, waiting = merged(present, read())
+            server.reload_certificates()
+        except ConfigError as error:
+            log.error("the settings stay as they were", error=error.message)
+        else:
+            telemetry.set_log_level(present.log.level)
+            server.manager.reconfigure(present)
+            log.info("settings read again", changed=changed, need_a_restart=waiting)
+        systemd.notify("READY=1")
 
 
 async def _drain(manager: Manager, timeout_s: float) -> None:
@@ -130,7 +177,7 @@ async def _drain(manager: Manager, timeout_s: float) -> None:
     async def tell() -> None:
         while True:
             left = len(manager.list())
-            notify(f"STATUS=draining: {left} sandboxes left\nEXTEND_TIMEOUT_USEC={int(_NOTICE_S * 3e6)}")
+            systemd.notify(f"STATUS=draining: {left} sandboxes left\nEXTEND_TIMEOUT_USEC={int(_NOTICE_S * 3e6)}")
             await asyncio.sleep(_NOTICE_S)
 
     telling = asyncio.create_task(tell())

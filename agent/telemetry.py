@@ -93,6 +93,13 @@ def serve_metrics(address: str) -> tuple[WSGIServer, Thread]:
     return start_http_server(port, host, registry)
 
 
+def set_log_level(level: str) -> None:
+    """Changes the level from now on."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
+    logging.getLogger().setLevel(max(number, logging.WARNING))
+
+
 def _setup_logs(logs: LogSettings) -> None:
     level = logging.getLevelNamesMapping()[logs.level.upper()]
     console = logs.format == "console" or (logs.format == "auto" and sys.stderr.isatty())

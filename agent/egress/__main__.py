@@ -1,4 +1,4 @@
-"""sandboxd-egress: `python -m agent.egress`, started by the agent, one per node.
+"""sandboxd-egress: `python -m agent.egress`, one per node, started by the agent or by systemd.
 
 It reads what hostile guests send, so it may do nothing else: another user than root, no capability, sockets only as the
 agent hands them over. When it dies, everything that guests have open ends, and nothing goes out until it is back.
@@ -9,17 +9,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
-import json
 import os
 import socket
 import sys
+from pathlib import Path
 
+from agent import systemd
+from agent.config import load
 from agent.egress import privileges
 from agent.egress.connection import Means
 from agent.egress.control import Control, note
 from agent.egress.dial import dial
 from agent.egress.dns import DnsServer
 from agent.egress.intercept import Interceptor
+from agent.egress.peer import identity_of_settings, words_of
 from agent.egress.resolver import Resolver, load_all, system_resolvers
 from agent.egress.splice import Mover
 from agent.egress.state import Sandbox
@@ -29,18 +32,31 @@ from agent.errors import AgentError
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sandboxd-egress", description=__doc__)
-    parser.add_argument("--control", type=int, required=True, help="descriptor of the listening control socket")
-    parser.add_argument("--uid", type=int, required=True)
-    parser.add_argument("--gid", type=int, required=True)
+    parser.add_argument("--control", type=int, help="descriptor of the listening control socket; default: systemd's")
+    parser.add_argument("--owner-uid", type=int, default=os.getuid(), help="whom orders are taken from; default: us")
+    parser.add_argument("--config", type=Path, help="TOML file that has the settings, instead of arguments")
+    parser.add_argument("--uid", type=int, default=65534)
+    parser.add_argument("--gid", type=int, default=65534)
     parser.add_argument("--resolver", action="append", default=[], metavar="ADDRESS[:PORT]")
     parser.add_argument(
         "--ca-file", default=None, help="certificates that servers are verified with, besides the host's"
     )
-    parser.add_argument("--identity", type=json.loads, default={}, help="said to the agent as it is")
-    return parser.parse_args()
+    parser.add_argument("--identity", default="", help="said to the agent as it is")
+    arguments = parser.parse_args()
+    if arguments.config is not None:
+        settings = load(arguments.config if arguments.config.exists() else None).egress
+        parser.parse_args(words_of(settings), arguments)
+        arguments.identity = identity_of_settings(settings)
+    arguments.is_service = arguments.control is None
+    if arguments.is_service:
+        given = systemd.listeners()
+        if not given:
+            parser.error("--control is needed: the agent starts this, or systemd does, by sandboxd-egress.socket")
+        arguments.control = next(iter(given.values())).detach()
+    return arguments
 
 
-async def _run(arguments: argparse.Namespace, interceptor: Interceptor, owner_uid: int) -> None:
+async def _run(arguments: argparse.Namespace, interceptor: Interceptor) -> None:
     resolver = Resolver(arguments.resolver or system_resolvers())
     mover = Mover()
     mover.start()
@@ -51,7 +67,9 @@ async def _run(arguments: argparse.Namespace, interceptor: Interceptor, owner_ui
 
     with socket.socket(fileno=arguments.control) as listener:
         try:
-            await Control(servers, arguments.identity, owner_uid).run(listener)
+            if arguments.is_service:  # else it is the agent whom systemd wants to hear
+                systemd.notify("READY=1")
+            await Control(servers, {"settings": arguments.identity}, arguments.owner_uid).run(listener)
         finally:
             mover.stop()
             await resolver.aclose()
@@ -71,14 +89,13 @@ def main() -> int:
     privileges.raise_file_limit()
     interceptor = Interceptor(dial, arguments.ca_file)  # reads the host's certificates while it may read everything
     _load_all()
-    owner_uid = os.getuid()  # the agent is whoever started this
     try:
         privileges.drop(arguments.uid, arguments.gid)
     except AgentError as error:
         note(error.message)
         return 1
     os.umask(0o077)
-    asyncio.run(_run(arguments, interceptor, owner_uid))
+    asyncio.run(_run(arguments, interceptor))
     return 0
 
 

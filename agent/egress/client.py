@@ -1,4 +1,4 @@
-"""The agent's side of the egress process: starts it, finds it again, watches over it, and tells it what to do."""
+"""The agent's side of the egress process: keeps a link to it, and tells it what to do."""
 
 from __future__ import annotations
 
@@ -7,95 +7,47 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from agent import proc
-from agent.config import EgressSettings
+from agent.egress.peer import Peer, Reached
 from agent.egress.wire import Link, LinkClosed
-from agent.errors import HostError, VmmError
-from agent.telemetry import EGRESS_STARTS, log
-from agent.waiting import to_the_end
+from agent.errors import HostError
+from agent.telemetry import log
 
 _ANSWER_TIMEOUT_S = 15.0
-_READY_TIMEOUT_S = 20.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 5.0
 _HEALTHY_S = 10.0  # after so long, a death is not blamed on its start
 
 
-@dataclass(frozen=True, slots=True)
-class EgressFiles:
-    """Where the agent keeps what it needs to find the process again."""
-
-    directory: Path
-
-    @property
-    def socket(self) -> Path:
-        """The control socket."""
-        return self.directory / "egress.sock"
-
-    @property
-    def facts(self) -> Path:
-        """PID, start time and identity of the process that was started last."""
-        return self.directory / "egress.json"
-
-    @property
-    def log(self) -> Path:
-        """What the process wrote to stderr."""
-        return self.directory / "egress.log"
-
-
 class EgressProcess:
-    """One `sandboxd-egress`, kept alive.
+    """One `sandboxd-egress`, kept alive by its peer.
 
     :param on_report: takes each report (`agent.egress.report`).
     :param on_empty: called when a process has no sandboxes yet, after every start of one: hands them over.
     """
 
     def __init__(
-        self,
-        settings: EgressSettings,
-        files: EgressFiles,
-        on_report: Callable[[dict[str, Any]], None],
-        on_empty: Callable[[], Awaitable[None]],
+        self, peer: Peer, on_report: Callable[[dict[str, Any]], None], on_empty: Callable[[], Awaitable[None]]
     ) -> None:
-        self._settings = settings
-        self._files = files
+        self._peer = peer
         self._on_report = on_report
         self._on_empty = on_empty
         self._link: Link | None = None
-        self._process: proc.HostProcess | None = None
         self._ready = asyncio.Event()
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._seq = 0
         self._keeper: asyncio.Task[None] | None = None
-        self._identity = {"settings": self._digest()}
         self.sandboxes: dict[str, str] = {}  # what the process had when it was found: id to digest
 
-    def _digest(self) -> str:
-        code = sorted((path.name, path.stat().st_mtime_ns) for path in Path(__file__).parent.glob("*.py"))
-        text = repr((self._words(), self._settings.uplink, code))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def _words(self) -> list[str]:
-        words = ["--uid", str(self._settings.uid), "--gid", str(self._settings.gid)]
-        for resolver in self._settings.resolvers:
-            words += ["--resolver", resolver]
-        if self._settings.upstream_ca_file:
-            words += ["--ca-file", self._settings.upstream_ca_file]
-        return words
-
     async def start(self) -> None:
-        """Finds the process of an earlier agent, or starts one, and begins to watch over it. :raises HostError:"""
-        process = await self._adopt()
-        if process is None:
-            process = await self._spawn()
-        self._keeper = asyncio.create_task(self._keep(process), name="egress-keeper")
+        """Reaches the process, and begins to watch over it. :raises HostError:"""
+        self._take(await self._peer.reach())
+        self._keeper = asyncio.create_task(self._keep(), name="egress-keeper")
+
+    def _take(self, reached: Reached) -> None:
+        self._link, self.sandboxes = reached.link, reached.sandboxes
 
     async def aclose(self, *, stop: bool) -> None:
         """Ends the watch; with `stop`, the process as well."""
@@ -104,103 +56,31 @@ class EgressProcess:
             await asyncio.gather(self._keeper, return_exceptions=True)
         if self._link is not None:
             self._link.close()
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if stop:
-            await process.kill()
-            self._files.socket.unlink(missing_ok=True)
-            self._files.facts.unlink(missing_ok=True)
-            self._files.log.unlink(missing_ok=True)
-        else:
-            process.forget()
+        await self._peer.aclose(stop=stop)
 
-    # -- the process ---------------------------------------------------------------------------------------------------
-
-    async def _adopt(self) -> proc.HostProcess | None:
-        try:
-            facts = json.loads(self._files.facts.read_text())
-            process = proc.adopt(int(facts["pid"]), int(facts["started"]), self._files.log)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if process is None:
-            return None
-        if facts.get("identity") == self._identity and await self._connect():
-            log.info("egress process found", pid=process.pid, sandboxes=len(self.sandboxes))
-            EGRESS_STARTS.labels("adopted").inc()
-            return process
-        await process.kill()  # of other settings or other code, or it does not answer
-        return None
-
-    async def _spawn(self) -> proc.HostProcess:
-        self._files.socket.unlink(missing_ok=True)
-        self._files.log.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
-            try:
-                listener.bind(str(self._files.socket))
-                self._files.socket.chmod(0o600)
-                listener.listen(4)
-                process = await proc.spawn(
-                    [
-                        sys.executable, "-m", "agent.egress", "--control", str(listener.fileno()),
-                        "--identity", json.dumps(self._identity), *self._words(),
-                    ],
-                    netns=self._settings.uplink or None, stderr_path=self._files.log, pass_fds=[listener.fileno()],
-                )  # fmt: skip
-            except (OSError, VmmError) as error:
-                raise HostError(f"cannot start the egress process: {error}", reason="EGRESS_NOT_STARTED") from error
-        try:
-            self.sandboxes = {}
-            facts = {"pid": process.pid, "started": process.start_time, "identity": self._identity}
-            self._files.facts.write_text(json.dumps(facts))
-            EGRESS_STARTS.labels("started").inc()
-            if not await self._connect():
-                said = process.stderr_tail() or "it said nothing"
-                raise HostError(f"the egress process does not answer: {said}", reason="EGRESS_FAILED")
-        except BaseException:  # also a cancelled caller: nobody else knows of it
-            await to_the_end(process.kill())
-            raise
-        return process
-
-    async def _connect(self) -> bool:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            sock.connect(str(self._files.socket))
-            link = Link(sock)
-            async with asyncio.timeout(_READY_TIMEOUT_S):
-                await link.send({"seq": 0, "op": "hello"})
-                answer, _ = await link.receive()
-            self.sandboxes = dict(answer["result"]["sandboxes"])
-        except (OSError, TimeoutError, KeyError, TypeError, ValueError):
-            sock.close()
-            return False
-        self._link = link
-        return True
-
-    async def _keep(self, process: proc.HostProcess) -> None:
-        """Restarts the process whenever it ends; while it is away, nothing passes."""
+    async def _keep(self) -> None:
+        """Reaches the process anew whenever it ends; while it is away, nothing passes."""
         pause_s = _FIRST_PAUSE_S
         while True:
-            self._process = process
             began = time.monotonic()
-            await self._serve(process)
+            await self._serve()
             if time.monotonic() - began > _HEALTHY_S:
                 pause_s = _FIRST_PAUSE_S
-            log.error("egress process ended; starting it again", said=process.stderr_tail()[-500:])
+            log.error("egress process ended; reaching for it again", said=self._peer.said())
             while True:
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, _LAST_PAUSE_S)
                 try:
-                    process = await self._spawn()
+                    self._take(await self._peer.reach())
                     break
                 except HostError as error:
-                    log.error("egress process cannot be started", error=error.message)
+                    log.error("egress process cannot be reached", error=error.message)
 
-    async def _serve(self, process: proc.HostProcess) -> None:
+    async def _serve(self) -> None:
         """Returns when the process is gone, or its link: then it is ended."""
         assert self._link is not None
         receiving = asyncio.create_task(self._receive(self._link))
-        ending = asyncio.create_task(process.wait())
+        ending = asyncio.create_task(self._peer.ended())
         # Handing over needs the link to be read, and must not delay the notice that the process died.
         handing = asyncio.create_task(self._hand_over())
         try:
@@ -214,7 +94,7 @@ class EgressProcess:
                 if not future.done():
                     future.set_exception(LinkClosed("the egress process ended"))
         self._link.close()
-        await process.kill()
+        await self._peer.give_up()
 
     async def _hand_over(self) -> None:
         try:
@@ -241,7 +121,7 @@ class EgressProcess:
                 await self._ready.wait()
         except TimeoutError:
             raise HostError(
-                f"the egress process does not run; see {self._files.log}", reason="EGRESS_NOT_RUNNING"
+                f"the egress process does not run: {self._peer.said()}", reason="EGRESS_NOT_RUNNING"
             ) from None
 
     async def call(self, op: str, fds: Sequence[int] = (), /, **fields: Any) -> dict[str, Any]:

@@ -31,7 +31,10 @@ def set_name(name: str) -> None:
 def raise_file_limit() -> int:
     """Raises the limit of open files as far as it goes; returns it. Each connection takes two to six."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    highest = min(_WANTED_FILES, int(Path("/proc/sys/fs/nr_open").read_text()))
+    try:
+        highest = min(_WANTED_FILES, int(Path("/proc/sys/fs/nr_open").read_text()))
+    except OSError:  # hidden from a service of systemd, whose LimitNOFILE= says it
+        highest = hard
     if hard < highest:
         with contextlib.suppress(OSError, ValueError):  # a container may not let even root do it
             resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))

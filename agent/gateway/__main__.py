@@ -16,7 +16,7 @@ async def _run(settings: Settings) -> None:
     from agent import telemetry
     from agent.config import MetricsSettings
     from agent.gateway.app import gateway
-    from agent.sdnotify import notify
+    from agent.systemd import keep_watchdog, notify
 
     # The agent's own metrics address is the agent's.
     telemetry.setup(settings.log, MetricsSettings(), settings.tracing, settings.node.name)
@@ -27,7 +27,9 @@ async def _run(settings: Settings) -> None:
     async with gateway(settings) as ports:
         telemetry.log.info("ready", **ports)
         notify("READY=1")
+        watchdog = asyncio.create_task(keep_watchdog())
         await stop.wait()
+        watchdog.cancel()
         notify("STOPPING=1")
 
 

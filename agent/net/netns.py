@@ -128,6 +128,14 @@ def _set_ipv6(name: bytes) -> None:
         fcntl.ioctl(sock, _SIOCSIFADDR, struct.pack("=16sIi", packed, int(prefix), index))
 
 
+def _pin(path: Path, pid: int) -> None:
+    if not os.path.ismount(path):
+        NETNS_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o444))
+        source = f"/proc/{pid}/ns/net".encode()
+        _check(_libc.mount(source, os.fsencode(path), b"none", ctypes.c_ulong(_MS_BIND), None), f"mount {path}")
+
+
 def _remove(path: Path) -> None:
     if _libc.umount2(os.fsencode(path), _MNT_DETACH) != 0 and ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
         number = ctypes.get_errno()
@@ -184,6 +192,16 @@ async def make(name: str) -> None:
         await asyncio.shield(_in_thread(lambda: _make(NETNS_DIR / name), f"netns-{name}"))
     except OSError as error:
         raise _explain(error, name) from error
+
+
+def pin(name: str, pid: int) -> None:
+    """Has `/run/netns/<name>` be the namespace of a process again, unless it is one: a service that systemd gives a
+    mount namespace of its own loses what it mounted when it is started anew. :raises HostError:
+    """
+    try:
+        _pin(NETNS_DIR / name, pid)
+    except OSError as error:
+        raise HostError(f"cannot pin network namespace {name}: {error}", reason="NETNS_FAILED") from error
 
 
 async def remove(name: str) -> None:

@@ -14,7 +14,7 @@ import itertools
 import os
 import socket
 import struct
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Set
 from pathlib import Path
 
 from agent.telemetry import log
@@ -28,7 +28,7 @@ _MAX_OPTION_BYTES = 1024  # of Python's getsockopt: 256 groups
 class PeerSocket:
     """Listens on `public`, relays allowed peers to `private`."""
 
-    def __init__(self, public: Path, private: Path, allowed_uids: set[int], allowed_gids: set[int]) -> None:
+    def __init__(self, public: Path, private: Path, allowed_uids: Set[int], allowed_gids: Set[int]) -> None:
         self._public = public
         self._private = private
         self._uids = allowed_uids
@@ -36,17 +36,25 @@ class PeerSocket:
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
+        self._is_ours = True
 
-    async def start(self) -> None:
-        """Binds the public socket, for everybody: who may speak is decided by credentials. :raises OSError:"""
+    async def start(self, listener: socket.socket | None = None) -> None:
+        """Binds the public socket, for everybody: who may speak is decided by credentials. :raises OSError:
+
+        :param listener: one that is bound already, by somebody whose it stays.
+        """
+        self._is_ours = listener is None
+        self._listener = listener or self._bind()
+        self._spawn(self._accept(self._listener))
+
+    def _bind(self) -> socket.socket:
         self._public.parent.mkdir(parents=True, exist_ok=True)
         self._public.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         listener.bind(str(self._public))
         self._public.chmod(0o666)
         listener.listen(128)
-        self._listener = listener
-        self._spawn(self._accept(listener))
+        return listener
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -93,7 +101,8 @@ class PeerSocket:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-            self._public.unlink(missing_ok=True)
+            if self._is_ours:
+                self._public.unlink(missing_ok=True)
 
 
 def credentials(peer: socket.socket) -> tuple[int, int, set[int]]:

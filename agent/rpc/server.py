@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from agent.config import ApiSettings, ConfigError, Settings, split_address
 from agent.paths import Paths
+from agent.rpc.certificates import Certificates
 from agent.rpc.file_service import FileService
 from agent.rpc.interceptor import Interceptor
 from agent.rpc.network_service import NetworkService
@@ -50,10 +52,15 @@ _MODULES = (sandbox_pb2, process_pb2, file_pb2, network_pb2, node_pb2, volume_pb
 
 
 class ApiServer:
-    """Serves the API on the unix socket, and on TCP where it is configured."""
+    """Serves the API on the unix socket, and on TCP where it is configured.
 
-    def __init__(self, settings: Settings, manager: Manager) -> None:
+    :param listener: of the unix socket, if somebody has made it already.
+    """
+
+    def __init__(self, settings: Settings, manager: Manager, listener: socket.socket | None = None) -> None:
         self._settings = settings
+        self._listener = listener
+        self._certificates = Certificates(settings.api)
         self.manager = manager
         self._paths = Paths.of(settings)
         self._server = grpc.aio.server(interceptors=[Interceptor(audit=settings.log.audit)], options=_OPTIONS)
@@ -63,7 +70,7 @@ class ApiServer:
             self.socket_path,
             self._paths.private_socket,
             {0, os.getuid(), *settings.api.unix_allow_uids},
-            set(settings.api.unix_allow_gids),
+            settings.api.group_ids(),
         )
         self._add_services(manager)
 
@@ -95,7 +102,7 @@ class ApiServer:
         self._server.add_insecure_port(f"unix:{private}")
         self._add_tcp(self._settings.api)
         await self._server.start()
-        await self._peers.start()
+        await self._peers.start(self._listener)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
     def _add_tcp(self, api: ApiSettings) -> None:
@@ -104,7 +111,7 @@ class ApiServer:
             return
         try:
             if api.tls_cert:
-                self.tcp_port = self._server.add_secure_port(api.tcp_address, _tls(api))
+                self.tcp_port = self._server.add_secure_port(api.tcp_address, self._certificates.credentials())
             elif ip_address(host).is_loopback:
                 self.tcp_port = self._server.add_insecure_port(api.tcp_address)
             else:
@@ -112,17 +119,14 @@ class ApiServer:
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"cannot listen on api.tcp_address {host}:{port}: {error}") from error
 
+    def reload_certificates(self) -> None:
+        """Has new connections meet the certificates that the files have now. :raises ConfigError: there are none."""
+        if self._settings.api.tls_cert:
+            self._certificates.reload()
+
     async def stop(self, grace_s: float) -> None:
         """Says NOT_SERVING, lets calls end for `grace_s`, then closes. Idempotent."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
         await self._peers.aclose()
         self._paths.private_socket.unlink(missing_ok=True)
-
-
-def _tls(api: ApiSettings) -> grpc.ServerCredentials:
-    try:
-        key, cert, ca = (Path(path).read_bytes() for path in (api.tls_key, api.tls_cert, api.tls_client_ca))
-    except OSError as error:
-        raise ConfigError(f"cannot read {error.filename}: {error.strerror}; TLS needs all of api.tls_*") from error
-    return grpc.ssl_server_credentials([(key, cert)], root_certificates=ca, require_client_auth=True)

@@ -43,6 +43,12 @@ class Admission:
         self._coming: list[SandboxSpec] = []  # let in, and not yet among those that are there
         self._queue: deque[asyncio.Event] = deque()
 
+    def reconfigure(self, settings: NodeSettings) -> None:
+        """Takes other limits from now on; what is there stays."""
+        self._settings = settings
+        self._quotas = {name: Quota.parse(text) for name, text in settings.quotas.items()}
+        self.poke()
+
     def check(self, wanted: Sequence[SandboxSpec]) -> None:
         """:raises ResourceExhausted: they do not fit; the message says what lacks. :raises NodeDraining:"""
         if self._node.draining:

@@ -37,8 +37,8 @@ class Network(Protocol):
     async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
         """Makes a namespace with a tap that leads nowhere; `stack` removes it. :raises HostError:"""
 
-    async def adopt(self, record: Record) -> None:
-        """Takes over what an earlier agent made. :raises AgentError:"""
+    async def adopt(self, record: Record, vmm_pid: int) -> None:
+        """Takes over what an earlier agent made; the VMM is in it. :raises AgentError:"""
 
     async def update(self, record: Record) -> None:
         """Puts the record's network policy and secrets into force. :raises AgentError:"""

@@ -103,7 +103,7 @@ async def adopt(host: Host, record: Record) -> Machine | None:
         volatile.push_async_callback(vm.stop)
         try:
             with step("adopt.network"):
-                await host.network.adopt(record)
+                await host.network.adopt(record, vm.pid)
             if record.state is State.PAUSED:
                 await vm.pause()
                 return Machine(vm, None, volatile.pop_all(), lasting.pop_all())

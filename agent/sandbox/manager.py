@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 
+from agent.config import Settings
 from agent.errors import InvalidState
 from agent.model import Lifetime, State
 from agent.rootfs import ImageStore
@@ -41,6 +42,11 @@ class Manager(Standing):
     ) -> None:
         super().__init__(machines, images, node, store, templates)
         self.drain = Drain(node, store, lambda: len(self._entries), self._evict)
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Takes other limits and labels of the node from now on; sandboxes that are there stay."""
+        self.node.reconfigure(settings)
+        self.admission.reconfigure(settings.node)
 
     async def _evict(self) -> None:
         """Deletes all sandboxes; one that cannot be deleted is logged."""

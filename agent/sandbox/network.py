@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 from agent.ca import LocalCa
 from agent.config import EgressSettings, Settings
-from agent.egress.client import EgressFiles, EgressProcess, identity_of
+from agent.egress.client import EgressProcess, identity_of
+from agent.egress.peer import EgressFiles, KeptByOthers, Own, Peer
 from agent.egress.wire import SOCKETS
 from agent.errors import AgentError, HostError
 from agent.net import netns
@@ -57,7 +59,11 @@ class SandboxNetwork:
         self._settings = settings.egress
         self._networks = Networks(settings.egress, paths.uplink_marker)
         self._vault = vault
-        self._egress = EgressProcess(settings.egress, EgressFiles(paths.run_dir), self._on_report, self._hand_over_all)
+        egress = settings.egress
+        peer: Peer = (
+            KeptByOthers(egress, Path(egress.control)) if egress.control else Own(egress, EgressFiles(paths.run_dir))
+        )
+        self._egress = EgressProcess(peer, self._on_report, self._hand_over_all)
         self._present: dict[str, Record] = {}
         self.on_denial: Callable[[Record, Denial], None] = lambda *_: None
 
@@ -101,8 +107,9 @@ class SandboxNetwork:
         stack.push_async_callback(self.remove, sandbox_id)
         await to_the_end(netns.make(sandbox_id))
 
-    async def adopt(self, record: Record) -> None:
-        """Takes over the network of a sandbox that an earlier agent made. :raises AgentError:"""
+    async def adopt(self, record: Record, vmm_pid: int) -> None:
+        """Takes over the network of a sandbox, in which its VMM is, from an earlier agent. :raises AgentError:"""
+        netns.pin(record.id, vmm_pid)
         self._networks.restore(record.id, record.slot)
         self._present[record.id] = record
         policy = policy_of(self._settings, record)

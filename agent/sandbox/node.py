@@ -58,6 +58,12 @@ class Node:
         self.draining = ""
         self.on_change: set[Callable[[], None]] = set()  # called when it begins or ends to take sandboxes
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Takes other limits and labels from now on."""
+        self._settings = settings
+        for notify in self.on_change:
+            notify()
+
     def set_draining(self, why: str) -> None:
         """Takes no more sandboxes; "" takes them again."""
         self.draining = why

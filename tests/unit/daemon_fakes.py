@@ -264,7 +264,7 @@ class FakeNetwork:
         stack.push_async_callback(self.remove, sandbox_id)
         await to_the_end(self.world.make_namespace(sandbox_id))
 
-    async def adopt(self, record: Record) -> None:
+    async def adopt(self, record: Record, vmm_pid: int) -> None:
         self.world.namespaces.add(record.id)
 
     async def update(self, record: Record) -> None:

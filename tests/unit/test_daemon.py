@@ -21,7 +21,7 @@ from agent.config import Settings
 from agent.daemon import agent
 from agent.errors import InvalidState
 from agent.rootfs import ImageStore
-from agent.sdnotify import notify
+from agent.systemd import notify
 from sandboxd.v1 import node_pb2
 from tests.client import Client
 from tests.unit.daemon_fakes import FakeDriver, World, settings
