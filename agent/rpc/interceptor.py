@@ -12,7 +12,9 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
+from agent.errors import InvalidSpec
 from agent.rpc.convert import printable
 from agent.rpc.status import to_status
 from agent.telemetry import RPC_SECONDS, log, tracer
@@ -35,11 +37,27 @@ def target_of(message: Any) -> str:
 
 
 def _who(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """Returns the caller: user and PID on the unix socket, the certificate's common name on TCP."""
-    for name in context.auth_context().get("x509_common_name", ()):
+    """Returns the caller: user and PID on the unix socket, the certificate's name on TCP."""
+    known = context.auth_context()
+    names = (*known.get("x509_common_name", ()), *known.get("x509_subject_alternative_name", ()))
+    for name in filter(None, names):
         return printable(name.decode(errors="replace")[:_MAX_NAME])
     peer = context.peer()
     return peer.rpartition("/")[2] if peer.startswith("unix") else peer
+
+
+class _Malformed:
+    """A request that could not be read. gRPC's own answer to that is UNKNOWN, with a traceback in the log."""
+
+
+def _reading(deserialize: Any) -> Callable[[bytes], Any]:
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Malformed()
+
+    return read
 
 
 class _Noted:
@@ -48,11 +66,21 @@ class _Noted:
     def __init__(self, request: Any) -> None:
         self.target = target_of(request)
 
-    async def first_of(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Yields the requests, and looks at the first."""
+    def look_at(self, request: Any) -> Any:
+        """Returns a request. :raises InvalidSpec: it is none."""
+        if isinstance(request, _Malformed):
+            raise InvalidSpec("the request is no protobuf message of its kind", reason="MALFORMED_REQUEST")
+        self.target = self.target or target_of(request)
+        return request
+
+    async def each_of(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Yields the requests of a stream."""
         async for request in requests:
-            self.target = self.target or target_of(request)
-            yield request
+            yield self.look_at(request)
+
+    def seen(self, request: Any) -> Any:
+        """Returns a request, or the stream of them, as a handler is to get it. :raises InvalidSpec:"""
+        return self.each_of(request) if hasattr(request, "__aiter__") else self.look_at(request)
 
 
 @asynccontextmanager
@@ -99,7 +127,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
             return handler
         name, audit = method.rpartition("/")[2], self._audit
         serializers = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _reading(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.request_streaming and handler.response_streaming:
@@ -119,15 +147,11 @@ def _unary(name: str, inner: Any, *, audit: bool) -> Handler:
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         noted = _Noted(request)
         async with _observed(name, context, noted, audit=audit):
-            response = await inner(_looked_at(request, noted), context)
+            response = await inner(noted.seen(request), context)
             noted.target = noted.target or target_of(response)  # what was created
             return response
 
     return handle
-
-
-def _looked_at(request: Any, noted: _Noted) -> Any:
-    return noted.first_of(request) if hasattr(request, "__aiter__") else request
 
 
 def _streaming(name: str, inner: Any, *, audit: bool) -> Handler:
@@ -135,8 +159,10 @@ def _streaming(name: str, inner: Any, *, audit: bool) -> Handler:
     # then run later, in another task and another context.
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         noted = _Noted(request)
-        requests = _looked_at(request, noted)
-        async with _observed(name, context, noted, audit=audit), aclosing(inner(requests, context)) as responses:
+        async with (
+            _observed(name, context, noted, audit=audit),
+            aclosing(inner(noted.seen(request), context)) as responses,
+        ):
             async for response in responses:
                 await context.write(response)
 

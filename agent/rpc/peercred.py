@@ -82,9 +82,11 @@ class PeerSocket:
                 peer.close()
 
     async def _serve(self, peer: socket.socket, pid: int, uid: int) -> None:
-        inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        with peer, inner:
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(peer)
             try:
+                kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+                inner = opened.enter_context(socket.socket(socket.AF_UNIX, kind))
                 inner.bind(f"\0sandboxd/{os.getpid()}/{next(self._numbers)}/uid={uid},pid={pid}")
                 await asyncio.get_running_loop().sock_connect(inner, str(self._private))
             except OSError as error:

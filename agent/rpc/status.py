@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 
 import grpc
@@ -50,6 +51,11 @@ def code_of(error: AgentError) -> grpc.StatusCode:
 
 def to_status(error: BaseException) -> tuple[grpc.StatusCode, grpc.Status]:
     """Returns code and rich status. What is not ours gets a fixed text and an incident id, and is logged in full."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        error = errors.ResourceExhausted(
+            "the agent has no file descriptor left (Too many open files): close connections, or raise its limit "
+            "(LimitNOFILE)", reason="TOO_MANY_FILES",
+        )  # fmt: skip
     if not isinstance(error, AgentError):
         incident = secrets.token_hex(4)
         log.error("internal error", incident=incident, exc_info=error)
