@@ -62,9 +62,10 @@ churn *ARGS: proto image
     @{{ python }} -m tests.churn {{ ARGS }}
 
 # Run the fault tests and write docs/reliability.md from what they saw
-reliability: proto image
+reliability: proto image (image "default")
     rm -f .reliability.jsonl
     SANDBOXD_RELIABILITY=.reliability.jsonl {{ python }} -m pytest -m fault tests/integration
+    SANDBOXD_RELIABILITY=.reliability.jsonl {{ python }} -m pytest -m fault tests/sdk
     {{ python }} -m tests.reliability .reliability.jsonl
     rm .reliability.jsonl
 

@@ -20,12 +20,14 @@ from guest.yamux import Buffer, Session, Stream, YamuxError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from guest.call import Handler
 
 _READ_BYTES = 128 << 10
 # The largest write that virtio_console takes at once (port_fops_write in the kernel's drivers/char/virtio_console.c).
 _WRITE_BYTES = 32 << 10
+_ACCEPT_PAUSE_S = 0.1
 _MAX_QUEUED_BYTES = 4 << 20  # control frames for a host that does not read; data frames wait for `unblocked` instead
 
 
@@ -234,20 +236,31 @@ async def serve_vsock(handlers: dict[str, Handler], on_host: Callable[[], None])
     listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     listener.bind((socket.VMADDR_CID_ANY, wire.LINK_PORT))
     listener.listen(8)
-    await serve_listener(listener, handlers, on_host)
+    # A process of the guest can come here as well, over the loopback of vsock(7), and would have all that the host may.
+    await serve_listener(listener, handlers, on_host, lambda address: address[0] == socket.VMADDR_CID_HOST)
 
 
 async def serve_listener(
-    listener: socket.socket, handlers: dict[str, Handler], on_host: Callable[[], None] = lambda: None
+    listener: socket.socket,
+    handlers: dict[str, Handler],
+    on_host: Callable[[], None] = lambda: None,
+    is_host: Callable[[Any], bool] = lambda _: True,
 ) -> None:
-    """Serves one connection of `listener` at a time, the newest one."""
+    """Serves one connection of `listener` at a time, the newest one that comes from the host."""
     current: Task | None = None
     reactor.register(listener.fileno())
     while True:
         try:
-            connection, _ = listener.accept()
+            connection, address = listener.accept()
         except BlockingIOError:
             await reactor.readable(listener.fileno())
+            continue
+        except OSError as error:  # no descriptor is left, or whoever came is gone
+            print(f"link: cannot accept: {error}", file=sys.stderr, flush=True)
+            await reactor.sleep(_ACCEPT_PAUSE_S)
+            continue
+        if not is_host(address):
+            connection.close()
             continue
         connection.setblocking(False)
         if current is not None:

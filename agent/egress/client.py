@@ -16,7 +16,7 @@ from agent.egress.wire import Link, LinkClosed
 from agent.errors import HostError
 from agent.telemetry import log
 
-_ANSWER_TIMEOUT_S = 15.0
+_ANSWER_TIMEOUT_S = 10.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 5.0
 _HEALTHY_S = 10.0  # after so long, a death is not blamed on its start
 
@@ -115,7 +115,7 @@ class EgressProcess:
     # -- orders --------------------------------------------------------------------------------------------------------
 
     async def wait_ready(self) -> None:
-        """Returns once the process runs and knows what it must. :raises HostError: not within 15 s."""
+        """Returns once the process runs and knows what it must. :raises HostError: not within 10 s."""
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                 await self._ready.wait()
@@ -136,6 +136,7 @@ class EgressProcess:
                 await self._link.send({"seq": seq, "op": op, **fields}, fds)
                 message = await answer
         except (LinkClosed, TimeoutError) as error:
+            self._link.hang_up()  # what does not answer is given up, and reached for again
             raise HostError(f"the egress process did not answer: {error}", reason="EGRESS_NOT_RUNNING") from error
         finally:
             del self._waiting[seq]

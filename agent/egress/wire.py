@@ -105,6 +105,11 @@ class Link:
         finally:
             remove(number)
 
+    def hang_up(self) -> None:
+        """Ends the link for whoever sends or receives here, too. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Closes the link; the other side sees LinkClosed. Idempotent."""
         close_all(self._fds)

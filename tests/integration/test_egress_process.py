@@ -18,6 +18,7 @@ from tests.egress import Box, policy
 from tests.internet import zone
 from tests.internet.internet import Internet
 from tests.internet.zone import EVIL, WEB
+from tests.reliability import Reliability
 
 pytestmark = pytest.mark.vm
 
@@ -30,7 +31,9 @@ def egress_pid(daemon: Daemon) -> int:
     return int(json.loads((daemon.run_dir / "egress.json").read_text())["pid"])
 
 
-async def test_killed_under_traffic_it_fails_closed_and_comes_back(internet: Internet, directory: Path) -> None:
+async def test_killed_under_traffic_it_fails_closed_and_comes_back(
+    internet: Internet, directory: Path, reliability: Reliability
+) -> None:
     with daemon_with(directory, **internet.settings()) as daemon:
         async with connected(daemon) as client:
             secrets = {"KEY": pb.Secret(value="v" * 20, hosts=["web.example"])}
@@ -38,6 +41,11 @@ async def test_killed_under_traffic_it_fails_closed_and_comes_back(internet: Int
                 box = Box(client, sandbox.id, internet)
                 await box.prepare()
                 await _kill_under_traffic(box, daemon)
+    reliability.seen(
+        "SIGKILL of sandboxd-egress under traffic",
+        "nothing passes while it is away; it comes back with the same policies and secrets",
+        "so: nothing that is not allowed was reached",
+    )
 
 
 async def _kill_under_traffic(box: Box, daemon: Daemon) -> None:
@@ -196,7 +204,9 @@ async def test_denials_are_events(box: Box) -> None:
     assert found.count >= 1
 
 
-async def test_an_agent_that_is_killed_leaves_the_network_in_force(internet: Internet, directory: Path) -> None:
+async def test_an_agent_that_is_killed_leaves_the_network_in_force(
+    internet: Internet, directory: Path, reliability: Reliability
+) -> None:
     first = start_daemon(directory, **internet.settings(), sandbox__on_stop="keep")
     try:
         async with connected(first) as client:
@@ -225,6 +235,11 @@ async def test_an_agent_that_is_killed_leaves_the_network_in_force(internet: Int
     finally:
         if first.process.poll() is None:
             first.kill()
+    reliability.seen(
+        "SIGKILL of the agent under traffic",
+        "policies, secrets and connections go on; the next agent takes them over",
+        "so, with the same egress process",
+    )
 
 
 async def _cross_restart(box: Box) -> None:

@@ -23,6 +23,7 @@ from tests import leaks
 from tests.client import MIB, Client, reason
 from tests.conftest import IMAGES_DIR
 from tests.daemon import Daemon, connected, daemon_with, refused, until
+from tests.reliability import Reliability
 
 pytestmark = pytest.mark.vm
 
@@ -75,7 +76,7 @@ async def doomed(client: Client, daemon: Daemon) -> AsyncIterator[pb.Sandbox]:
     assert made.id not in leaks.snapshot().namespaces
 
 
-async def test_a_killed_vmm_is_noticed_at_once(client: Client, daemon: Daemon) -> None:
+async def test_a_killed_vmm_is_noticed_at_once(client: Client, daemon: Daemon, reliability: Reliability) -> None:
     async with doomed(client, daemon) as made:
         waiting = asyncio.create_task(client.run(made.id, "sleep", "600"))
         said = "echo these are my last words >/dev/console"
@@ -91,12 +92,19 @@ async def test_a_killed_vmm_is_noticed_at_once(client: Client, daemon: Daemon) -
         assert "these are my last words" in failed.error
         console = [piece.data async for piece in client.sandboxes.GetConsole(pb.GetConsoleRequest(id=made.id))]
         assert b"these are my last words" in b"".join(console)
+    reliability.seen(
+        "SIGKILL of a VMM",
+        "the sandbox has FAILED at once, with its last console lines; a delete leaves nothing",
+        "so, within 2 s",
+    )
 
 
 @pytest.mark.parametrize(
     ("trigger", "words"), [("c", "Kernel panic"), ("o", "")], ids=["kernel panic", "power-off inside"]
 )
-async def test_a_guest_that_ends_itself_has_failed(client: Client, daemon: Daemon, trigger: str, words: str) -> None:
+async def test_a_guest_that_ends_itself_has_failed(
+    client: Client, daemon: Daemon, trigger: str, words: str, reliability: Reliability
+) -> None:
     async with doomed(client, daemon) as made:
         command = f"echo {trigger} | sudo tee /proc/sysrq-trigger"
         ending = asyncio.create_task(client.run(made.id, "sh", "-c", command))
@@ -105,9 +113,14 @@ async def test_a_guest_that_ends_itself_has_failed(client: Client, daemon: Daemo
             await ending
         assert "the virtual machine is gone (exited with status 0)" in failed.error
         assert words in failed.error
+    reliability.seen(
+        "guest: kernel panic, power-off",
+        "the sandbox has FAILED and says how; a delete leaves nothing",
+        "so",
+    )
 
 
-async def test_a_silent_guest_is_given_up(directory: Path) -> None:
+async def test_a_silent_guest_is_given_up(directory: Path, reliability: Reliability) -> None:
     argv = (sys.executable, "-c", IMPATIENT)
     with daemon_with(directory, argv=argv, sandbox__relink_timeout_s="1s") as daemon:
         async with connected(daemon) as client, doomed(client, daemon) as made:
@@ -115,9 +128,14 @@ async def test_a_silent_guest_is_given_up(directory: Path) -> None:
             failed = await failed_within(client, made.id, 10)
             assert "did not answer within 1 s" in failed.error
             assert "the guest has been silent for" in daemon.log
+    reliability.seen(
+        "a guest that is frozen for good",
+        "it is given up as FAILED",
+        "so, after the limit that was set to 1 s",
+    )
 
 
-async def test_a_vmm_that_refuses_to_start_says_why(directory: Path) -> None:
+async def test_a_vmm_that_refuses_to_start_says_why(directory: Path, reliability: Reliability) -> None:
     script = directory / "vmm"
     script.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && echo "QEMU emulator version 10.0.0" && exit\n'
@@ -130,9 +148,16 @@ async def test_a_vmm_that_refuses_to_start_says_why(directory: Path) -> None:
                 await client.sandboxes.CreateSandbox(pb.CreateSandboxRequest())
             assert "exited with status 1 at once: it is out of order" in str(caught.value.details())
             assert daemon.left() == []
+    reliability.seen(
+        "a VMM that does not start",
+        "the create fails with the VMM's own words, and leaves nothing",
+        "so",
+    )
 
 
-async def test_a_guest_that_never_answers_is_given_up_with_its_console(directory: Path) -> None:
+async def test_a_guest_that_never_answers_is_given_up_with_its_console(
+    directory: Path, reliability: Reliability
+) -> None:
     hangs = "loglevel=7 rdinit=/bin/busybox -- sleep 1000"
     with daemon_with(directory, vmm__extra_kernel_args=hangs, sandbox__boot_timeout_s="8s") as daemon:
         async with connected(daemon) as client:
@@ -141,9 +166,14 @@ async def test_a_guest_that_never_answers_is_given_up_with_its_console(directory
             assert "Run /bin/busybox as init process" in str(caught.value.details())
             assert list((await client.sandboxes.ListSandboxes(pb.ListSandboxesRequest())).sandboxes) == []
             assert daemon.left() == []
+    reliability.seen(
+        "a guest that never answers",
+        "the create fails with its last console lines, and leaves nothing",
+        "so",
+    )
 
 
-async def test_a_damaged_image_is_refused(directory: Path) -> None:
+async def test_a_damaged_image_is_refused(directory: Path, reliability: Reliability) -> None:
     images = directory / "images"
     shutil.copytree(IMAGES_DIR / "minimal", images / "minimal", symlinks=False)
     kernel = images / "minimal" / json.loads((images / "minimal" / "manifest.json").read_text())["kernel"]["file"]
@@ -164,6 +194,11 @@ async def test_a_damaged_image_is_refused(directory: Path) -> None:
                     await call
             assert list((await client.images.ListImages(node_pb2.ListImagesRequest())).images) == []
             assert daemon.left() == []
+    reliability.seen(
+        "an image that was damaged",
+        "creates are refused with DATA_LOSS",
+        "so",
+    )
 
 
 async def test_memory_that_the_node_lacks_is_refused(client: Client, daemon: Daemon) -> None:

@@ -19,6 +19,7 @@ from sandboxd.v1 import sandbox_pb2 as pb
 from tests import leaks
 from tests.client import MIB, Client
 from tests.daemon import Daemon, connected, daemon_with, refused, until
+from tests.reliability import Reliability
 
 pytestmark = pytest.mark.vm
 
@@ -61,7 +62,9 @@ def waiter(number: int) -> tuple[str, ...]:
     return ("sh", "-c", f"until [ -e /tmp/{number} ]; do sleep 0.1; done; exit 7")
 
 
-async def test_sandboxes_outlive_an_agent_that_is_killed_and_one_that_keeps_them(directory: Path) -> None:
+async def test_sandboxes_outlive_an_agent_that_is_killed_and_one_that_keeps_them(
+    directory: Path, reliability: Reliability
+) -> None:
     with daemon_with(directory, keeps=True, sandbox__on_stop="keep") as daemon:
         async with connected(daemon) as client:
             made = await client.sandboxes.CreateSandbox(REQUEST)
@@ -77,9 +80,14 @@ async def test_sandboxes_outlive_an_agent_that_is_killed_and_one_that_keeps_them
     assert any(made.id in path for path in daemon.left())
     with daemon_with(directory, sandbox__on_stop="delete") as daemon:
         await adopted(daemon, made, 2)
+    reliability.seen(
+        "SIGKILL of the agent, and an orderly restart",
+        "sandboxes, processes, exit codes and output are taken over",
+        "so",
+    )
 
 
-async def test_what_a_killed_agent_had_half_made_is_removed(directory: Path) -> None:
+async def test_what_a_killed_agent_had_half_made_is_removed(directory: Path, reliability: Reliability) -> None:
     before = leaks.snapshot()
     with daemon_with(directory, keeps=True) as daemon:
         async with connected(daemon) as client:
@@ -102,9 +110,14 @@ async def test_what_a_killed_agent_had_half_made_is_removed(directory: Path) -> 
         async with connected(daemon) as client:
             with refused(grpc.StatusCode.NOT_FOUND, "SANDBOX_NOT_FOUND"):
                 await client.sandboxes.GetSandbox(pb.GetSandboxRequest(id=found.id))
+    reliability.seen(
+        "SIGKILL of the agent during creates",
+        "nothing of them is left",
+        "so",
+    )
 
 
-async def test_a_damaged_state_file_is_rebuilt_from_what_lives(directory: Path) -> None:
+async def test_a_damaged_state_file_is_rebuilt_from_what_lives(directory: Path, reliability: Reliability) -> None:
     with daemon_with(directory, keeps=True, sandbox__on_stop="keep") as daemon:
         async with connected(daemon) as client:
             made = await client.sandboxes.CreateSandbox(REQUEST)
@@ -119,10 +132,17 @@ async def test_a_damaged_state_file_is_rebuilt_from_what_lives(directory: Path) 
             assert (await wait(client, made.id, 1)).exit_code == 7
         assert list((directory / "state").glob("state.db.damaged-*")) != []
         assert "records=1" in daemon.log or '"records": 1' in daemon.log
+    reliability.seen(
+        "the state file is damaged",
+        "it is set aside, and rebuilt from the sandboxes' directories",
+        "so: all sandboxes are there",
+    )
 
 
 @pytest.mark.parametrize("rebooted", [False, True])
-async def test_what_ended_while_no_agent_ran_says_why(directory: Path, rebooted: bool) -> None:
+async def test_what_ended_while_no_agent_ran_says_why(
+    directory: Path, rebooted: bool, reliability: Reliability
+) -> None:
     with daemon_with(directory, keeps=True, sandbox__on_stop="keep") as daemon:
         async with connected(daemon) as client:
             made = await client.sandboxes.CreateSandbox(REQUEST)
@@ -145,3 +165,8 @@ async def test_what_ended_while_no_agent_ran_says_why(directory: Path, rebooted:
             with refused(grpc.StatusCode.FAILED_PRECONDITION, "SANDBOX_NOT_RUNNING"):
                 await client.run(made.id, "true")
             await client.sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=made.id))
+    reliability.seen(
+        "sandboxes end while no agent runs",
+        "they are LOST and say why: a restart of the node is told apart",
+        "so",
+    )

@@ -19,6 +19,7 @@ from sandboxd.v1 import sandbox_pb2 as pb
 from tests import leaks
 from tests.client import MIB, Client
 from tests.daemon import AGENT, Daemon, connected, daemon_with, refused, start_daemon
+from tests.reliability import Reliability
 
 pytestmark = pytest.mark.vm
 MEMORY_BYTES = 144 * MIB
@@ -64,7 +65,7 @@ async def daemon_and_client(directory: Path) -> AsyncIterator[tuple[Daemon, Clie
             yield daemon, client
 
 
-async def test_a_full_directory(directory: Path) -> None:
+async def test_a_full_directory(directory: Path, reliability: Reliability) -> None:
     with tmpfs(templates_of(directory), size_mib=24):
         async with daemon_and_client(directory) as (daemon, client):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -75,9 +76,14 @@ async def test_a_full_directory(directory: Path) -> None:
             assert daemon.left() == []
             await remount(templates_of(directory), "size=1g")
             assert "template.make" in await create(client)
+    reliability.seen(
+        "no room for a template",
+        "creates say so and leave nothing; with room, the next one works",
+        "so",
+    )
 
 
-async def test_a_read_only_directory(directory: Path) -> None:
+async def test_a_read_only_directory(directory: Path, reliability: Reliability) -> None:
     with tmpfs(templates_of(directory), size_mib=1024):
         async with daemon_and_client(directory) as (daemon, client):
             await prepare(client)
@@ -88,9 +94,14 @@ async def test_a_read_only_directory(directory: Path) -> None:
             assert daemon.left() == []
             await remount(templates_of(directory), "rw")
             assert "template.make" in await create(client, 160 * MIB)
+    reliability.seen(
+        "templates on a read-only disk",
+        "what is there serves on; a new size says why not",
+        "so",
+    )
 
 
-async def test_a_directory_that_is_removed_under_clones(directory: Path) -> None:
+async def test_a_directory_that_is_removed_under_clones(directory: Path, reliability: Reliability) -> None:
     async with daemon_and_client(directory) as (_, client):
         await prepare(client)
         async with client.sandbox(memory_bytes=MEMORY_BYTES) as sandbox:
@@ -98,9 +109,14 @@ async def test_a_directory_that_is_removed_under_clones(directory: Path) -> None
             assert (await client.run(sandbox.id, "python3", "-c", "print(bytes(30 << 20).count(0))")).code == 0
             assert "template.make" in await create(client)
             assert (await client.run(sandbox.id, "echo", "hi")).stdout == b"hi\n"
+    reliability.seen(
+        "templates removed under running clones",
+        "clones go on; the next create makes one anew",
+        "so",
+    )
 
 
-async def test_bits_that_flipped(directory: Path) -> None:
+async def test_bits_that_flipped(directory: Path, reliability: Reliability) -> None:
     """As long as an agent runs, a write is noticed by the file's times; at its start, the digests are compared."""
     async with daemon_and_client(directory) as (_, client):
         path = templates_of(directory) / (await prepare(client)).name
@@ -111,6 +127,11 @@ async def test_bits_that_flipped(directory: Path) -> None:
         assert "template.make" in await create(client)
         assert "a template is made again" in daemon.log
         assert "template.make" not in await create(client)
+    reliability.seen(
+        "flipped bits in a template",
+        "found by its times or its digests; it is made anew",
+        "so, in device state and RAM",
+    )
 
 
 def flip(path: Path) -> None:
@@ -122,7 +143,7 @@ def flip(path: Path) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
-async def test_makers_that_are_killed(directory: Path) -> None:
+async def test_makers_that_are_killed(directory: Path, reliability: Reliability) -> None:
     before = leaks.snapshot().namespaces
     for step in STEPS:
         daemon = start_daemon(directory)
@@ -135,6 +156,11 @@ async def test_makers_that_are_killed(directory: Path) -> None:
     async with daemon_and_client(directory) as (daemon, client):
         await nothing_left(daemon, before)
         assert "template.make" in await create(client)
+    reliability.seen(
+        "SIGKILL of an agent that makes a template",
+        "the next one removes what is half made",
+        "so, at each of 5 steps",
+    )
 
 
 async def nothing_left(daemon: Daemon, before: frozenset[str]) -> None:
@@ -191,7 +217,7 @@ async def test_another_agent_leaves_a_maker_alone(directory: Path) -> None:
         assert daemon.left() == []
 
 
-async def test_more_memory_than_the_node_has(directory: Path) -> None:
+async def test_more_memory_than_the_node_has(directory: Path, reliability: Reliability) -> None:
     async with daemon_and_client(directory) as (daemon, client):
         node = await client.nodes.GetNode(node_pb2.GetNodeRequest())
         request = node_pb2.PrepareTemplateRequest(memory_bytes=(node.memory_bytes.allocatable // MIB + 1) * MIB)
@@ -199,9 +225,14 @@ async def test_more_memory_than_the_node_has(directory: Path) -> None:
             await client.templates.PrepareTemplate(request)
         assert not templates_of(directory).exists()
         assert daemon.left() == []
+    reliability.seen(
+        "a template larger than the node",
+        "refused by what lacks",
+        "so",
+    )
 
 
-async def test_a_vmm_that_is_gone_comes_back(directory: Path) -> None:
+async def test_a_vmm_that_is_gone_comes_back(directory: Path, reliability: Reliability) -> None:
     qemu = directory / "qemu"
     found = shutil.which("qemu-system-x86_64")
     assert found is not None
@@ -225,3 +256,8 @@ async def test_a_vmm_that_is_gone_comes_back(directory: Path) -> None:
     qemu.chmod(0o755)
     with pytest.raises(AssertionError, match=r"is QEMU 7\.2; 8\.2 or newer is needed"):
         start_daemon(directory, vmm__binary=str(qemu))
+    reliability.seen(
+        "the VMM's program is gone, and comes back",
+        "creates say so, and work again",
+        "so",
+    )

@@ -18,7 +18,9 @@ from sandboxd.v1 import sandbox_pb2 as pb
 from tests.client import MIB, Client
 from tests.daemon import connected, daemon_with
 from tests.files import Files
+from tests.integration.test_failure import failed_within
 from tests.integration.test_network import PORT, SERVER, dial
+from tests.reliability import Reliability
 
 
 def _why_not() -> str:
@@ -82,3 +84,87 @@ def names(process: psutil.Process, sandbox_id: str) -> bool:
 
 async def console(client: Client, sandbox: pb.Sandbox) -> bytes:
     return b"".join([piece.data async for piece in client.sandboxes.GetConsole(pb.GetConsoleRequest(id=sandbox.id))])
+
+
+WRONG_PEER = """
+import socket
+for cid in (1, 3, 2):
+    s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    s.settimeout(5)
+    try:
+        s.connect((cid, 1024))
+        s.sendall(b"x" * 4096)
+        print(cid, "closed" if not s.recv(1) else "answered")
+    except OSError as error:
+        print(cid, "refused")
+    s.close()
+"""
+FLOOD = """
+import socket
+open_, tried = [], 0
+for port in range(1, 5001):
+    s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    s.setblocking(False)
+    try:
+        s.connect((2, port))
+    except OSError:
+        pass
+    tried += 1
+    open_.append(s)
+    if len(open_) > 500:
+        open_.pop(0).close()
+print(tried)
+"""
+
+
+async def test_attacks_over_vsock(directory: Path, reliability: Reliability) -> None:
+    """By processes of the guest, against the guest's init and against what carries the link on the host."""
+    with daemon_with(directory, vmm__link="vsock") as daemon:
+        async with connected(daemon) as client, client.sandbox() as attacked:
+            told = (await client.run(attacked.id, "python3", "-c", WRONG_PEER)).stdout.decode()
+            assert "answered" not in told
+            before = psutil.Process(daemon.process.pid).memory_info().rss
+            flooding = asyncio.create_task(client.run(attacked.id, "python3", "-c", FLOOD))
+            during = 0
+            while not flooding.done():
+                assert (await client.run(attacked.id, "true")).code == 0
+                during += 1
+            assert flooding.result().stdout == b"5000\n"
+            grown = psutil.Process(daemon.process.pid).memory_info().rss - before
+            assert grown < 32 * MIB
+            backend = backend_of(attacked)
+            await _stop_and_go_on(client, attacked, backend)
+            backend.kill()
+            failed = await failed_within(client, attacked.id, 40)
+            assert failed.error
+    reliability.seen(
+        "guest: hello from a wrong peer over vsock", "its init takes the host alone for the host",
+        ", ".join(told.split("\n")[:-1]),
+    )  # fmt: skip
+    reliability.seen(
+        "guest: 5,000 vsock connections to the host", "none is taken; the sandbox itself answers on",
+        f"{during} execs meanwhile; agent {max(0, grown) >> 20} MiB more",
+    )  # fmt: skip
+    reliability.seen(
+        "SIGSTOP and SIGKILL of the vsock backend", "a sandbox goes on after SIGCONT; without it, it has FAILED",
+        f"both; {failed.error.splitlines()[0]}",
+    )  # fmt: skip
+
+
+def backend_of(sandbox: pb.Sandbox) -> psutil.Process:
+    found = [
+        process for process in psutil.process_iter(["cmdline", "name"])
+        if names(process, sandbox.id) and process.info["name"].startswith("vhost-device")
+    ]  # fmt: skip
+    if not found:
+        pytest.skip("the kernel itself carries vsock here")
+    return found[0]
+
+
+async def _stop_and_go_on(client: Client, sandbox: pb.Sandbox, backend: psutil.Process) -> None:
+    backend.suspend()
+    waiting = asyncio.create_task(client.run(sandbox.id, "echo", "late"))
+    await asyncio.sleep(1)
+    assert not waiting.done()
+    backend.resume()
+    assert (await asyncio.wait_for(waiting, 20)).stdout == b"late\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests import gateway as gateways
 from tests.daemon import Daemon, connected, daemon_with, until
 from tests.gateway import Gateway
 from tests.rawclient import RawClient, all_messages, listed, raw
+from tests.reliability import Reliability
 
 
 async def test_a_gateway_that_stops_ends_sessions_and_leaves_timed_sandboxes(
@@ -40,6 +42,33 @@ async def test_a_gateway_that_stops_ends_sessions_and_leaves_timed_sandboxes(
             return exposed["domain"].partition(".")[0] not in (directory / "exposures.json").read_text()
 
         await until(forgotten)
+
+
+async def test_a_gateway_that_is_stopped_or_killed(
+    sdk_daemon: Daemon, gateway: Gateway, reliability: Reliability
+) -> None:
+    directory = sdk_daemon.directory / "doomed"
+    with gateways.running(sdk_daemon, directory) as doomed:
+        async with raw(doomed) as client, client.sandbox(timeout="2m") as timed:
+            doomed.process.send_signal(signal.SIGSTOP)
+            waiting = asyncio.create_task(timed.call("readTextFile", path="/etc/hostname"))
+            assert from_sdk(timed.sandbox_id) in await listed(gateway)  # another gateway, and the node, go on
+            await asyncio.sleep(0.5)
+            assert not waiting.done()
+            doomed.process.send_signal(signal.SIGCONT)
+            assert await asyncio.wait_for(waiting, 20)
+            doomed.process.kill()
+            with pytest.raises(ConnectionError):
+                await all_messages(timed)
+    with gateways.running(sdk_daemon, directory) as again:
+        assert from_sdk(timed.sandbox_id) in await listed(again)
+        async with raw(again) as client:
+            assert (await client.rest("DELETE", f"/api/v3/sandbox/{timed.sandbox_id}"))[0] == 204
+    reliability.seen(
+        "SIGSTOP and SIGKILL of sandboxd-gateway",
+        "calls go on after SIGCONT; sandboxes with a lifetime live on, those of sessions end with their lease",
+        "so; the next gateway serves and deletes what the killed one had made",
+    )
 
 
 async def test_sessions_live_by_a_lease(gateway: Gateway, client: RawClient) -> None:
