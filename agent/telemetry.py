@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Thread
@@ -16,9 +16,11 @@ from wsgiref.simple_server import WSGIServer
 
 import structlog
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from agent.config import LogSettings, MetricsSettings, TracingSettings, split_address
@@ -69,10 +71,13 @@ DRAINING = Gauge("sandboxd_draining", "1 while the node takes no sandboxes", reg
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("sandboxd")
 tracer = trace.get_tracer("sandboxd")
+_propagator = TraceContextTextMapPropagator()
 _phases: ContextVar[list[tuple[str, float]] | None] = ContextVar("phases", default=None)
 
 
-def setup(logs: LogSettings, metrics: MetricsSettings, tracing: TracingSettings, node: str) -> None:
+def setup(
+    logs: LogSettings, metrics: MetricsSettings, tracing: TracingSettings, node: str, service: str = "sandboxd"
+) -> None:
     """Turns logging on, and metrics and tracing where they are configured. :raises OSError: the port is taken."""
     _setup_logs(logs)
     if metrics.address:
@@ -81,7 +86,7 @@ def setup(logs: LogSettings, metrics: MetricsSettings, tracing: TracingSettings,
         # Only now: it takes a quarter of the agent's start.
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-        provider = TracerProvider(resource=Resource.create({"service.name": "sandboxd", "host.name": node}))
+        provider = TracerProvider(resource=Resource.create({"service.name": service, "host.name": node}))
         exporter = OTLPSpanExporter(endpoint=tracing.otlp_endpoint, insecure=tracing.otlp_endpoint.startswith("http:"))
         provider.add_span_processor(BatchSpanProcessor(exporter))
         trace.set_tracer_provider(provider)
@@ -131,10 +136,33 @@ def step(name: str) -> Iterator[None]:
             log.debug("step", step=name, ms=round(seconds * 1000, 2))
 
 
-def note_phase(name: str, seconds: float) -> None:
-    """Enters a step that somebody else timed, as `step` does with its own. The name becomes a label: never a
-    guest's.
+def trace_headers() -> dict[str, str]:
+    """Returns what tells another process which span its own belong below (W3C Trace Context); {}: there is none."""
+    headers: dict[str, str] = {}
+    _propagator.inject(headers)
+    return headers
+
+
+def remote_parent(headers: Iterable[tuple[str, str | bytes]] | None) -> Context | None:
+    """Returns the span of another process that a call's metadata names; None if it names none."""
+    found = {name: value for name, value in headers or () if name in _propagator.fields and isinstance(value, str)}
+    return _propagator.extract(found) if found else None
+
+
+def note_spans(phases: Sequence[tuple[str, float]]) -> None:
+    """Enters steps, one after the other until now, that somebody else timed (seconds), as `step` does with its own.
+    The names become labels: never a guest's.
     """
+    start = time.time_ns() - round(sum(seconds for _, seconds in phases) * 1e9)
+    for name, seconds in phases:
+        end = start + round(seconds * 1e9)
+        tracer.start_span(name, start_time=start).end(end)
+        note_phase(name, seconds)
+        start = end
+
+
+def note_phase(name: str, seconds: float) -> None:
+    """Enters a step in histogram and list."""
     PHASE_SECONDS.labels(name).observe(seconds)
     phases = _phases.get()
     if phases is not None:

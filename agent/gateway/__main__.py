@@ -19,7 +19,7 @@ async def _run(settings: Settings) -> None:
     from agent.systemd import keep_watchdog, notify
 
     # The agent's own metrics address is the agent's.
-    telemetry.setup(settings.log, MetricsSettings(), settings.tracing, settings.node.name)
+    telemetry.setup(settings.log, MetricsSettings(), settings.tracing, settings.node.name, "sandboxd-gateway")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

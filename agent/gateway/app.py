@@ -103,7 +103,7 @@ async def gateway(settings: Settings) -> AsyncIterator[dict[str, int]]:
     context = _tls(own)
     addresses = own.nodes or (f"unix:{settings.api.unix_socket or settings.paths.run_dir / 'sandboxd.sock'}",)
     async with AsyncExitStack() as stack:
-        nodes = Nodes(addresses, own)
+        nodes = Nodes(addresses, own, traced=bool(settings.tracing.otlp_endpoint))
         stack.push_async_callback(nodes.aclose)
         apis: dict[str, Api] = {link.address: link.api for link in nodes.links}
         exposures = Exposures(own.state_dir / "exposures.json", own.domain)

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -14,7 +15,7 @@ from agent.client import KEEPALIVE, OPTIONS, Api, api_over
 from agent.config import ConfigError
 from agent.gateway.failures import Refusal
 from agent.gateway_settings import GatewaySettings
-from agent.telemetry import log
+from agent.telemetry import log, trace_headers
 from sandboxd.v1 import node_pb2, sandbox_pb2
 
 _RETRY_S = 1.0
@@ -35,9 +36,20 @@ class NodeLink:
     region: str = ""
 
 
-def _channel(address: str, settings: GatewaySettings) -> grpc.aio.Channel:
+class _Traced(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+    """Tells the node below which span of ours a call is."""
+
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        """Called by grpc for each unary call."""
+        metadata = [*(client_call_details.metadata or ()), *trace_headers().items()]
+        details = client_call_details._replace(metadata=grpc.aio.Metadata(*metadata))
+        return await continuation(details, request)
+
+
+def _channel(address: str, settings: GatewaySettings, *, traced: bool) -> grpc.aio.Channel:
+    interceptors: Any = [_Traced()] if traced else None  # the stubs do not know of None
     if address.startswith("unix:"):
-        return grpc.aio.insecure_channel(address, options=OPTIONS)
+        return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=interceptors)
     names = (settings.node_tls_ca, settings.node_tls_key, settings.node_tls_cert)
     if not all(names):
         raise ConfigError(f"gateway.nodes: {address} is on TCP and needs gateway.node_tls_ca, _cert and _key")
@@ -45,19 +57,21 @@ def _channel(address: str, settings: GatewaySettings) -> grpc.aio.Channel:
         ca, key, cert = (Path(name).read_bytes() for name in names)
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
-    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options=(*OPTIONS, *KEEPALIVE))
+    credentials = grpc.ssl_channel_credentials(ca, key, cert)
+    return grpc.aio.secure_channel(address, credentials, options=(*OPTIONS, *KEEPALIVE), interceptors=interceptors)
 
 
 class Nodes:
     """All nodes.
 
+    :param traced: whether calls are spans of a trace that goes on in the node.
     :param on_gone: called with a sandbox's id and the reason once it is no more, or has failed.
     """
 
-    def __init__(self, addresses: Sequence[str], settings: GatewaySettings) -> None:
+    def __init__(self, addresses: Sequence[str], settings: GatewaySettings, *, traced: bool = False) -> None:
         self.links: list[NodeLink] = []
         for address in addresses:
-            channel = _channel(address, settings)
+            channel = _channel(address, settings, traced=traced)
             self.links.append(NodeLink(address, channel, api_over(channel)))
         self.on_gone: Callable[[str, str], None] = lambda _id, _reason: None
         self.is_watched: Callable[[NodeLink], set[str]] = lambda _link: set()

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from agent.errors import InvalidSpec
 from agent.rpc.convert import printable
 from agent.rpc.status import to_status
-from agent.telemetry import RPC_SECONDS, log, tracer
+from agent.telemetry import RPC_SECONDS, log, remote_parent, tracer
 
 Handler = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Any]
 # Where a message names what it is about; a stream's first message has that in a part of its own.
@@ -91,7 +91,7 @@ async def _observed(
     code = grpc.StatusCode.OK
     with structlog.contextvars.bound_contextvars(rpc=method, peer=context.peer()):
         try:
-            with tracer.start_as_current_span(method):
+            with tracer.start_as_current_span(method, context=remote_parent(context.invocation_metadata())):
                 yield
         except (asyncio.CancelledError, GeneratorExit):
             code = grpc.StatusCode.CANCELLED

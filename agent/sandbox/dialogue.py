@@ -15,7 +15,7 @@ from agent.model import GATEWAY_IPV4, GATEWAY_IPV6, GUEST_IPV4, GUEST_IPV6
 from agent.proc import ExitInfo
 from agent.sandbox.record import Record
 from agent.sandbox.shape import DATA_DISK
-from agent.telemetry import note_phase
+from agent.telemetry import note_spans
 from agent.vmm.api import Vm
 
 if TYPE_CHECKING:
@@ -133,10 +133,12 @@ def _note_phases(phases: object) -> None:
     """Takes what a guest says of its phases, in milliseconds; it may say anything."""
     if not isinstance(phases, list):
         raise InvalidState("the guest did not say how it was configured", reason="GUEST_CONFIGURE_FAILED")
+    known: list[tuple[str, float]] = []
     for entry in phases[:32]:
         match entry:
             case [str(name), int() | float() as milliseconds] if name in _GUEST_PHASES and 0 <= milliseconds < 1e6:
-                note_phase(f"guest.{name}", milliseconds / 1000)
+                known.append((f"guest.{name}", milliseconds / 1000))
+    note_spans(known)
 
 
 def vmm_ended(exit_info: ExitInfo) -> VmmError:

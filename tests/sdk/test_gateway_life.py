@@ -58,6 +58,7 @@ async def test_a_gateway_that_is_stopped_or_killed(
             doomed.process.send_signal(signal.SIGCONT)
             assert await asyncio.wait_for(waiting, 20)
             doomed.process.kill()
+            doomed.process.wait(30)
             with pytest.raises(ConnectionError):
                 await all_messages(timed)
     with gateways.running(sdk_daemon, directory) as again:
