@@ -92,11 +92,12 @@ def block_device(path: Path) -> str:
 class Cgroups:
     """The groups of one node's sandboxes.
 
-    :param directory: the group above them; None: there can be none.
+    :param directory: the group above them; None: there can be none. :param parent: its path below the hierarchy.
     :param controllers: those that it hands on. :param degraded: a sentence for each thing that is not limited.
     """
 
     directory: Path | None
+    parent: str = ""
     controllers: frozenset[str] = frozenset()
     degraded: tuple[str, ...] = field(default=())
 
@@ -112,7 +113,7 @@ class Cgroups:
         except OSError as error:
             return cls(None, degraded=(f"{_NOTHING}: cannot make the cgroup {parent}: {error.strerror}",))
         reasons = _hand_on(root, directory)
-        return cls(directory, _words(directory / "cgroup.subtree_control") & set(CONTROLLERS), tuple(reasons))
+        return cls(directory, parent, _words(directory / "cgroup.subtree_control") & set(CONTROLLERS), tuple(reasons))
 
     def path(self, sandbox_id: str) -> Path | None:
         """Returns the group of a sandbox, which may not exist."""
@@ -124,7 +125,11 @@ class Cgroups:
         if group is None:
             return None
         try:
-            group.mkdir(exist_ok=True)
+            try:
+                group.mkdir(exist_ok=True)
+            except FileNotFoundError:  # another agent was the last one in the group above, and removed it
+                Cgroups.open(self.parent)
+                group.mkdir()
             for controller, files in limits.files().items():
                 if controller not in self.controllers:
                     continue

@@ -119,7 +119,7 @@ print(tried)
 
 async def test_attacks_over_vsock(directory: Path, reliability: Reliability) -> None:
     """By processes of the guest, against the guest's init and against what carries the link on the host."""
-    with daemon_with(directory, vmm__link="vsock") as daemon:
+    with daemon_with(directory, vmm__link="vsock", sandbox__relink_timeout_s="4s") as daemon:
         async with connected(daemon) as client, client.sandbox() as attacked:
             told = (await client.run(attacked.id, "python3", "-c", WRONG_PEER)).stdout.decode()
             assert "answered" not in told

@@ -80,6 +80,13 @@ def test_a_group_above_that_has_others_in_it_stays(groups: Cgroups) -> None:
     assert groups.directory.exists()
 
 
+def test_a_group_above_that_another_agent_removed_is_made_again(groups: Cgroups) -> None:
+    Cgroups.open(groups.parent).close()
+    group = groups.make(NAME, LIMITS)
+    assert group is not None
+    assert group.is_dir()
+
+
 def test_a_limit_that_the_kernel_refuses(groups: Cgroups) -> None:
     if not groups.controllers:
         pytest.skip("no controller is handed on here")
