@@ -51,11 +51,7 @@ def code_of(error: AgentError) -> grpc.StatusCode:
 
 def to_status(error: BaseException) -> tuple[grpc.StatusCode, grpc.Status]:
     """Returns code and rich status. What is not ours gets a fixed text and an incident id, and is logged in full."""
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        error = errors.ResourceExhausted(
-            "the agent has no file descriptor left (Too many open files): close connections, or raise its limit "
-            "(LimitNOFILE)", reason="TOO_MANY_FILES",
-        )  # fmt: skip
+    error = _exhausted(error) or error
     if not isinstance(error, AgentError):
         incident = secrets.token_hex(4)
         log.error("internal error", incident=incident, exc_info=error)
@@ -72,6 +68,21 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, grpc.Status]:
     return code, rpc_status.to_status(
         status_pb2.Status(code=number, message=_shortened(printable(error.message)), details=[detail])
     )
+
+
+def _exhausted(error: BaseException) -> AgentError | None:
+    """Returns what to say where the host lets the agent have no more of something."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return errors.ResourceExhausted(
+            "the agent has no file descriptor left (Too many open files): close connections, or raise its limit "
+            "(LimitNOFILE)", reason="TOO_MANY_FILES",
+        )  # fmt: skip
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return errors.ResourceExhausted(
+            "the host lets the agent start no more threads or processes: raise its limit (TasksMax)",
+            reason="TOO_MANY_TASKS",
+        )  # fmt: skip
+    return None
 
 
 def _shortened(text: str) -> str:
