@@ -24,7 +24,8 @@ import dns.message
 import dns.rcode
 import dns.rdatatype
 
-from agent.config import EgressSettings, PathSettings, Settings
+from agent.config import PathSettings, Settings
+from agent.egress_settings import EgressSettings
 from agent.model import (
     GATEWAY_IPV4,
     GATEWAY_IPV6,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agent import proc
-from agent.config import EgressSettings
 from agent.egress.wire import Link, LinkClosed
+from agent.egress_settings import EgressSettings
 from agent.errors import HostError, VmmError
 from agent.telemetry import EGRESS_STARTS, log
 from agent.waiting import to_the_end

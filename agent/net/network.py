@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from agent.config import EgressSettings
+from agent.egress_settings import EgressSettings
 from agent.errors import HostError
 from agent.net import links, listeners, netns, nft, uplink
 from agent.net.pool import Pool

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from agent.ca import LocalCa
-from agent.config import EgressSettings, Settings
+from agent.config import Settings
 from agent.egress.client import EgressProcess, identity_of
 from agent.egress.peer import EgressFiles, KeptByOthers, Own, Peer
 from agent.egress.wire import SOCKETS
+from agent.egress_settings import EgressSettings
 from agent.errors import AgentError, HostError
 from agent.net import netns
 from agent.net.network import Networks

@@ -83,10 +83,7 @@ async def test_a_guest_harms_nobody_else(
     before = agent_bytes(daemon)
     async with client.sandbox(disk_bytes=64 * MIB) as attacker:
         doing = asyncio.create_task(tried(client, attacker.id, *argv, seconds=seconds, user=user))
-        slowest = 0.0
-        while not doing.done():
-            slowest = max(slowest, await answers(client, sandbox.id))
-            await asyncio.sleep(0.2)
+        slowest = await client.slowest_beside(sandbox.id, doing, pause_s=0.2)
         assert HAPPENED[name](doing.result()), doing.result()
         grown = agent_bytes(daemon) - before
         assert grown < AGENT_MAY_GROW

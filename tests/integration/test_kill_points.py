@@ -229,8 +229,20 @@ async def cleared(directory: Path, checks: tuple[Step, ...], scene: Scene) -> No
     """Has the next agent take over, checks what it found, and leaves nothing."""
     with daemon_with(directory, log__level="warning") as daemon:
         await run(daemon, checks, scene)
-    volumes = directory / "state" / "volumes"
-    assert list(volumes.glob(".*")) == []
+
+
+async def taken_over(directory: Path, operation: Operation, killed: Scene | None, following: Scene | None) -> None:
+    """Has the next agent take over, checks what it found, removes that, and prepares for the next point."""
+    with daemon_with(directory, keeps=True, **KEEP) as daemon:
+        if killed is not None:
+            await run(daemon, operation.check, killed)
+            async with connected(daemon) as client:
+                for sandbox in await listed(client):
+                    await client.sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=sandbox.id))
+            assert daemon.left() == []
+            assert list((directory / "state" / "volumes").glob(".*")) == []
+        if following is not None:
+            await run(daemon, operation.prepare, following)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -238,20 +250,21 @@ async def test_an_agent_that_is_killed_at_any_step(name: str, directory: Path, r
     operation, steps_file = OPERATIONS[name], directory / "steps"
     points = await recorded(directory, operation, steps_file)
     assert len(points) > 1
+    scene, last = Scene(), list(points)[-1]
+    await taken_over(directory, operation, None, scene)
     for point, number in points.items():
-        scene = Scene()
-        with daemon_with(directory, keeps=True, **KEEP) as daemon:
-            await run(daemon, operation.prepare, scene)
         with faulty(directory, point, number, steps_file) as doomed:
             if doomed is not None:
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     await run(doomed, (operation.act,), scene)
                 await asyncio.to_thread(doomed.process.wait, 10)
+        following = None if point == last else Scene()
         try:
-            await cleared(directory, operation.check, scene)
+            await taken_over(directory, operation, scene, following)
         except BaseException as error:
-            error.add_note(f"killed at {point} (number {number}) of {name}")
+            error.add_note(f"killed at {point} (number {number}) of {name}, or preparing for the one after it")
             raise
+        scene = following or scene
     reliability.seen(
         f"SIGKILL of the agent at each of {len(points)} steps of {name}",
         "the next agent finds it done, or undoes or finishes it; no process inside notices",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import EgressSettings
+from agent.egress_settings import EgressSettings
 from agent.net import netns
 from agent.net.network import Networks
 from agent.policy.policy import Policy
