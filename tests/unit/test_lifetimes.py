@@ -49,9 +49,9 @@ async def until(condition: Callable[[], object], timeout_s: float = 3) -> None:
 async def test_a_clock_that_is_set_changes_no_duration(
     node: Bench, jump: Callable[[float], None], seconds: float
 ) -> None:
+    begun = time.monotonic()
     short = await node.manager.create(spec(lifetime=Lifetime(duration_s=1.5)))
     lasting = await node.manager.create(spec(lifetime=Lifetime(duration_s=3600)))
-    begun = time.monotonic()
     was = node.manager.get(lasting.id).expire_time
     assert was is not None
     jump(seconds)
