@@ -65,8 +65,8 @@ async def test_a_create_says_what_was_made(client: Client, sandbox: pb.Sandbox) 
     inside = {"template.make", "template.verify", *(f"guest.{name}" for name in GUEST_PHASES)}
     inside |= {"network.rules", "network.link", "network.egress"}
     assert [name for name in times if name not in inside] == [
-        "intent", "directories", "cgroup", "netns", "network", "template", "disk", "vmm.restore", "token", "guest.answer",
-        "guest.configure", "guest.clock_sync", "create",
+        "intent", "directories", "cgroup", "netns", "network", "template", "disk", "vmm.restore", "token",
+        "guest.answer", "guest.configure", "guest.clock_sync", "create",
     ]  # fmt: skip
     assert set(times) >= {f"guest.{name}" for name in GUEST_PHASES}
     assert sum(spent for name, spent in times.items() if name not in {*inside, "create"}) <= times["create"]
