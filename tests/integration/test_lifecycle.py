@@ -165,7 +165,8 @@ async def test_a_lease_is_renewed_and_lapses(client: Client) -> None:
 
         times = [seconds(response.expire_time) async for response in client.sandboxes.KeepAlive(requests())]
         assert len(times) == renewals
-        assert all(later - earlier >= 1 for earlier, later in itertools.pairwise(times))
+        assert all(later > earlier for earlier, later in itertools.pairwise(times))
+        assert times[-1] - times[0] > renewals - 2  # one of them may have been late
         renewed = times[-1]
         assert renewed > seconds(made.expire_time) + 1
         assert not await gone(client, made.id)  # the end of the stream is not the end of the lease
