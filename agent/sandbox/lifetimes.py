@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 
 from agent.errors import AgentError
+from agent.model import State
 from agent.sandbox.entry import Entry
 from agent.sandbox.record import Record
 from agent.telemetry import log
@@ -46,6 +47,8 @@ def after_reboot(record: Record) -> None:
 def why_over(entry: Entry) -> str:
     """Returns why a sandbox is to end now, or ""."""
     record, lifetime = entry.record, entry.record.spec.lifetime
+    if lifetime.lease_s is not None and record.state is State.CREATING:
+        return ""  # nobody can renew it yet
     if record.expire_uptime is not None:
         over = uptime() >= record.expire_uptime
     else:

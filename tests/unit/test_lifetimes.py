@@ -61,6 +61,18 @@ async def test_a_clock_that_is_set_changes_no_duration(
     assert 1.5 <= time.monotonic() - begun < 2.5
 
 
+async def test_a_lease_begins_when_it_can_be_renewed(node: Bench) -> None:
+    node.world.hangs.add("configure")
+    making = asyncio.create_task(node.manager.create(spec(lifetime=Lifetime(lease_s=0.3))))
+    await until(node.manager.list)
+    await asyncio.sleep(0.9)  # longer than the lease, and than a look at what is over
+    assert not making.done()
+    node.world.hangs.clear()
+    made = await making
+    assert made.state is State.RUNNING
+    await until(lambda: not node.manager.list())
+
+
 async def test_a_time_of_day_is_what_the_clock_says(node: Bench, jump: Callable[[float], None]) -> None:
     made = await node.manager.create(spec())
     await node.manager.update(
