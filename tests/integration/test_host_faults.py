@@ -125,6 +125,11 @@ def mounted(image: Path, place: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", place], check=True)
+        # A VMM that was killed has it in its own mount namespace for a moment longer.
+        deadline = time.monotonic() + 20
+        while subprocess.run(["losetup", "-j", image], check=True, capture_output=True).stdout:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 @contextmanager
