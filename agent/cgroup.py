@@ -41,7 +41,7 @@ class GroupLimits:
     io_operations: int = 0
 
     def files(self) -> dict[str, dict[str, str]]:
-        """Returns what to write, by controller and by file; the first file of each must be there."""
+        """Returns what to write, by controller and by file."""
         io = {"rbps": self.io_bytes, "wbps": self.io_bytes, "riops": self.io_operations, "wiops": self.io_operations}
         words = [f"{name}={value}" for name, value in io.items() if value]
         return {
@@ -104,6 +104,8 @@ class Cgroups:
     @classmethod
     def open(cls, parent: str) -> Cgroups:
         """Makes the group `parent` (a path below the hierarchy) unless it is there, and has it hand on all it can."""
+        if not parent.strip("/"):
+            return cls(None, degraded=(f"{_NOTHING}: cgroups.parent is empty",))
         root = hierarchy()
         if root is None:
             return cls(None, degraded=(f"{_NOTHING}: cgroup v2 is not mounted",))

@@ -159,8 +159,9 @@ async def _keep_reloading(
         wanted.clear()
         systemd.notify_reloading()
         try:
-            present, changed, waiting = merged(present, read())
+            wanted_settings = read()
             server.reload_certificates()
+            present, changed, waiting = merged(present, wanted_settings)
         except ConfigError as error:
             log.error("the settings stay as they were", error=error.message)
         else:

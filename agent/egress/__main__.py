@@ -65,12 +65,16 @@ async def _run(arguments: argparse.Namespace, interceptor: Interceptor) -> None:
     def servers(sandbox: Sandbox) -> tuple[DnsServer, TcpProxy]:
         return DnsServer(sandbox, resolver), TcpProxy(sandbox, means)
 
+    watchdog: asyncio.Task[None] | None = None
     with socket.socket(fileno=arguments.control) as listener:
         try:
             if arguments.is_service:  # else it is the agent whom systemd wants to hear
                 systemd.notify("READY=1")
+                watchdog = asyncio.create_task(systemd.keep_watchdog())
             await Control(servers, {"settings": arguments.identity}, arguments.owner_uid).run(listener)
         finally:
+            if watchdog is not None:
+                watchdog.cancel()
             mover.stop()
             await resolver.aclose()
 

@@ -201,19 +201,20 @@ def test_a_killed_agent_and_a_killed_egress_come_back(settled: Machine, sandbox:
 
 
 def test_a_wedged_agent_is_started_anew(settled: Machine, sandbox: str, reliability: Reliability) -> None:
-    drop_in = "/run/systemd/system/sandboxd.service.d/watchdog.conf"
-    settled("mkdir", "-p", str(Path(drop_in).parent))
-    settled("sh", "-c", f"printf '[Service]\\nWatchdogSec=2\\n' > {drop_in}")
-    settled("systemctl", "daemon-reload")
-    settled("systemctl", "restart", "sandboxd.service")
-    wedged = agent(settled)
-    settled("sh", "-c", f"kill -STOP {wedged}")
-    settled.until(lambda: agent(settled) not in (0, wedged) and settled.active("sandboxd.service"))
-    assert ticks(settled, sandbox) > 0
-    settled("rm", drop_in)
-    settled("systemctl", "daemon-reload")
+    for service in ("sandboxd.service", "sandboxd-egress.service"):
+        drop_in = f"/run/systemd/system/{service}.d/watchdog.conf"
+        settled("mkdir", "-p", str(Path(drop_in).parent))
+        settled("sh", "-c", f"printf '[Service]\\nWatchdogSec=2\\n' > {drop_in}")
+        settled("systemctl", "daemon-reload")
+        settled("systemctl", "restart", service)
+        wedged = settled.property(service, "MainPID")
+        settled("sh", "-c", f"kill -STOP {wedged}")
+        settled.until(lambda: settled.property(service, "MainPID") not in ("0", wedged) and settled.active(service))  # noqa: B023  it is called at once
+        assert ticks(settled, sandbox) > 0
+        settled("rm", drop_in)
+        settled("systemctl", "daemon-reload")
     reliability.seen(
-        "SIGSTOP of the agent",
+        "SIGSTOP of the agent and of sandboxd-egress under systemd",
         "systemd's watchdog ends it and starts it anew; sandboxes go on",
         "all so (WatchdogSec=2)",
     )

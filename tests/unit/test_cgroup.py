@@ -104,6 +104,12 @@ def test_without_the_hierarchy_there_is_no_group(monkeypatch: pytest.MonkeyPatch
     assert "cgroup v2 is not mounted" in none.degraded[0]
 
 
+def test_an_empty_parent_means_none() -> None:
+    none = Cgroups.open("")
+    assert none.make(NAME, LIMITS) is None
+    assert "cgroups.parent is empty" in none.degraded[0]
+
+
 def test_where_it_cannot_be_made_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup, "hierarchy", lambda: Path("/proc/self"))
     assert "cannot make the cgroup /x" in Cgroups.open("/x").degraded[0]
