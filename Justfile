@@ -25,7 +25,7 @@ image name="minimal": setup
 
 # Create a microVM over gRPC, run `ls -lh /` in it, and delete it
 demo: proto image
-    {{ python }} -m tests.demo
+    {{ python }} -m tests.tools.demo
 
 # Run the daemon in the foreground
 run *ARGS: proto image
@@ -55,23 +55,23 @@ check: lint type unit
 
 # Measure: just bench boot egress exec stream files sdk recover [--json]
 bench *ARGS: proto image
-    @{{ python }} -m tests.bench {{ ARGS }}
+    @{{ python }} -m tests.tools.bench {{ ARGS }}
 
 # Random operations with restarts of the agent: just churn --minutes 30
 churn *ARGS: proto image
-    @{{ python }} -m tests.churn {{ ARGS }}
+    @{{ python }} -m tests.tools.churn {{ ARGS }}
 
 # Run the fault tests and write docs/reliability.md from what they saw
 reliability: proto image (image "default")
     rm -f .reliability.jsonl
     SANDBOXD_RELIABILITY=.reliability.jsonl {{ python }} -m pytest -m fault tests/integration
     SANDBOXD_RELIABILITY=.reliability.jsonl {{ python }} -m pytest -m fault tests/sdk
-    {{ python }} -m tests.reliability .reliability.jsonl
+    {{ python }} -m tests.tools.reliability .reliability.jsonl
     rm .reliability.jsonl
 
 # Measure where the time of a create goes, and draw it
 waterfall: proto image
-    @uv run --frozen --group plot python -m tests.bench boot --plot docs/create-waterfall.png
+    @uv run --frozen --group plot python -m tests.tools.bench boot --plot docs/create-waterfall.png
 
 # Say what this host has, lacks, and what will be used
 doctor: proto

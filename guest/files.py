@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from guest import fields, reactor
+from guest import params, reactor
 from guest.call import CHUNK_BYTES, HEADROOM, Call
-from guest.fields import AsUser
-from guest.handle import OPS as HANDLE_OPS
-from guest.trees import OPS as TREE_OPS
-from guest.trees import describe, require_regular
+from guest.file_tree import OPS as TREE_OPS
+from guest.file_tree import describe, require_regular
+from guest.open_file import OPS as HANDLE_OPS
+from guest.params import AsUser
 from guest.watch import OPS as WATCH_OPS
 from guest.wire import CallError, Frame
 
@@ -22,8 +22,8 @@ _MAX_TEMP_TRIES = 100
 
 
 async def _read(call: Call) -> dict[str, object]:
-    path = fields.path(call.req)
-    offset, length = fields.number(call.req, "offset"), fields.number(call.req, "length")
+    path = params.path(call.req)
+    offset, length = params.number(call.req, "offset"), params.number(call.req, "length")
     with AsUser(call.req):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
@@ -61,7 +61,7 @@ def _open_for_writing(call: Call, path: str) -> int:
         flags &= ~os.O_CREAT
     # Truncation waits until the file is known to be a regular one.
     opening = flags & ~os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    mode = fields.mode(call.req, 0o644)
+    mode = params.mode(call.req, 0o644)
     with AsUser(call.req):
         if call.req.get("parents"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -80,8 +80,8 @@ def _open_for_writing(call: Call, path: str) -> int:
 
 
 async def _write(call: Call) -> dict[str, object]:
-    path = fields.path(call.req)
-    offset = fields.number(call.req, "offset")
+    path = params.path(call.req)
+    offset = params.number(call.req, "offset")
     append = call.req.get("disposition") == "append"
     fd = _open_for_writing(call, path)
     try:
@@ -104,13 +104,13 @@ async def _write(call: Call) -> dict[str, object]:
 
 
 async def _stat(call: Call) -> dict[str, object]:
-    path = fields.path(call.req)
+    path = params.path(call.req)
     with AsUser(call.req):
         return describe(path, os.stat(path, follow_symlinks=call.req.get("follow") is not False))
 
 
 async def _mkdir(call: Call) -> dict[str, object]:
-    path, mode = fields.path(call.req), fields.mode(call.req, 0o755)
+    path, mode = params.path(call.req), params.mode(call.req, 0o755)
     with AsUser(call.req):
         if call.req.get("parents"):
             existed = os.path.isdir(path)
@@ -124,14 +124,14 @@ async def _mkdir(call: Call) -> dict[str, object]:
 
 
 async def _rename(call: Call) -> dict[str, object]:
-    old, new = fields.path(call.req), fields.path(call.req, "new_path")
+    old, new = params.path(call.req), params.path(call.req, "new_path")
     with AsUser(call.req):
         os.rename(old, new)
     return {}
 
 
 async def _link(call: Call) -> dict[str, object]:
-    old, new = fields.path(call.req), fields.path(call.req, "new_path")
+    old, new = params.path(call.req), params.path(call.req, "new_path")
     with AsUser(call.req):
         os.link(old, new)
     return {}
@@ -139,57 +139,57 @@ async def _link(call: Call) -> dict[str, object]:
 
 async def _symlink(call: Call) -> dict[str, object]:
     target = call.req.get("target")
-    if not isinstance(target, str) or not target or "\0" in target or len(target) > fields.MAX_PATH_BYTES:
+    if not isinstance(target, str) or not target or "\0" in target or len(target) > params.MAX_PATH_BYTES:
         raise CallError("INVALID", "target must be a path without NUL")
-    path = fields.path(call.req, "new_path")
+    path = params.path(call.req, "new_path")
     with AsUser(call.req):
         os.symlink(target, path)
     return {}
 
 
 async def _readlink(call: Call) -> dict[str, object]:
-    path = fields.path(call.req)
+    path = params.path(call.req)
     with AsUser(call.req):
         return {"target": os.readlink(path)}
 
 
 async def _realpath(call: Call) -> dict[str, object]:
-    path = fields.path(call.req)
+    path = params.path(call.req)
     with AsUser(call.req):
         return {"path": os.path.realpath(path, strict=True)}
 
 
 async def _chmod(call: Call) -> dict[str, object]:
-    path, mode = fields.path(call.req), fields.mode(call.req, 0)
+    path, mode = params.path(call.req), params.mode(call.req, 0)
     with AsUser(call.req):
         os.chmod(path, mode)
     return {}
 
 
 async def _chown(call: Call) -> dict[str, object]:
-    uid, gid = (fields.optional_number(call.req, name, (1 << 32) - 2) for name in ("uid", "gid"))
-    path, follow = fields.path(call.req), call.req.get("follow") is not False
+    uid, gid = (params.optional_number(call.req, name, (1 << 32) - 2) for name in ("uid", "gid"))
+    path, follow = params.path(call.req), call.req.get("follow") is not False
     with AsUser(call.req):
         os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid, follow_symlinks=follow)
     return {}
 
 
 async def _utime(call: Call) -> dict[str, object]:
-    path, times = fields.path(call.req), fields.times(call.req)
+    path, times = params.path(call.req), params.times(call.req)
     with AsUser(call.req):
         os.utime(path, ns=times)
     return {}
 
 
 async def _truncate(call: Call) -> dict[str, object]:
-    path, size = fields.path(call.req), fields.number(call.req, "size")
+    path, size = params.path(call.req), params.number(call.req, "size")
     with AsUser(call.req):
         os.truncate(path, size)
     return {}
 
 
 async def _mktemp(call: Call) -> dict[str, object]:
-    directory = fields.path(call.req, "directory")
+    directory = params.path(call.req, "directory")
     prefix, suffix = str(call.req.get("prefix") or "tmp."), str(call.req.get("suffix") or "")
     if "/" in prefix + suffix or "\0" in prefix + suffix:
         raise CallError("INVALID", "prefix and suffix must not have a slash or NUL in them")

@@ -10,13 +10,13 @@ import gc
 import os
 import sys
 
-from guest import fields, kernel, link, nic, reactor, root, wire
-from guest.ahead import Ahead
+from guest import interfaces, kernel, link, params, reactor, root, wire
+from guest.configure import Identity
 from guest.dial import OPS as DIAL_OPS
 from guest.files import OPS as FILE_OPS
-from guest.identity import Identity
 from guest.oom import OomWatcher
 from guest.prepare import Prepare
+from guest.prewarm import Ahead
 from guest.process import Registry
 from guest.process_ops import ProcessOps
 from guest.stats import OPS as STATS_OPS
@@ -81,7 +81,7 @@ class System:
 
     async def mount(self, call: Call) -> dict[str, object]:
         """sys.mount: {"serial", "path", "bytes"}: mounts a volume."""
-        root.mount_volume(str(call.req.get("serial")), fields.path(call.req), fields.number(call.req, "bytes"))
+        root.mount_volume(str(call.req.get("serial")), params.path(call.req), params.number(call.req, "bytes"))
         return {}
 
     async def sync(self, _call: Call) -> dict[str, object]:
@@ -115,6 +115,6 @@ def main() -> None:
     """Boots the guest. Never returns."""
     os.umask(0o022)
     root.mount_boot_file_systems()  # 1
-    nic.bring_up("lo")  # 2
+    interfaces.bring_up("lo")  # 2
     kind = command_line_option("sandboxd.link", "serial")  # 3
     serve(kind)  # 4

@@ -8,8 +8,8 @@ import gc
 import os
 
 from guest import root
-from guest.ahead import Ahead
-from guest.identity import Identity, configure_network
+from guest.configure import Identity, configure_network
+from guest.prewarm import Ahead
 from guest.process_ops import DEFAULT_USER, ProcessOps
 from guest.wire import CallError
 

@@ -8,7 +8,7 @@ import os
 import stat
 import struct
 
-from guest import fields, reactor
+from guest import params, reactor
 from guest.call import Call
 from guest.wire import CallError, Frame
 
@@ -142,10 +142,10 @@ class _Watcher:
 
 
 async def _watch(call: Call) -> dict[str, object]:
-    watcher = _Watcher(fields.path(call.req), recursive=bool(call.req.get("recursive")))
+    watcher = _Watcher(params.path(call.req), recursive=bool(call.req.get("recursive")))
     reactor.register(watcher.fd)
     try:
-        await watcher.add(fields.path(call.req))
+        await watcher.add(params.path(call.req))
         await call.send_json(Frame.EVENT, {"ready": True})
         while True:
             try:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 UNITS = ROOT / "systemd"
 HOME = Path("usr/lib/sandboxd")
 PROGRAMS = {
-    "sandboxd": "agent.__main__", "sandboxctl": "agent.cli.main", "sandboxd-gateway": "agent.gateway.__main__",
+    "sandboxd": "agent.daemon.__main__", "sandboxctl": "agent.cli.app", "sandboxd-gateway": "agent.gateway.__main__",
     "sandboxd-egress": "agent.egress.__main__",
 }  # fmt: skip
 # -P: what lies in the directory that it is called in is not a module of ours.

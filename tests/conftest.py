@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import leaks
-from tests.internet.internet import Internet, running
-from tests.reliability import Reliability
+from tests.support import leaks
+from tests.support.internet.internet import Internet, running
+from tests.tools.reliability import Reliability
 
 IMAGES_DIR = Path(os.environ.get("SANDBOXD_IMAGES__IMAGES_DIR", "/var/lib/sandboxd/images"))
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from agent.cli import options
 from agent.cli.errors import CliError, unreachable
-from agent.client import KEEPALIVE, OPTIONS, Api, api_over
-from agent.errors import AgentError
+from agent.common.api_client import KEEPALIVE, OPTIONS, Api, api_over
+from agent.common.errors import AgentError
 
 if TYPE_CHECKING:
     import grpc
@@ -22,7 +22,7 @@ def address() -> str:
 
     :raises CliError: no such form. :raises ConfigError: the settings are wrong.
     """
-    from agent.config import ConfigError, load, split_address
+    from agent.common.config.settings import ConfigError, load, split_address
 
     given = options.current().address
     if not given:
@@ -57,7 +57,7 @@ def described_address() -> str:
 def _is_loopback(target: str) -> bool:
     from ipaddress import ip_address
 
-    from agent.config import split_address
+    from agent.common.config.settings import split_address
 
     host, _ = split_address(target, "--address")
     try:

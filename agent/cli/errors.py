@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from agent.cli import options
 from agent.cli.text import printable_lines
-from agent.client import error_info
-from agent.errors import AgentError
+from agent.common.api_client import error_info
+from agent.common.errors import AgentError
 
 if TYPE_CHECKING:
     import grpc
@@ -36,7 +36,7 @@ def unreachable(address: str, why: str) -> CliError:
 
 
 def from_rpc(error: grpc.aio.AioRpcError, address: str) -> CliError:
-    """Returns the error of a failed call, with the reason of its ErrorInfo (see agent/rpc/status.py)."""
+    """Returns the error of a failed call, with the reason of its ErrorInfo (see agent/daemon/rpc/status.py)."""
     code, message = error.code().name, error.details() or ""
     reason, metadata = error_info(error)
     if reason:
@@ -68,7 +68,7 @@ def complain(error: AgentError) -> None:
 
 def status_of(error: AgentError) -> int:
     """Returns the exit status for an error: 2 for wrong settings as `sandboxd` has it, else 1 or the error's own."""
-    from agent.config import ConfigError
+    from agent.common.config.settings import ConfigError
 
     if isinstance(error, ConfigError):
         return 2

@@ -11,7 +11,7 @@ from typing import Any
 
 from agent.cli.connect import described_address
 from agent.cli.errors import INTERRUPTED, CliError, complain, from_rpc, status_of
-from agent.errors import AgentError
+from agent.common.errors import AgentError
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE
 

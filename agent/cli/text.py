@@ -41,7 +41,7 @@ def age(seconds: float) -> str:
 
 def size_option(text: str) -> int:
     """Parses an option such as --memory 512MiB."""
-    from agent.units import parse_size
+    from agent.common.quantities import parse_size
 
     try:
         return parse_size(str(text))
@@ -51,7 +51,7 @@ def size_option(text: str) -> int:
 
 def duration_option(text: str) -> float:
     """Parses an option such as --lifetime 10m; seconds."""
-    from agent.units import parse_duration
+    from agent.common.quantities import parse_duration
 
     try:
         return parse_duration(str(text))

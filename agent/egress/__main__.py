@@ -14,20 +14,20 @@ import socket
 import sys
 from pathlib import Path
 
-from agent import systemd
-from agent.config import load
+from agent.common import systemd
+from agent.common.config.settings import load
+from agent.common.errors import AgentError
+from agent.daemon.network.egress.supervisor import identity_of_settings, words_of
 from agent.egress import privileges
-from agent.egress.connection import Means
 from agent.egress.control import Control, note
-from agent.egress.dial import dial
-from agent.egress.dns import DnsServer
-from agent.egress.intercept import Interceptor
-from agent.egress.peer import identity_of_settings, words_of
-from agent.egress.resolver import Resolver, load_all, system_resolvers
-from agent.egress.splice import Mover
-from agent.egress.state import Sandbox
-from agent.egress.tcp import TcpProxy
-from agent.errors import AgentError
+from agent.egress.dns.resolver import Resolver, load_all, system_resolvers
+from agent.egress.dns.server import DnsServer
+from agent.egress.http.intercept import Interceptor
+from agent.egress.sandbox_state import Sandbox
+from agent.egress.tcp.connection import Means
+from agent.egress.tcp.dial import dial
+from agent.egress.tcp.proxy import TcpProxy
+from agent.egress.tcp.splice import Mover
 
 
 def _arguments() -> argparse.Namespace:

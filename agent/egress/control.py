@@ -12,15 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from agent.ca import LocalCa
-from agent.egress.dns import DnsServer
+from agent.common.ca import LocalCa
+from agent.common.errors import AgentError
+from agent.common.policy.policy import Policy
+from agent.common.policy.secret import Secret
+from agent.egress.control_protocol import SOCKETS, Link, LinkClosed, close_all
+from agent.egress.dns.server import DnsServer
 from agent.egress.report import Reporter
-from agent.egress.state import Sandbox
-from agent.egress.tcp import TcpProxy
-from agent.egress.wire import SOCKETS, Link, LinkClosed, close_all
-from agent.errors import AgentError
-from agent.policy.policy import Policy
-from agent.policy.secret import Secret
+from agent.egress.sandbox_state import Sandbox
+from agent.egress.tcp.proxy import TcpProxy
 
 _REPORT_EVERY_S = 0.25
 _PEER_CREDENTIALS = struct.Struct("iii")  # struct ucred, unix(7)

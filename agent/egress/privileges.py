@@ -8,7 +8,7 @@ import os
 import resource
 from pathlib import Path
 
-from agent.errors import HostError
+from agent.common.errors import HostError
 
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 4, 24, 15, 38  # prctl(2)
 _LAST_CAPABILITY_FILE = "/proc/sys/kernel/cap_last_cap"

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.policy.reasons import Reason
+from agent.common.policy.reasons import Reason
 
 MAX_DENIALS = 256  # details between two reports; more are only counted
 

@@ -8,15 +8,15 @@ import signal
 import sys
 from pathlib import Path
 
-from agent.config import ConfigError, Settings, load
-from agent.errors import AgentError
+from agent.common.config.settings import ConfigError, Settings, load
+from agent.common.errors import AgentError
 
 
 async def _run(settings: Settings) -> None:
-    from agent import telemetry
-    from agent.config import MetricsSettings
+    from agent.common import telemetry
+    from agent.common.config.settings import MetricsSettings
+    from agent.common.systemd import keep_watchdog, notify
     from agent.gateway.app import gateway
-    from agent.systemd import keep_watchdog, notify
 
     # The agent's own metrics address is the agent's.
     telemetry.setup(settings.log, MetricsSettings(), settings.tracing, settings.node.name, "sandboxd-gateway")

@@ -13,21 +13,21 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from prometheus_client import start_http_server
 
-from agent.client import Api
-from agent.config import ConfigError, Settings, split_address
-from agent.gateway.exposures import Exposures
-from agent.gateway.failures import Refusal, refusal_from_rpc
-from agent.gateway.ingress import Ingress
+from agent.common.api_client import Api
+from agent.common.config.gateway import GatewaySettings
+from agent.common.config.settings import ConfigError, Settings, split_address
+from agent.common.telemetry import log, tracer
+from agent.common.tokens import TokenFile, TokenFileError
+from agent.gateway.errors import Refusal, refusal_from_rpc
+from agent.gateway.ingress.exposures import Exposures
+from agent.gateway.ingress.ingress import Ingress
+from agent.gateway.ingress.ssh import SshServer
+from agent.gateway.jsonrpc.websockets import TOKEN, WebSockets
 from agent.gateway.metrics import REFUSALS, registry
-from agent.gateway.nodes import Nodes
-from agent.gateway.rest import Rest
-from agent.gateway.sandboxes import Sandboxes
-from agent.gateway.ssh import SshServer
-from agent.gateway.volumes import VolumeRest
-from agent.gateway.websockets import TOKEN, WebSockets
-from agent.gateway_settings import GatewaySettings
-from agent.telemetry import log, tracer
-from agent.tokens import TokenFile, TokenFileError
+from agent.gateway.nodes.nodes import Nodes
+from agent.gateway.nodes.sandboxes import Sandboxes
+from agent.gateway.rest.routes import Rest
+from agent.gateway.rest.volume_routes import VolumeRest
 
 _MAX_BODY_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 128 << 10  # a create's config is a header

@@ -13,12 +13,12 @@ import grpc
 import pytest
 
 from sandboxd.v1 import sandbox_pb2, sandbox_pb2_grpc
-from tests.client import MIB, Client
-from tests.ctl import Ctl
-from tests.daemon import Daemon, connected, start_daemon
-from tests.egress import Box
-from tests.files import HOME, Files
-from tests.internet.internet import Internet
+from tests.support.client import MIB, Client
+from tests.support.ctl import Ctl
+from tests.support.daemon import Daemon, connected, start_daemon
+from tests.support.egress import Box
+from tests.support.files import HOME, Files
+from tests.support.internet.internet import Internet
 
 
 @pytest.fixture(scope="session")

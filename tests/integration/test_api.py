@@ -17,8 +17,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from prometheus_client.parser import text_string_to_metric_families
 
 from sandboxd.v1 import node_pb2, sandbox_pb2
-from tests.client import MIB, Client
-from tests.daemon import Daemon, connected, daemon_with, refused
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon, connected, daemon_with, refused
 
 pytestmark = pytest.mark.vm
 

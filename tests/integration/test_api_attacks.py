@@ -18,9 +18,9 @@ import trustme
 
 from sandboxd.v1 import process_pb2
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB, Client
-from tests.daemon import Daemon, connected, daemon_with, until
-from tests.reliability import Reliability
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon, connected, daemon_with, until
+from tests.tools.reliability import Reliability
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(120)]
 

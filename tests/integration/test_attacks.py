@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB, Client, Result
-from tests.daemon import Daemon, refused
 from tests.integration.test_failure import failed_within, vmm_of
-from tests.reliability import Reliability
+from tests.support.client import MIB, Client, Result
+from tests.support.daemon import Daemon, refused
+from tests.tools.reliability import Reliability
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 

@@ -13,10 +13,10 @@ import grpc
 import pytest
 
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import Client
-from tests.ctl import Ctl
-from tests.daemon import Daemon, refused, until
-from tests.reliability import Reliability
+from tests.support.client import Client
+from tests.support.ctl import Ctl
+from tests.support.daemon import Daemon, refused, until
+from tests.tools.reliability import Reliability
 
 pytestmark = pytest.mark.vm
 

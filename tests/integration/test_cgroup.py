@@ -11,24 +11,25 @@ from pathlib import Path
 import grpc
 import pytest
 
-from agent import cgroup
+from agent.daemon.host import cgroup
 from sandboxd.v1 import node_pb2
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB, Client
-from tests.files import Files
 from tests.integration.test_failure import failed_within, vmm_of
-from tests.reliability import Reliability
+from tests.support.client import MIB, Client
+from tests.support.files import Files
+from tests.tools.reliability import Reliability
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
-CODE = Path(cgroup.__file__).parent
+CODE = Path(cgroup.__file__).parents[2]
+MODULES = ("__init__", "common/__init__", "common/errors", "daemon/__init__", "daemon/host/__init__", "daemon/host/cgroup")
 PLACE = "/home/sandbox/agent"
 SETUP = f"mkdir -p /sys/fs/cgroup && mount -t cgroup2 cgroup /sys/fs/cgroup && mkdir -p {PLACE}"
 HEAD = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, "/home/sandbox")
-from agent.cgroup import Cgroups, GroupLimits
+from agent.daemon.host.cgroup import Cgroups, GroupLimits
 groups = Cgroups.open("/sandboxd")
 assert groups.controllers == {"cpu", "memory", "pids", "io"}, groups
 assert not groups.degraded
@@ -88,9 +89,9 @@ end()
 async def guest(client: Client, files: Files, sandbox: pb.Sandbox) -> Client:
     result = await client.run(sandbox.id, "sh", "-c", f"mountpoint -q /sys/fs/cgroup || ({SETUP})", user="root")
     assert result.code == 0, result
-    await client.run(sandbox.id, "mkdir", "-p", PLACE)
-    for name in ("__init__.py", "cgroup.py", "errors.py"):
-        await files.write(f"{PLACE}/{name}", (CODE / name).read_bytes())
+    await client.run(sandbox.id, "mkdir", "-p", f"{PLACE}/common", f"{PLACE}/daemon/host")
+    for name in MODULES:
+        await files.write(f"{PLACE}/{name}.py", (CODE / f"{name}.py").read_bytes())
     return client
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.ctl import TIMEOUT_S, Ctl
+from tests.support.ctl import TIMEOUT_S, Ctl
 
 pytestmark = pytest.mark.vm
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.client import MIB
-from tests.ctl import TIMEOUT_S, Ctl
+from tests.support.client import MIB
+from tests.support.ctl import TIMEOUT_S, Ctl
 
 pytestmark = pytest.mark.vm
 

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import VmmError
-from agent.net import netns
-from agent.vmm import accelerator
-from agent.vmm.accelerator import AcceleratorProbe
-from agent.vmm.api import DiskSpec, LinkKind, NicSpec, VmmOptions
-from agent.vmm.cloud_hypervisor.driver import CloudHypervisorDriver, trial
-from agent.vmm.cloud_hypervisor.landlock import landlock_works
-from agent.vmm.cloud_hypervisor.vm import CloudHypervisorVm
-from tests import no_nested_state
-from tests.bare_guest import FILLED_PAGES, BareGuest
-from tests.cloud_hypervisor_bench import (
+from agent.common.errors import VmmError
+from agent.daemon.network.kernel import namespaces
+from agent.daemon.vmm import accelerator
+from agent.daemon.vmm.accelerator import AcceleratorProbe
+from agent.daemon.vmm.cloud_hypervisor.cloud_hypervisor import CloudHypervisorDriver, trial
+from agent.daemon.vmm.cloud_hypervisor.landlock import landlock_works
+from agent.daemon.vmm.cloud_hypervisor.vm import CloudHypervisorVm
+from agent.daemon.vmm.driver import DiskSpec, LinkKind, NicSpec, VmmOptions
+from tests.support import no_nested_state
+from tests.support.bare_guest import FILLED_PAGES, BareGuest
+from tests.support.cloud_hypervisor_bench import (  # fmt: skip
     BINARY,
     DEADLINE_S,
     MIB,
@@ -34,7 +34,7 @@ from tests.cloud_hypervisor_bench import (
     running,
     until,
     why_not,
-)  # fmt: skip
+)
 
 USER = 64123  # has no name, no group and no file on this host
 
@@ -70,7 +70,7 @@ def check_confinement(pid: int, uid: int = 0) -> None:
 
 async def test_one_vm(bench: Bench) -> None:
     disk = bench.sized("disk", MIB)
-    async with netns.namespace("sbx-ch-one") as namespace:
+    async with namespaces.namespace("sbx-ch-one") as namespace:
         nic = NicSpec("tap0", "02:00:00:00:00:01")
         spec = bench.spec("one", netns=namespace, nic=nic, disks=(DiskSpec(disk, "disk0", read_only=False),))
         async with running(bench.driver(), spec) as vm:
@@ -110,7 +110,7 @@ async def test_one_vm(bench: Bench) -> None:
 
 async def test_clones_share_what_they_do_not_write(bench: Bench) -> None:
     driver = bench.driver(shim=True)
-    async with netns.namespace("sbx-ch-tpl") as first, netns.namespace("sbx-ch-two") as second:
+    async with namespaces.namespace("sbx-ch-tpl") as first, namespaces.namespace("sbx-ch-two") as second:
         nic = NicSpec("tap0", "02:00:00:00:00:01")
         template = bench.template(netns=first, nic=nic)
         snapshot = bench.directory / "snapshot"
@@ -217,7 +217,7 @@ async def test_as_another_user(bench: Bench) -> None:
     driver = bench.driver(shim=True)
     snapshot = bench.directory / "snapshot"
     snapshot.mkdir(mode=0o700)
-    async with netns.namespace("sbx-ch-user") as namespace:
+    async with namespaces.namespace("sbx-ch-user") as namespace:
         template = bench.template(netns=namespace, nic=NicSpec("tap0", "02:00:00:00:00:01"))
         disk = bench.sized("disk", MIB)
         disk.chmod(0o600)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from sandboxd.v1 import volume_pb2
-from tests.client import MIB, Client
-from tests.daemon import Daemon
 from tests.integration.test_standing import pause, resume, vmm
-from tests.reliability import Reliability
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon
+from tests.tools.reliability import Reliability
 
 pytestmark = pytest.mark.vm
 

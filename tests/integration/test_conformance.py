@@ -19,26 +19,26 @@ from typing import Any, Protocol
 import psutil
 import pytest
 
-from agent.channel.channel import Channel
-from agent.config import Settings
-from agent.disks import DiskMaker
-from agent.errors import NotFound, VmmError
-from agent.model import SandboxSpec, State
-from agent.net import netns
-from agent.paths import Paths
-from agent.rootfs import ImageStore
-from agent.sandbox import dialogue
-from agent.sandbox.record import Record
-from agent.sandbox.shape import TEMPLATE_DISK_BYTES, shape_of, vm_spec
-from agent.vmm.accelerator import AcceleratorProbe, qemu_trial
-from agent.vmm.api import Driver, MemoryFile, Vm, VmmOptions, VmSpec
-from agent.vmm.cloud_hypervisor.driver import CloudHypervisorDriver, trial
-from agent.vmm.qemu import QemuDriver
+from agent.common.config.paths import Paths
+from agent.common.config.settings import Settings
+from agent.common.errors import NotFound, VmmError
+from agent.common.model import SandboxSpec, State
+from agent.daemon.guestlink.channel import Channel
+from agent.daemon.network.kernel import namespaces
+from agent.daemon.sandbox.machine import guest_setup
+from agent.daemon.sandbox.machine.vm_shape import TEMPLATE_DISK_BYTES, shape_of, vm_spec
+from agent.daemon.sandbox.state.record import Record
+from agent.daemon.storage.disks import DiskMaker
+from agent.daemon.storage.images import ImageStore
+from agent.daemon.vmm.accelerator import AcceleratorProbe, qemu_trial
+from agent.daemon.vmm.cloud_hypervisor.cloud_hypervisor import CloudHypervisorDriver, trial
+from agent.daemon.vmm.driver import Driver, MemoryFile, Vm, VmmOptions, VmSpec
+from agent.daemon.vmm.qemu.qemu import QemuDriver
 from guest.wire import Frame
-from tests import cloud_hypervisor_bench as bare
-from tests.bare_guest import GREETING
-from tests.client import MIB
 from tests.conftest import IMAGES_DIR
+from tests.support import cloud_hypervisor_bench as bare
+from tests.support.bare_guest import GREETING
+from tests.support.client import MIB
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(120)]
 LOGS = {"vmm.log", "vmm.log.1", "console.log", "console.log.1"}
@@ -112,13 +112,13 @@ class Linux:
         await DiskMaker(self._directory / "disks").make_disk(disk, TEMPLATE_DISK_BYTES)
         run_dir = self._directory / "one"
         run_dir.mkdir(mode=0o700)
-        async with netns.namespace(NAMESPACE) as namespace:
+        async with namespaces.namespace(NAMESPACE) as namespace:
             spec = vm_spec(Settings(), paths, "one", self._shape, self._image)
             yield dataclasses.replace(spec, netns=namespace, run_dir=run_dir)
 
     @asynccontextmanager
     async def channel(self, vm: Vm, *, fresh: bool = False) -> AsyncIterator[Channel]:
-        channel = await dialogue.connect(vm, fresh=fresh, timeout_s=BOOT_TIMEOUT_S)
+        channel = await guest_setup.connect(vm, fresh=fresh, timeout_s=BOOT_TIMEOUT_S)
         try:
             yield channel
         finally:
@@ -232,8 +232,8 @@ async def test_a_guest_becomes_a_sandbox(linux: Linux) -> None:
         asked = SandboxSpec("minimal", 1, 128 * MIB, TEMPLATE_DISK_BYTES, env={"GREETING": "hello"})
         async with linux.channel(vm) as channel:
             emulated = (await linux.driver.probe()).accelerator == "tcg"
-            await dialogue.prepare(channel, emulated=emulated)
-            await dialogue.configure(channel, Record("sbx-one", asked, State.CREATING, 0.0), BOOT_TIMEOUT_S)
+            await guest_setup.prepare(channel, emulated=emulated)
+            await guest_setup.configure(channel, Record("sbx-one", asked, State.CREATING, 0.0), BOOT_TIMEOUT_S)
             assert (await channel.call("sys.hello"))["configured"] is True
             assert await shell(channel, 'echo "$GREETING $(hostname)"; exit 7') == (b"hello sbx-one\n", 7)
 

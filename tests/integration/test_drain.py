@@ -14,9 +14,9 @@ from google.protobuf.duration_pb2 import Duration
 
 from sandboxd.v1 import node_pb2
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB
-from tests.ctl import Ctl
-from tests.daemon import connected, daemon_with, refused
+from tests.support.client import MIB
+from tests.support.ctl import Ctl
+from tests.support.daemon import connected, daemon_with, refused
 
 pytestmark = pytest.mark.vm
 

@@ -20,10 +20,10 @@ import h2.events
 import hpack
 import pytest
 
-from agent.model import SecretSpec
-from tests.internet import zone
-from tests.internet.internet import Internet
-from tests.netguest import Guest, GuestNet, guest_net
+from agent.common.model import SecretSpec
+from tests.support.internet import zone
+from tests.support.internet.internet import Internet
+from tests.support.netguest import Guest, GuestNet, guest_net
 
 pytestmark = pytest.mark.vm  # root and namespaces, as for those
 

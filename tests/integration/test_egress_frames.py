@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.egress import Box
-from tests.internet.zone import EVIL, WEB
+from tests.support.egress import Box
+from tests.support.internet.zone import EVIL, WEB
 
 pytestmark = pytest.mark.vm
 

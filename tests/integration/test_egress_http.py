@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.egress import Box
-from tests.internet import zone
-from tests.internet.zone import EVIL, WEB
+from tests.support.egress import Box
+from tests.support.internet import zone
+from tests.support.internet.zone import EVIL, WEB
 
 pytestmark = pytest.mark.vm
 

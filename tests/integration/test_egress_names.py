@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.egress import Box
-from tests.internet import zone
-from tests.internet.zone import API, EVIL, METADATA, PRIVATE, RESOLVER, WEB, WEB6
+from tests.support.egress import Box
+from tests.support.internet import zone
+from tests.support.internet.zone import API, EVIL, METADATA, PRIVATE, RESOLVER, WEB, WEB6
 
 pytestmark = pytest.mark.vm
 

@@ -13,12 +13,12 @@ import grpc
 import pytest
 
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.daemon import AGENT, Daemon, connected, daemon_with, refused, start_daemon
-from tests.egress import Box, policy
-from tests.internet import zone
-from tests.internet.internet import Internet
-from tests.internet.zone import EVIL, WEB
-from tests.reliability import Reliability
+from tests.support.daemon import AGENT, Daemon, connected, daemon_with, refused, start_daemon
+from tests.support.egress import Box, policy
+from tests.support.internet import zone
+from tests.support.internet.internet import Internet
+from tests.support.internet.zone import EVIL, WEB
+from tests.tools.reliability import Reliability
 
 pytestmark = pytest.mark.vm
 

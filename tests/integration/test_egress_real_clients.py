@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB
 from tests.conftest import IMAGES_DIR
-from tests.daemon import Daemon, connected
-from tests.egress import Box, policy
-from tests.internet.internet import Internet
+from tests.support.client import MIB
+from tests.support.daemon import Daemon, connected
+from tests.support.egress import Box, policy
+from tests.support.internet.internet import Internet
 
 pytestmark = [
     pytest.mark.vm,

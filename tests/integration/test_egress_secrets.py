@@ -14,12 +14,12 @@ from urllib.parse import quote
 import pytest
 
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB
-from tests.daemon import Daemon, connected, refused
-from tests.egress import Box, policy
-from tests.internet import zone
-from tests.internet.internet import Internet
-from tests.internet.zone import WEB
+from tests.support.client import MIB
+from tests.support.daemon import Daemon, connected, refused
+from tests.support.egress import Box, policy
+from tests.support.internet import zone
+from tests.support.internet.internet import Internet
+from tests.support.internet.zone import WEB
 
 pytestmark = pytest.mark.vm
 

@@ -19,11 +19,11 @@ import pytest
 
 from sandboxd.v1 import node_pb2
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests import leaks
-from tests.client import MIB, Client, reason
 from tests.conftest import IMAGES_DIR
-from tests.daemon import Daemon, connected, daemon_with, refused, until
-from tests.reliability import Reliability
+from tests.support import leaks
+from tests.support.client import MIB, Client, reason
+from tests.support.daemon import Daemon, connected, daemon_with, refused, until
+from tests.tools.reliability import Reliability
 
 pytestmark = pytest.mark.vm
 
@@ -33,7 +33,7 @@ STATE = pb.Sandbox
 IMPATIENT = """
 import agent.channel.channel as channel
 channel._PING_INTERVAL_S, channel._PING_TIMEOUT_S = 0.25, 1.0
-from agent.__main__ import main
+from agent.daemon.__main__ import main
 main()
 """
 

@@ -12,9 +12,9 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sandboxd.v1 import file_pb2 as pb
-from tests.client import MIB
-from tests.daemon import refused, until
-from tests.files import HOME, Files
+from tests.support.client import MIB
+from tests.support.daemon import refused, until
+from tests.support.files import HOME, Files
 
 pytestmark = pytest.mark.vm
 

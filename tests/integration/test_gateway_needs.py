@@ -11,10 +11,10 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from agent.client import opened
+from agent.common.api_client import opened
 from sandboxd.v1 import file_pb2, network_pb2, process_pb2, sandbox_pb2, volume_pb2
-from tests.client import MIB, Client
-from tests.daemon import Daemon, connected, daemon_with, refused
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon, connected, daemon_with, refused
 
 pytestmark = pytest.mark.vm
 
@@ -196,7 +196,7 @@ async def test_eight_volumes_in_one_sandbox(client: Client) -> None:
 
 async def test_volumes_survive_agents(directory: Any) -> None:
     """A sandbox that holds a volume is adopted, and holds it still; volumes are there without any state but theirs."""
-    from tests.daemon import start_daemon
+    from tests.support.daemon import start_daemon
 
     running: Daemon = start_daemon(directory, sandbox__on_stop="keep")
     async with connected(running) as client:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from agent import model
+from agent.common import model
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB, Client
-from tests.daemon import until
+from tests.support.client import MIB, Client
+from tests.support.daemon import until
 
 pytestmark = pytest.mark.vm
 
@@ -103,7 +103,7 @@ def _has_route() -> bool:
 
 
 async def test_the_program_that_was_run_ahead_is_gone(client: Client) -> None:
-    """In a guest of two CPUs a child of PID 1 does so (`guest/ahead.py`); nobody is to see it."""
+    """In a guest of two CPUs a child of PID 1 does so (`guest/prewarm.py`); nobody is to see it."""
     async with client.sandbox(memory_bytes=MEMORY_BYTES, vcpus=2) as sandbox:
 
         async def only_the_asker() -> bool:

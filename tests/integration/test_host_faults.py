@@ -18,14 +18,14 @@ from typing import Any
 import grpc
 import pytest
 
-from agent import cgroup
+from agent.daemon.host import cgroup
 from sandboxd.v1 import sandbox_pb2 as pb
 from sandboxd.v1 import volume_pb2 as volumes
-from tests.client import MIB, Client
-from tests.daemon import Daemon, connected, daemon_with, refused, start_daemon
 from tests.integration.test_failure import vmm_of
 from tests.integration.test_template_faults import remount
-from tests.reliability import Reliability
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon, connected, daemon_with, refused, start_daemon
+from tests.tools.reliability import Reliability
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(120)]
 

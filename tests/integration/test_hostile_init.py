@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from guest import wire
 from guest.yamux import HEADER
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB, Client
-from tests.daemon import Daemon
 from tests.integration.test_attacks import agent_bytes
-from tests.reliability import Reliability
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon
+from tests.tools.reliability import Reliability
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 

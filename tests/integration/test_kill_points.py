@@ -19,9 +19,9 @@ import pytest
 
 from sandboxd.v1 import process_pb2, volume_pb2
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB, Client
-from tests.daemon import Daemon, connected, daemon_with, start_daemon
-from tests.reliability import Reliability
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon, connected, daemon_with, start_daemon
+from tests.tools.reliability import Reliability
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
@@ -185,7 +185,7 @@ async def run(daemon: Daemon, steps: tuple[Step, ...], scene: Scene) -> None:
 @contextlib.contextmanager
 def faulty(directory: Path, point: str, number: int, steps_file: Path) -> Iterator[Daemon | None]:
     """An agent that ends at a step; None if that came before it was ready."""
-    argv = (sys.executable, "-m", "tests.faulty_agent", point, str(number), str(steps_file))
+    argv = (sys.executable, "-m", "tests.support.faulty_agent", point, str(number), str(steps_file))
     steps_file.write_text("")
     try:
         daemon = start_daemon(directory, argv=argv, **KEEP)

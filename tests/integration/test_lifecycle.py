@@ -14,8 +14,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB, Client
-from tests.daemon import Daemon, refused, until
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon, refused, until
 
 pytestmark = pytest.mark.vm
 

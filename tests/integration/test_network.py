@@ -11,8 +11,8 @@ import pytest
 
 from sandboxd.v1 import network_pb2 as pb
 from sandboxd.v1 import process_pb2, sandbox_pb2
-from tests.client import MIB, Client
-from tests.daemon import refused, until
+from tests.support.client import MIB, Client
+from tests.support.daemon import refused, until
 
 pytestmark = pytest.mark.vm
 

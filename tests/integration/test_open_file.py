@@ -11,11 +11,11 @@ import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from agent.client import opened
+from agent.common.api_client import opened
 from sandboxd.v1 import file_pb2 as pb
-from tests.client import MIB
-from tests.daemon import refused
-from tests.files import HOME, Files
+from tests.support.client import MIB
+from tests.support.daemon import refused
+from tests.support.files import HOME, Files
 
 pytestmark = pytest.mark.vm
 

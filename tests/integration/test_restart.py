@@ -16,10 +16,10 @@ import pytest
 
 from sandboxd.v1 import process_pb2
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests import leaks
-from tests.client import MIB, Client
-from tests.daemon import Daemon, connected, daemon_with, refused, until
-from tests.reliability import Reliability
+from tests.support import leaks
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon, connected, daemon_with, refused, until
+from tests.tools.reliability import Reliability
 
 pytestmark = pytest.mark.vm
 

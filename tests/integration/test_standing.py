@@ -12,8 +12,8 @@ import pytest
 
 from sandboxd.v1 import process_pb2
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB, Client
-from tests.daemon import connected, daemon_with, refused
+from tests.support.client import MIB, Client
+from tests.support.daemon import connected, daemon_with, refused
 
 pytestmark = pytest.mark.vm
 

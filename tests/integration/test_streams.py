@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from sandboxd.v1 import process_pb2, sandbox_pb2
-from tests.client import MIB, Client
-from tests.daemon import Daemon, until
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon, until
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 

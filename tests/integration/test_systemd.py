@@ -18,10 +18,10 @@ import grpc
 import pytest
 
 from sandboxd.v1 import volume_pb2 as volumes
-from tests.client import MIB, Client
 from tests.conftest import IMAGES_DIR
-from tests.machine import Machine, machine
-from tests.reliability import Reliability
+from tests.support.client import MIB, Client
+from tests.support.machine import Machine, machine
+from tests.tools.reliability import Reliability
 
 ROOT = Path(__file__).parents[2]
 SERVICES = {"sandboxd": 4.0, "sandboxd-egress": 2.0, "sandboxd-gateway": 2.0}

@@ -12,8 +12,8 @@ import grpc
 import pytest
 
 from sandboxd.v1 import node_pb2, process_pb2, sandbox_pb2
-from tests.client import MIB, Client
-from tests.daemon import Daemon, refused
+from tests.support.client import MIB, Client
+from tests.support.daemon import Daemon, refused
 
 pytestmark = pytest.mark.vm
 CLONES = 50

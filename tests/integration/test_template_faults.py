@@ -16,10 +16,10 @@ import pytest
 
 from sandboxd.v1 import node_pb2
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests import leaks
-from tests.client import MIB, Client
-from tests.daemon import AGENT, Daemon, connected, daemon_with, refused, start_daemon
-from tests.reliability import Reliability
+from tests.support import leaks
+from tests.support.client import MIB, Client
+from tests.support.daemon import AGENT, Daemon, connected, daemon_with, refused, start_daemon
+from tests.tools.reliability import Reliability
 
 pytestmark = pytest.mark.vm
 MEMORY_BYTES = 144 * MIB

@@ -11,9 +11,9 @@ import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
-from tests import gateway as gateways
-from tests.daemon import daemon_with
-from tests.rawclient import raw
+from tests.support import gateway as gateways
+from tests.support.daemon import daemon_with
+from tests.support.rawclient import raw
 
 pytestmark = pytest.mark.vm
 

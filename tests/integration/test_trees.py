@@ -9,8 +9,8 @@ import grpc
 import pytest
 
 from sandboxd.v1 import file_pb2 as pb
-from tests.daemon import refused, until
-from tests.files import HOME, Files
+from tests.support.daemon import refused, until
+from tests.support.files import HOME, Files
 
 pytestmark = pytest.mark.vm
 

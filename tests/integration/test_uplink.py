@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from agent.egress_settings import EgressSettings
-from agent.net import netns
-from agent.net.network import Networks
-from agent.policy.policy import Policy
-from agent.policy.rules import parse_rules
+from agent.common.config.egress import EgressSettings
+from agent.common.policy.policy import Policy
+from agent.common.policy.rules import parse_rules
+from agent.daemon.network.kernel import namespaces
+from agent.daemon.network.kernel.network import Networks
 
 pytestmark = pytest.mark.vm  # root and namespaces, as for those
 
@@ -41,7 +41,7 @@ def held(uplink: str) -> tuple[bool, bool]:
 
 async def test_what_a_dead_agent_left_in_the_uplink_goes_once_nobody_needs_it(uplink: str, tmp_path: Path) -> None:
     settings, marker = EgressSettings(uplink=uplink), tmp_path / "uplink"
-    async with netns.namespace(ID):
+    async with namespaces.namespace(ID):
         first = Networks(settings, marker)
         for sock in await first.setup(ID, Policy(), secrets=False):
             sock.close()
@@ -67,7 +67,7 @@ async def test_what_a_dead_agent_left_in_the_uplink_goes_once_nobody_needs_it(up
 async def test_a_cancelled_setup_leaves_nothing(uplink: str, tmp_path: Path, delay_s: float) -> None:
     networks = Networks(EgressSettings(uplink=uplink), tmp_path / "uplink")
     before = len(os.listdir("/proc/self/fd"))
-    async with netns.namespace(ID):
+    async with namespaces.namespace(ID):
         task = asyncio.create_task(networks.setup(ID, Policy(), secrets=False))
         await asyncio.sleep(delay_s)
         task.cancel()

@@ -10,17 +10,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.config import PathSettings
-from agent.errors import VmmError
-from agent.vmm import vsock_backend
+from agent.common.config.settings import PathSettings
+from agent.common.errors import VmmError
+from agent.daemon.vmm.qemu import vsock_backend
 from sandboxd.v1 import process_pb2
 from sandboxd.v1 import sandbox_pb2 as pb
-from tests.client import MIB, Client
-from tests.daemon import connected, daemon_with
-from tests.files import Files
 from tests.integration.test_failure import failed_within
 from tests.integration.test_network import PORT, SERVER, dial
-from tests.reliability import Reliability
+from tests.support.client import MIB, Client
+from tests.support.daemon import connected, daemon_with
+from tests.support.files import Files
+from tests.tools.reliability import Reliability
 
 
 def _why_not() -> str:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from sandboxd.v1 import node_pb2
-from tests import gateway as gateways
-from tests.client import MIB
 from tests.conftest import IMAGES_DIR
-from tests.daemon import Daemon, connected, start_daemon
-from tests.gateway import Gateway
-from tests.internet.internet import Internet
-from tests.rawclient import RawClient, raw
 from tests.sdk.node_sdk import JS, install
+from tests.support import gateway as gateways
+from tests.support.client import MIB
+from tests.support.daemon import Daemon, connected, start_daemon
+from tests.support.gateway import Gateway
+from tests.support.internet.internet import Internet
+from tests.support.rawclient import RawClient, raw
 
 MEMORY_MIB = 768  # of every sandbox, so that one template is made
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.gateway import websockets  # noqa: F401  enters all methods
-from agent.gateway.connection import METHODS
-from tests.daemon import until
-from tests.gateway import ORG, Gateway
-from tests.rawclient import RawClient, Socket, all_messages, config_header, listed, raw
+from agent.gateway.jsonrpc import websockets  # noqa: F401  enters all methods
+from agent.gateway.jsonrpc.connection import METHODS
+from tests.support.daemon import until
+from tests.support.gateway import ORG, Gateway
+from tests.support.rawclient import RawClient, Socket, all_messages, config_header, listed, raw
 
 
 async def nothing_left(gateway: Gateway) -> None:
@@ -141,7 +141,7 @@ async def test_organizations_do_not_see_each_other(gateway: Gateway, client: Raw
 
 
 async def test_a_revoked_token_opens_nothing(gateway: Gateway) -> None:
-    from tests.ctl import Ctl
+    from tests.support.ctl import Ctl
 
     ctl = Ctl(gateway.env)
     made = json.loads(ctl("token", "create", "--org", "brief", "--json"))

@@ -17,10 +17,10 @@ import httpx
 import pytest
 import trustme
 
-from tests import gateway as gateways
-from tests.daemon import Daemon, until
-from tests.gateway import Gateway
-from tests.rawclient import RawClient, Socket
+from tests.support import gateway as gateways
+from tests.support.daemon import Daemon, until
+from tests.support.gateway import Gateway
+from tests.support.rawclient import RawClient, Socket
 
 SERVER = """
 import hashlib, http.server, time

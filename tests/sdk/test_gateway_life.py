@@ -11,13 +11,13 @@ from typing import Any
 import aiohttp
 import pytest
 
-from agent.gateway.ids import from_sdk
+from agent.gateway.nodes.ids import from_sdk
 from sandboxd.v1 import sandbox_pb2
-from tests import gateway as gateways
-from tests.daemon import Daemon, connected, daemon_with, until
-from tests.gateway import Gateway
-from tests.rawclient import RawClient, all_messages, listed, raw
-from tests.reliability import Reliability
+from tests.support import gateway as gateways
+from tests.support.daemon import Daemon, connected, daemon_with, until
+from tests.support.gateway import Gateway
+from tests.support.rawclient import RawClient, all_messages, listed, raw
+from tests.tools.reliability import Reliability
 
 
 async def test_a_gateway_that_stops_ends_sessions_and_leaves_timed_sandboxes(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.gateway import websockets  # noqa: F401  enters all methods
-from agent.gateway.connection import METHODS
-from tests.gateway import Gateway
+from agent.gateway.jsonrpc import websockets  # noqa: F401  enters all methods
+from agent.gateway.jsonrpc.connection import METHODS
 from tests.sdk.node_sdk import JS
+from tests.support.gateway import Gateway
 
 NODE = Path(sys.executable).parent / "node"
 SUITES = sorted(path.name for path in JS.glob("*.test.mjs"))

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from agent.gateway import websockets  # noqa: F401  enters all methods
-from agent.gateway.connection import METHODS
-from tests.gateway import Gateway
+from agent.gateway.jsonrpc import websockets  # noqa: F401  enters all methods
+from agent.gateway.jsonrpc.connection import METHODS
+from tests.support.gateway import Gateway
 
 SUITE = Path(__file__).parent / "python" / "suite.py"
 

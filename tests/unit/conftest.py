@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from agent.channel.channel import Channel
-from tests.unit.guest_child import Guest, guest
+from agent.daemon.guestlink.channel import Channel
+from tests.support.guest_child import Guest, guest
 
 
 @pytest.fixture(scope="module")

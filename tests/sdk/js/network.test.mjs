@@ -3,7 +3,7 @@ import { createHash } from "node:crypto";
 import { after, before, test } from "node:test";
 import { create } from "./common.mjs";
 
-// The internet of these tests has web.example and others, see tests/internet.
+// The internet of these tests has web.example and others, see tests/support/internet.
 const value = "sk-real-value-0123456789";
 const digest = createHash("sha256").update(value).digest("hex");
 let sb;

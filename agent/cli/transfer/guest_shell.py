@@ -1,0 +1,107 @@
+"""Small shell scripts in the guest, for names that are not UTF-8; see `agent.cli.transfer.guest_files`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from agent.cli.errors import CliError
+from agent.common.api_client import Api, opened
+
+_MAX_COLLECTED = 1 << 20
+_MAX_STDERR = 4096
+# Each word is decoded in place. `$(...)` drops newlines at the end, so an x is put there and taken off again.
+_PRELUDE = """n=$#
+while [ $n -gt 0 ]; do
+    v=$(printf '%bx' "$1"); v=${v%x}
+    shift; set -- "$@" "$v"; n=$((n - 1))
+done
+"""
+
+
+def escaped(word: bytes) -> str:
+    """Returns bytes as octal escapes of printf's %b."""
+    return "".join(f"\\0{byte:03o}" for byte in word)
+
+
+class GuestShell:
+    """Runs scripts as the sandbox's root; their words ("$1", "$2") are exact bytes."""
+
+    def __init__(self, api: Api, sandbox_id: str) -> None:
+        self._processes = api.processes
+        self._id = sandbox_id
+
+    async def run(
+        self, script: str, *words: bytes, stdin: AsyncIterator[bytes] | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yields what the script writes. :raises CliError: it failed; the message is what it wrote to stderr."""
+        from sandboxd.v1 import process_pb2
+
+        spec = process_pb2.ProcessSpec(
+            argv=["sh", "-c", _PRELUDE + script, "sh", *(escaped(word) for word in words)], user="root", cwd="/",
+            env={"LC_ALL": "C"},
+            stdin=process_pb2.ProcessSpec.STDIN_NULL if stdin is None else process_pb2.ProcessSpec.STDIN_PIPE,
+        )  # fmt: skip
+        call = opened(self._processes.Exec)
+        feeder: asyncio.Task[None] | None = None
+        stderr = b""
+        try:
+            await call.write(
+                process_pb2.ExecRequest(start=process_pb2.ExecRequest.Start(sandbox_id=self._id, spec=spec))
+            )
+            if stdin is not None:
+                feeder = asyncio.create_task(_feed(call, stdin))
+            async for response in call:
+                if response.stdout:
+                    yield response.stdout
+                stderr = (stderr + response.stderr)[:_MAX_STDERR]
+                if response.HasField("exit") and (response.exit.signal_number or response.exit.exit_code):
+                    raise CliError(stderr.decode(errors="replace").strip() or "failed", reason="GUEST_ERROR")
+            if feeder is not None:
+                await feeder
+        finally:
+            call.cancel()
+            if feeder is not None:
+                feeder.cancel()
+                await asyncio.gather(feeder, return_exceptions=True)
+
+    async def collect(self, script: str, *words: bytes, stdin: AsyncIterator[bytes] | None = None) -> bytes:
+        """Returns all that the script writes. :raises CliError: it failed, or writes more than 1 MiB."""
+        result = b""
+        async with contextlib.aclosing(self.run(script, *words, stdin=stdin)) as pieces:
+            async for data in pieces:
+                result += data
+                if len(result) > _MAX_COLLECTED:
+                    raise CliError("the sandbox answers with far too much", reason="GUEST_MALFORMED")
+        return result
+
+    async def records(self, script: str, fields: int, *words: bytes) -> AsyncIterator[list[bytes]]:
+        """Yields the script's output as records of so many fields, each of which ends with NUL. :raises CliError:"""
+        rest = b""
+        record: list[bytes] = []
+        async with contextlib.aclosing(self.run(script, *words)) as pieces:
+            async for data in pieces:
+                *complete, rest = (rest + data).split(b"\0")
+                if len(rest) > _MAX_COLLECTED:
+                    raise CliError("the sandbox answers with a name that no file can have", reason="GUEST_MALFORMED")
+                for field in complete:
+                    record.append(field)
+                    if len(record) == fields:
+                        yield record
+                        record = []
+
+
+async def _feed(call: Any, stdin: AsyncIterator[bytes]) -> None:
+    import grpc
+
+    from sandboxd.v1 import process_pb2
+
+    async for data in stdin:
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reader reports it
+            await call.write(process_pb2.ExecRequest(stdin=data))
+            continue
+        return
+    with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+        await call.write(process_pb2.ExecRequest(stdin_eof=True))

@@ -1,0 +1,43 @@
+"""What the sandboxes of a tenant may have together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agent.common.model import SandboxSpec
+from agent.common.quantities import parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """The most that the sandboxes of a tenant may have together; None: no limit."""
+
+    sandboxes: int | None = None
+    cpus: int | None = None
+    memory_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Quota:
+        """Returns the quota of a text such as "sandboxes=10, cpus=16, memory=8GiB". :raises ValueError:"""
+        values: dict[str, int] = {}
+        for word in filter(None, (word.strip() for word in text.split(","))):
+            key, separator, value = (part.strip() for part in word.partition("="))
+            try:
+                if not separator or key not in ("sandboxes", "cpus", "memory"):
+                    raise ValueError
+                values["memory_bytes" if key == "memory" else key] = (
+                    parse_size(value) if key == "memory" else int(value)
+                )
+            except ValueError:
+                raise ValueError(f"{word!r} is no limit; write sandboxes=10, cpus=16, memory=8GiB") from None
+        return cls(**values)
+
+    def lacking(self, specs: Sequence[SandboxSpec]) -> list[str]:
+        """Returns what of it these sandboxes would exceed together."""
+        sums = (
+            ("sandboxes", len(specs), self.sandboxes),
+            ("cpus", sum(spec.vcpu_count for spec in specs), self.cpus),
+            ("memory_bytes", sum(spec.memory_bytes for spec in specs), self.memory_bytes),
+        )
+        return [f"{name}: {total} of {limit}" for name, total, limit in sums if limit is not None and total > limit]

@@ -1,0 +1,180 @@
+"""Logs, metrics and spans. All are no-ops until `setup` turns them on, so no caller asks whether they are.
+
+Metrics never carry a label per sandbox: sandboxes come and go by the thousand, time series stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+import structlog
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from agent.common.config.settings import LogSettings, MetricsSettings, TracingSettings, split_address
+
+registry = CollectorRegistry()
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+PHASE_SECONDS = Histogram(
+    "sandboxd_phase_seconds", "Time of each named step of creates and deletes", ["phase"],
+    buckets=_BUCKETS, registry=registry,
+)  # fmt: skip
+RPC_SECONDS = Histogram(
+    "sandboxd_rpc_seconds", "Time of RPCs until their last byte", ["method", "code"],
+    buckets=_BUCKETS, registry=registry,
+)  # fmt: skip
+SANDBOXES = Gauge("sandboxd_sandboxes", "Sandboxes by state", ["state"], registry=registry)
+CREATES = Counter("sandboxd_creates", "CreateSandbox by outcome", ["outcome"], registry=registry)
+DELETES = Counter("sandboxd_deletes", "Deleted sandboxes by reason", ["reason"], registry=registry)
+ERRORS = Counter("sandboxd_errors", "Errors answered to callers, by reason", ["reason"], registry=registry)
+PROCESSES = Counter("sandboxd_processes_started", "Processes started in sandboxes", registry=registry)
+STREAM_BYTES = Counter(
+    "sandboxd_stream_bytes", "Bytes carried between clients and guests", ["kind", "direction"], registry=registry
+)
+TEMPLATES = Gauge("sandboxd_templates", "Templates on this node", registry=registry)
+TEMPLATE_BYTES = Gauge("sandboxd_template_bytes", "What the templates take on the disk", registry=registry)
+CLONE_RETRIES = Counter(
+    "sandboxd_clone_retries", "Clones of templates that failed and were tried again", ["reason"], registry=registry
+)
+EGRESS_STARTS = Counter(
+    "sandboxd_egress_starts", "Egress processes started, or found running by a new agent", ["how"], registry=registry
+)
+EGRESS_DENIALS = Counter(
+    "sandboxd_egress_denials", "What sandboxes were not let do, by reason", ["reason"], registry=registry
+)
+RECONCILED = Counter(
+    "sandboxd_reconciled", "What a starting agent found of an earlier one", ["kind"], registry=registry
+)
+STATE_REBUILT = Counter(
+    "sandboxd_state_rebuilt", "Damaged state files that were rebuilt from the sandboxes' directories", registry=registry
+)
+VMM_OUT_OF_MEMORY = Counter(
+    "sandboxd_vmm_out_of_memory", "VMMs that the host's kernel ended for lack of memory", registry=registry
+)
+DEGRADED = Gauge("sandboxd_degraded", "What this host lacks to limit sandboxes; see GetNode", registry=registry)
+QUEUED = Gauge("sandboxd_queued_creates", "Creates that wait for room", registry=registry)
+REFUSED = Counter("sandboxd_refused", "Creates for which there was no room, by reason", ["reason"], registry=registry)
+DRAINING = Gauge("sandboxd_draining", "1 while the node takes no sandboxes", registry=registry)
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("sandboxd")
+tracer = trace.get_tracer("sandboxd")
+_propagator = TraceContextTextMapPropagator()
+_phases: ContextVar[list[tuple[str, float]] | None] = ContextVar("phases", default=None)
+
+
+def setup(
+    logs: LogSettings, metrics: MetricsSettings, tracing: TracingSettings, node: str, service: str = "sandboxd"
+) -> None:
+    """Turns logging on, and metrics and tracing where they are configured. :raises OSError: the port is taken."""
+    _setup_logs(logs)
+    if metrics.address:
+        serve_metrics(metrics.address)
+    if tracing.otlp_endpoint:
+        # Only now: it takes a quarter of the agent's start.
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        provider = TracerProvider(resource=Resource.create({"service.name": service, "host.name": node}))
+        exporter = OTLPSpanExporter(endpoint=tracing.otlp_endpoint, insecure=tracing.otlp_endpoint.startswith("http:"))
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        trace.set_tracer_provider(provider)
+
+
+def serve_metrics(address: str) -> tuple[WSGIServer, Thread]:
+    """Serves the metrics at host:port in a thread of its own; returns its server and thread. :raises OSError:"""
+    host, port = split_address(address, "metrics.address")
+    return start_http_server(port, host, registry)
+
+
+def set_log_level(level: str) -> None:
+    """Changes the level from now on."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
+    logging.getLogger().setLevel(max(number, logging.WARNING))
+
+
+def _setup_logs(logs: LogSettings) -> None:
+    level = logging.getLevelNamesMapping()[logs.level.upper()]
+    console = logs.format == "console" or (logs.format == "auto" and sys.stderr.isatty())
+    renderer = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(level=max(level, logging.WARNING), stream=sys.stderr)
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Times a step: a span, a histogram sample, a debug line, and an entry in the list of `collect_phases`."""
+    start = time.perf_counter()
+    with tracer.start_as_current_span(name):
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            note_phase(name, seconds)
+            log.debug("step", step=name, ms=round(seconds * 1000, 2))
+
+
+def trace_headers() -> dict[str, str]:
+    """Returns what tells another process which span its own belong below (W3C Trace Context); {}: there is none."""
+    headers: dict[str, str] = {}
+    _propagator.inject(headers)
+    return headers
+
+
+def remote_parent(headers: Iterable[tuple[str, str | bytes]] | None) -> Context | None:
+    """Returns the span of another process that a call's metadata names; None if it names none."""
+    found = {name: value for name, value in headers or () if name in _propagator.fields and isinstance(value, str)}
+    return _propagator.extract(found) if found else None
+
+
+def note_spans(phases: Sequence[tuple[str, float]]) -> None:
+    """Enters steps, one after the other until now, that somebody else timed (seconds), as `step` does with its own.
+    The names become labels: never a guest's.
+    """
+    start = time.time_ns() - round(sum(seconds for _, seconds in phases) * 1e9)
+    for name, seconds in phases:
+        end = start + round(seconds * 1e9)
+        tracer.start_span(name, start_time=start).end(end)
+        note_phase(name, seconds)
+        start = end
+
+
+def note_phase(name: str, seconds: float) -> None:
+    """Enters a step in histogram and list."""
+    PHASE_SECONDS.labels(name).observe(seconds)
+    phases = _phases.get()
+    if phases is not None:
+        phases.append((name, seconds))
+
+
+@contextmanager
+def collect_phases() -> Iterator[list[tuple[str, float]]]:
+    """Yields a list that fills with (name, seconds) of every `step` inside."""
+    phases: list[tuple[str, float]] = []
+    token = _phases.set(phases)
+    try:
+        yield phases
+    finally:
+        _phases.reset(token)

@@ -1,0 +1,80 @@
+"""Fields of FileService's messages: checked on the way in, and what guests describe, on the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from agent.common.errors import GuestUnreachable, InvalidSpec
+from agent.daemon.rpc.convert import convert
+from sandboxd.v1 import file_pb2 as pb
+
+_MAX_PATH_BYTES = 4095
+_TYPES = {
+    "file": pb.FileInfo.TYPE_FILE, "directory": pb.FileInfo.TYPE_DIRECTORY, "symlink": pb.FileInfo.TYPE_SYMLINK,
+    "other": pb.FileInfo.TYPE_OTHER, "block": pb.FileInfo.TYPE_BLOCK_DEVICE,
+    "character": pb.FileInfo.TYPE_CHARACTER_DEVICE, "fifo": pb.FileInfo.TYPE_FIFO, "socket": pb.FileInfo.TYPE_SOCKET,
+}  # fmt: skip
+
+
+def path(text: str, name: str = "path") -> str:
+    """Returns a path that may be sent. :raises InvalidSpec: empty, NUL, or too long for Linux."""
+    size = len(text.encode())
+    if not 0 < size <= _MAX_PATH_BYTES or "\0" in text:
+        raise InvalidSpec(f"{name} has {size} bytes, or NUL in it; a path has 1 to {_MAX_PATH_BYTES} bytes without NUL")
+    return text
+
+
+def count(value: int, name: str) -> int:
+    """Returns a number that is not negative. :raises InvalidSpec:"""
+    if value < 0:
+        raise InvalidSpec(f"{name} is {value}; it must not be negative")
+    return value
+
+
+def mode_bits(value: int) -> int:
+    """Returns permission bits. :raises InvalidSpec:"""
+    if not 0 <= value <= 0o7777:
+        raise InvalidSpec(f"mode is {value:#o}; it must be from 0 to 07777")
+    return value
+
+
+def nanoseconds(value: Timestamp) -> int:
+    """Returns nanoseconds since 1970. :raises InvalidSpec:"""
+    try:
+        return value.ToNanoseconds()
+    except ValueError as error:
+        raise InvalidSpec(f"the time is not valid: {error}") from None
+
+
+def info(values: dict[str, Any]) -> pb.FileInfo:
+    """Returns the message of one file that the guest described. :raises GuestUnreachable: malformed."""
+    raw = values.get("path")
+    kind = _TYPES.get(str(values.get("type")))
+    if not isinstance(raw, str) or kind is None:
+        raise GuestUnreachable("the guest described a file wrongly", reason="GUEST_MALFORMED")
+    shown = convert.printable(raw)
+    message = pb.FileInfo(
+        path=shown, path_bytes=b"" if shown == raw else raw.encode(errors="surrogateescape"), type=kind,
+        size_bytes=convert.guest_int(values, "size"), mode=convert.guest_int(values, "mode", 0, 0o7777),
+        uid=_id(values, "uid"), gid=_id(values, "gid"),
+        modify_time=_time(values, "mtime_ns"), access_time=_time(values, "atime_ns"),
+        change_time=_time(values, "ctime_ns"), link_count=convert.guest_int(values, "nlink"),
+        inode=convert.guest_int(values, "ino", 0, (1 << 64) - 1),
+        device=convert.guest_int(values, "dev", 0, (1 << 64) - 1), blocks=convert.guest_int(values, "blocks"),
+        block_size=convert.guest_int(values, "blksize"),
+        device_number=convert.guest_int(values, "rdev", 0, (1 << 64) - 1),
+    )  # fmt: skip
+    if kind == pb.FileInfo.TYPE_SYMLINK:
+        message.link_target = convert.guest_text(values, "target")
+    return message
+
+
+def _id(values: dict[str, Any], name: str) -> int:
+    number = convert.guest_int(values, name, 0, (1 << 32) - 1)
+    return number - (1 << 32) if number > (1 << 31) - 1 else number
+
+
+def _time(values: dict[str, Any], name: str) -> Any:
+    return convert.timestamp_ns(convert.guest_int(values, name, -(1 << 62), 1 << 62))

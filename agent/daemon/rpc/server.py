@@ -1,0 +1,132 @@
+"""The gRPC server: services, credentials, addresses."""
+
+from __future__ import annotations
+
+import os
+import socket
+from ipaddress import ip_address
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from agent.common.config.paths import Paths
+from agent.common.config.settings import ApiSettings, ConfigError, Settings, split_address
+from agent.daemon.rpc.auth.certificates import Certificates
+from agent.daemon.rpc.auth.peercred import PeerSocket
+from agent.daemon.rpc.interceptor import Interceptor
+from agent.daemon.rpc.services.file_service import FileService
+from agent.daemon.rpc.services.network_service import NetworkService
+from agent.daemon.rpc.services.node_service import ImageService, NodeService
+from agent.daemon.rpc.services.process_service import ProcessService
+from agent.daemon.rpc.services.sandbox_service import SandboxService
+from agent.daemon.rpc.services.template_service import TemplateService
+from agent.daemon.rpc.services.volume_service import VolumeService
+from agent.daemon.sandbox.service import Manager
+from sandboxd.v1 import (
+    file_pb2,
+    file_pb2_grpc,
+    network_pb2,
+    network_pb2_grpc,
+    node_pb2,
+    node_pb2_grpc,
+    process_pb2,
+    process_pb2_grpc,
+    sandbox_pb2,
+    sandbox_pb2_grpc,
+    volume_pb2,
+    volume_pb2_grpc,
+)
+
+MAX_MESSAGE_BYTES = 8 << 20
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+_MODULES = (sandbox_pb2, process_pb2, file_pb2, network_pb2, node_pb2, volume_pb2)
+
+
+class ApiServer:
+    """Serves the API on the unix socket, and on TCP where it is configured.
+
+    :param listener: of the unix socket, if somebody has made it already.
+    """
+
+    def __init__(self, settings: Settings, manager: Manager, listener: socket.socket | None = None) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._certificates = Certificates(settings.api)
+        self.manager = manager
+        self._paths = Paths.of(settings)
+        self._server = grpc.aio.server(interceptors=[Interceptor(audit=settings.log.audit)], options=_OPTIONS)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
+        self.tcp_port = 0
+        self._peers = PeerSocket(
+            self.socket_path,
+            self._paths.private_socket,
+            {0, os.getuid(), *settings.api.unix_allow_uids},
+            settings.api.group_ids(),
+        )
+        self._add_services(manager)
+
+    @property
+    def socket_path(self) -> Path:
+        """The public unix socket."""
+        return Path(self._settings.api.unix_socket or self._paths.run_dir / "sandboxd.sock")
+
+    def _add_services(self, manager: Manager) -> None:
+        server = self._server
+        sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(SandboxService(manager, self._settings), server)
+        process_pb2_grpc.add_ProcessServiceServicer_to_server(ProcessService(manager), server)
+        file_pb2_grpc.add_FileServiceServicer_to_server(FileService(manager), server)
+        network_pb2_grpc.add_NetworkServiceServicer_to_server(NetworkService(manager), server)
+        node_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(manager), server)
+        node_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(manager), server)
+        node_pb2_grpc.add_TemplateServiceServicer_to_server(TemplateService(manager, self._settings), server)
+        volume_pb2_grpc.add_VolumeServiceServicer_to_server(VolumeService(manager, self._settings), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = [service.full_name for module in _MODULES for service in module.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+
+    async def start(self) -> None:
+        """Begins to serve. :raises ConfigError: bad addresses or certificates. :raises OSError: the socket's path."""
+        private = self._paths.private_socket
+        private.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private.parent.chmod(0o700)
+        private.unlink(missing_ok=True)
+        self._server.add_insecure_port(f"unix:{private}")
+        self._add_tcp(self._settings.api)
+        await self._server.start()
+        await self._peers.start(self._listener)
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    def _add_tcp(self, api: ApiSettings) -> None:
+        host, port = split_address(api.tcp_address, "api.tcp_address")
+        if not host:
+            return
+        try:
+            if api.tls_cert:
+                self.tcp_port = self._server.add_secure_port(api.tcp_address, self._certificates.credentials())
+            elif ip_address(host).is_loopback:
+                self.tcp_port = self._server.add_insecure_port(api.tcp_address)
+            else:
+                raise ConfigError(f"api.tcp_address {api.tcp_address} is not loopback; set api.tls_* for mutual TLS")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"cannot listen on api.tcp_address {host}:{port}: {error}") from error
+
+    def reload_certificates(self) -> None:
+        """Has new connections meet the certificates that the files have now. :raises ConfigError: there are none."""
+        if self._settings.api.tls_cert:
+            self._certificates.reload()
+
+    async def stop(self, grace_s: float) -> None:
+        """Says NOT_SERVING, lets calls end for `grace_s`, then closes. Idempotent."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+        await self._peers.aclose()
+        self._paths.private_socket.unlink(missing_ok=True)

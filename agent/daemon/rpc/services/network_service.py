@@ -1,0 +1,87 @@
+"""NetworkService: see network.proto."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from agent.common.errors import GuestUnreachable, InvalidSpec
+from agent.common.telemetry import STREAM_BYTES
+from agent.daemon.guestlink.stream import CallStream
+from agent.daemon.rpc.convert import convert
+from agent.daemon.sandbox.service import Manager
+from guest.wire import Frame
+from sandboxd.v1 import network_pb2 as pb
+from sandboxd.v1 import network_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_OUT = STREAM_BYTES.labels("dial", "from_guest")
+_IN = STREAM_BYTES.labels("dial", "to_guest")
+
+
+class NetworkService(network_pb2_grpc.NetworkServiceServicer):
+    """Servicer over the sandboxes' links."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    async def Dial(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.DialRequest], context: Context
+    ) -> AsyncIterator[pb.DialResponse]:
+        """See network.proto."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("message") != "open":
+            raise InvalidSpec("the first message must carry open")
+        op, fields = _target(first.open)
+        channel = await self._manager.channel(first.open.sandbox_id)
+        async with channel.stream(op, **fields) as stream:
+            feeder = asyncio.create_task(_feed(stream, request_iterator))
+            try:
+                while (frame := await stream.recv()) is not None:
+                    if frame[0] is Frame.DATA:
+                        _OUT.inc(len(frame[1]))
+                        yield pb.DialResponse(data=frame[1])
+                    elif frame[0] is Frame.EVENT:
+                        yield pb.DialResponse()
+                    elif frame[0] is Frame.EOF:
+                        yield pb.DialResponse(eof=True)
+            finally:
+                feeder.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await feeder
+
+    async def WaitForListener(  # noqa: N802
+        self, request: pb.WaitForListenerRequest, context: Context
+    ) -> pb.Listener:
+        """See network.proto."""
+        channel = await self._manager.channel(request.sandbox_id)
+        found = await channel.call("proc.listener", timeout_s=None, id=request.process_id)
+        return pb.Listener(host=convert.guest_text(found, "host"), port=convert.guest_int(found, "port", 1, 65535))
+
+    async def GetCertificateAuthority(  # noqa: N802
+        self, request: pb.GetCertificateAuthorityRequest, context: Context
+    ) -> pb.CertificateAuthority:
+        """See network.proto."""
+        return pb.CertificateAuthority(certificate_pem=await self._manager.ca_certificate(request.sandbox_id))
+
+
+def _target(opened: pb.DialRequest.Open) -> tuple[str, dict[str, object]]:
+    """Returns the guest's operation and its fields. :raises InvalidSpec: no port, and no process."""
+    if opened.process_id and not opened.port and not opened.host:
+        return "proc.channel", {"id": opened.process_id}
+    if opened.process_id or not 1 <= opened.port <= 65535 or len(opened.host) > 255 or "\0" in opened.host:
+        raise InvalidSpec(f"cannot dial port {opened.port}; give a port from 1 to 65535, or a process_id alone")
+    return "net.dial", {"host": opened.host or "127.0.0.1", "port": opened.port}
+
+
+async def _feed(stream: CallStream, requests: AsyncIterator[pb.DialRequest]) -> None:
+    with contextlib.suppress(GuestUnreachable):  # the receiving side reports it
+        async for request in requests:
+            if request.data:
+                _IN.inc(len(request.data))
+                await stream.send(Frame.DATA, request.data)
+        await stream.send_eof()

@@ -1,0 +1,113 @@
+"""NodeService and ImageService: see node.proto."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+
+from agent.common.errors import InvalidSpec, InvalidState
+from agent.daemon.rpc.convert import convert
+from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.state.events import WatcherTooSlowError
+from sandboxd.v1 import node_pb2 as pb
+from sandboxd.v1 import node_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_MAX_INTERVAL_S = 3600
+_SETTLE_S = 0.05  # one message for changes that come together
+_VERSION = version("sandboxd")
+
+
+class NodeService(node_pb2_grpc.NodeServiceServicer):
+    """Servicer over the manager."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    async def _node(self) -> pb.Node:
+        images = await asyncio.to_thread(self._manager.images.list)
+        return convert.node(self._manager.describe_node(), images, _VERSION)
+
+    async def GetNode(self, request: pb.GetNodeRequest, context: Context) -> pb.Node:  # noqa: N802
+        """See node.proto."""
+        return await self._node()
+
+    async def WatchNode(self, request: pb.WatchNodeRequest, context: Context) -> AsyncIterator[pb.Node]:  # noqa: N802
+        """See node.proto: a change is a sandbox that comes, goes, or changes its state."""
+        interval = request.interval_seconds or 10
+        if not 1 <= interval <= _MAX_INTERVAL_S:
+            raise InvalidSpec(f"interval_seconds is {interval}; it must be from 1 to {_MAX_INTERVAL_S}")
+        changed = asyncio.Event()
+
+        async def listen() -> None:
+            async for _ in self._manager.watch(lambda _record: True):
+                changed.set()
+
+        listener = asyncio.create_task(listen())
+        self._manager.node.on_change.add(changed.set)
+        try:
+            while True:
+                changed.clear()
+                yield await self._node()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), interval)
+                await asyncio.sleep(_SETTLE_S)
+        finally:
+            self._manager.node.on_change.discard(changed.set)
+            listener.cancel()
+            with contextlib.suppress(asyncio.CancelledError, WatcherTooSlowError):
+                await listener
+
+    async def DrainNode(  # noqa: N802
+        self, request: pb.DrainNodeRequest, context: Context
+    ) -> AsyncIterator[pb.DrainProgress]:
+        """See node.proto."""
+        evict_after_s = None
+        if request.HasField("evict_after"):
+            evict_after_s = request.evict_after.seconds + request.evict_after.nanos / 1e9
+            if evict_after_s < 0:
+                raise InvalidSpec("evict_after must not be negative")
+        await self._manager.drain.begin(evict_after_s)
+        async for progress in self._manager.drain.progress():
+            message = pb.DrainProgress(remaining=progress.remaining)
+            if progress.evict_in_s is not None:
+                message.evict_time.CopyFrom(convert.timestamp(time.time() + progress.evict_in_s))
+            yield message
+
+    async def UndrainNode(self, request: pb.UndrainNodeRequest, context: Context) -> pb.Node:  # noqa: N802
+        """See node.proto."""
+        await self._manager.drain.end()
+        return await self._node()
+
+
+class ImageService(node_pb2_grpc.ImageServiceServicer):
+    """Servicer over the image store."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    async def ListImages(self, request: pb.ListImagesRequest, context: Context) -> pb.ListImagesResponse:  # noqa: N802
+        """See node.proto."""
+        images = await asyncio.to_thread(self._manager.images.list)
+        return pb.ListImagesResponse(images=[convert.image(value) for value in images])
+
+    async def GetImage(self, request: pb.GetImageRequest, context: Context) -> pb.Image:  # noqa: N802
+        """See node.proto."""
+        return convert.image(await asyncio.to_thread(self._manager.images.get, request.name), packages=True)
+
+    async def DeleteImage(self, request: pb.DeleteImageRequest, context: Context) -> pb.DeleteImageResponse:  # noqa: N802
+        """See node.proto."""
+        users = [record.id for record in self._manager.list() if record.spec.image == request.name]
+        if users:
+            raise InvalidState(
+                f"image {request.name} is in use by {len(users)} sandboxes ({users[0]} ...); delete them first",
+                reason="IMAGE_IN_USE",
+            )
+        await asyncio.to_thread(self._manager.images.remove, request.name)
+        return pb.DeleteImageResponse()

@@ -1,0 +1,240 @@
+"""ProcessService: see process.proto. Frames of the link become messages one for one; nothing is held in between."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from agent.common.errors import AgentError, GuestUnreachable, InvalidSpec
+from agent.common.telemetry import PROCESSES, STREAM_BYTES
+from agent.daemon.guestlink.stream import CallStream
+from agent.daemon.rpc.convert import convert
+from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.state.validation import check_env
+from guest.wire import Frame
+from sandboxd.v1 import process_pb2 as pb
+from sandboxd.v1 import process_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_MAX_ARGS = 4096
+_MAX_ARG_BYTES = 1 << 20
+_MAX_REPLAY_BYTES = 16 << 20
+_OUT = STREAM_BYTES.labels("process", "from_guest")
+_IN = STREAM_BYTES.labels("process", "to_guest")
+
+
+def _size(terminal: pb.Terminal) -> dict[str, object]:
+    rows, cols = terminal.rows or 24, terminal.cols or 80
+    if not (1 <= rows <= 65535 and 1 <= cols <= 65535):
+        raise InvalidSpec(f"a terminal of {rows} rows and {cols} columns is not possible; use 1 to 65535")
+    return {"rows": rows, "cols": cols}
+
+
+def _text(value: str, name: str, limit: int = 4096) -> str | None:
+    if "\0" in value or len(value) > limit:
+        raise InvalidSpec(f"{name} has a NUL in it or is over {limit} characters")
+    return value or None
+
+
+def spec_fields(spec: pb.ProcessSpec) -> dict[str, object]:
+    """Returns the fields of a guest request. :raises InvalidSpec: beyond the limits of process.proto."""
+    argv = list(spec.argv)
+    if not 1 <= len(argv) <= _MAX_ARGS or not argv[0]:
+        raise InvalidSpec(f"argv has {len(argv)} words; give a program and at most {_MAX_ARGS - 1} arguments")
+    if sum(len(word.encode()) + 1 for word in argv) > _MAX_ARG_BYTES or any("\0" in word for word in argv):
+        raise InvalidSpec(
+            f"argv is over {_MAX_ARG_BYTES} bytes or has NUL in it; pass the data by standard input or a file"
+        )
+    check_env(spec.env)
+    if not 0 <= spec.replay_bytes <= _MAX_REPLAY_BYTES:
+        raise InvalidSpec(f"replay_bytes is {spec.replay_bytes}; it must be from 0 to {_MAX_REPLAY_BYTES}")
+    tty: dict[str, object] | None = None
+    if spec.HasField("terminal"):
+        tty = {**_size(spec.terminal), "term": _text(spec.terminal.term, "term", 64)}
+    return {
+        "argv": argv, "env": dict(spec.env), "cwd": _text(spec.cwd, "cwd"), "user": _text(spec.user, "user", 64),
+        "tty": tty, "stdin": "pipe" if spec.stdin == pb.ProcessSpec.STDIN_PIPE else "null", "replay": spec.replay_bytes,
+        "clear_env": spec.clear_env, "channel": spec.channel,
+    }  # fmt: skip
+
+
+class ProcessService(process_pb2_grpc.ProcessServiceServicer):
+    """Servicer over the sandboxes' links."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    async def _call(self, sandbox_id: str, op: str, /, **fields: object) -> dict[str, Any]:
+        channel = await self._manager.channel(sandbox_id)
+        return await channel.call(op, timeout_s=30.0, **fields)
+
+    async def StartProcess(self, request: pb.StartProcessRequest, context: Context) -> pb.Process:  # noqa: N802
+        """See process.proto."""
+        started = await self._call(request.sandbox_id, "proc.start", **spec_fields(request.spec))
+        PROCESSES.inc()
+        return convert.process(started)
+
+    async def Exec(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.ExecRequest], context: Context
+    ) -> AsyncIterator[pb.ExecResponse]:
+        """See process.proto."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("message") != "start":
+            raise InvalidSpec("the first message must carry start")
+        fields = spec_fields(first.start.spec)
+        channel = await self._manager.channel(first.start.sandbox_id)
+        detach = first.start.detach_on_disconnect
+        async with channel.stream("proc.exec", detach=detach, **fields) as stream:
+            PROCESSES.inc()
+            async for response in _relay(stream, request_iterator, pb.ExecResponse, end_is_eof=not detach):
+                yield response
+
+    async def Attach(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.AttachRequest], context: Context
+    ) -> AsyncIterator[pb.AttachResponse]:
+        """See process.proto."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("message") != "open":
+            raise InvalidSpec("the first message must carry open")
+        channel = await self._manager.channel(first.open.sandbox_id)
+        replay = not first.open.no_replay
+        async with channel.stream("proc.attach", id=first.open.process_id, replay=replay) as stream:
+            async for response in _relay(stream, request_iterator, pb.AttachResponse, end_is_eof=False):
+                yield response
+
+    async def SendSignal(self, request: pb.SendSignalRequest, context: Context) -> pb.SendSignalResponse:  # noqa: N802
+        """See process.proto."""
+        await self._call(request.sandbox_id, "proc.signal", id=request.process_id, signal=request.signal)
+        return pb.SendSignalResponse()
+
+    async def ResizeTerminal(  # noqa: N802
+        self, request: pb.ResizeTerminalRequest, context: Context
+    ) -> pb.ResizeTerminalResponse:
+        """See process.proto."""
+        await self._call(request.sandbox_id, "proc.resize", id=request.process_id, **_size(request.size))
+        return pb.ResizeTerminalResponse()
+
+    async def Wait(self, request: pb.WaitRequest, context: Context) -> pb.WaitResponse:  # noqa: N802
+        """See process.proto."""
+        channel = await self._manager.channel(request.sandbox_id)
+        result = await channel.call("proc.wait", timeout_s=None, id=request.process_id)
+        return pb.WaitResponse(exit=convert.exit_message(convert.guest_dict(result, "exit")))
+
+    async def ListProcesses(  # noqa: N802
+        self, request: pb.ListProcessesRequest, context: Context
+    ) -> pb.ListProcessesResponse:
+        """See process.proto."""
+        channel = await self._manager.channel(request.sandbox_id)
+        response = pb.ListProcessesResponse()
+        async for page in pages(channel.stream("proc.list")):
+            response.processes.extend(convert.process(item) for item in convert.guest_list(page, "processes"))
+        if request.all_processes:
+            async for page in pages(channel.stream("sys.processes")):
+                items = convert.guest_list(page, "processes")
+                response.system_processes.extend(convert.system_process(item) for item in items)
+        return response
+
+    async def GetEnvironment(  # noqa: N802
+        self, request: pb.GetEnvironmentRequest, context: Context
+    ) -> pb.Environment:
+        """See process.proto."""
+        result = await self._call(request.sandbox_id, "proc.env", user=_text(request.user, "user", 64))
+        variables = convert.guest_dict(result, "env")
+        return pb.Environment(variables={name: convert.guest_text(variables, name) for name in variables})
+
+    async def UpdateEnvironment(  # noqa: N802
+        self, request: pb.UpdateEnvironmentRequest, context: Context
+    ) -> pb.UpdateEnvironmentResponse:
+        """See process.proto."""
+        check_env(request.set)
+        check_env(dict.fromkeys(request.remove, ""))
+        await self._call(request.sandbox_id, "proc.setenv", set=dict(request.set), remove=sorted(set(request.remove)))
+        return pb.UpdateEnvironmentResponse()
+
+
+async def pages(opened: contextlib.AbstractAsyncContextManager[CallStream]) -> AsyncIterator[dict[str, Any]]:
+    """Yields the EVENT frames of a call until its result."""
+    async with opened as stream:
+        while (frame := await stream.recv()) is not None:
+            if frame[0] is Frame.EVENT:
+                yield frame[1]
+
+
+async def _relay(
+    stream: CallStream,
+    requests: AsyncIterator[pb.ExecRequest] | AsyncIterator[pb.AttachRequest],
+    response: type[pb.ExecResponse] | type[pb.AttachResponse],
+    *,
+    end_is_eof: bool,
+) -> AsyncIterator[Any]:
+    """Yields the guest's frames as messages while the client's messages go to the guest."""
+    feeder = asyncio.create_task(_feed(stream, requests, end_is_eof=end_is_eof))
+    try:
+        while (frame := await _receive(stream, feeder)) is not None:
+            kind, value = frame
+            if kind is Frame.STDOUT:
+                _OUT.inc(len(value))
+                yield response(stdout=value)
+            elif kind is Frame.STDERR:
+                _OUT.inc(len(value))
+                yield response(stderr=value)
+            elif kind is Frame.EVENT:
+                yield _started(value, response)
+            elif kind is Frame.RESULT:
+                yield response(exit=convert.exit_message(convert.guest_dict(value, "exit")))
+    finally:
+        feeder.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await feeder
+
+
+async def _receive(stream: CallStream, feeder: asyncio.Task[None]) -> tuple[Frame, Any] | None:
+    """Returns the next frame. A call that the feeder gave up ends with the feeder's reason."""
+    try:
+        return await stream.recv()
+    except GuestUnreachable:
+        if feeder.done() and (error := feeder.exception()) is not None:
+            raise error from None
+        raise
+
+
+def _started(value: dict[str, Any], response: type[pb.ExecResponse] | type[pb.AttachResponse]) -> Any:
+    message = response(process=convert.process(convert.guest_dict(value, "process")))
+    if isinstance(message, pb.AttachResponse):
+        message.dropped_bytes = convert.guest_int(value, "dropped")
+    return message
+
+
+async def _feed(
+    stream: CallStream, requests: AsyncIterator[pb.ExecRequest] | AsyncIterator[pb.AttachRequest], *, end_is_eof: bool
+) -> None:
+    """Carries the client's messages to the guest.
+
+    :param end_is_eof: the end of the client's stream is the end of input, too. gRPC shows a client that is gone in the
+        same way, so this is not for processes that outlive their clients.
+    """
+    ended = False
+    try:
+        async for request in requests:
+            kind = request.WhichOneof("message")
+            if kind == "stdin" and not ended:
+                _IN.inc(len(request.stdin))
+                await stream.send(Frame.DATA, request.stdin)
+            elif kind == "stdin_eof":
+                ended = True
+                await stream.send_eof()
+            elif kind == "resize":
+                await stream.send_json({"resize": _size(request.resize)})
+            elif kind == "signal":
+                await stream.send_json({"signal": request.signal[:32]})
+        if end_is_eof and not ended:
+            await stream.send_eof()
+    except GuestUnreachable:
+        return  # the receiving side reports it
+    except AgentError:
+        stream.end()
+        raise

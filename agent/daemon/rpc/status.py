@@ -1,0 +1,100 @@
+"""The one table from our errors to gRPC status codes, and the ErrorInfo that every error carries (AIP-193)."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from agent.common import errors
+from agent.common.errors import AgentError
+from agent.common.telemetry import ERRORS, log
+from agent.daemon.rpc.convert.convert import printable
+from agent.daemon.sandbox.state.events import WatcherTooSlowError
+
+DOMAIN = "sandboxd"
+# The status travels twice in the trailers, once percent-encoded, and clients refuse trailers over 16 KiB.
+_MAX_MESSAGE = 3000
+_MAX_REASONS = 200
+_reasons: set[str] = set()
+
+CODES: dict[type[AgentError], grpc.StatusCode] = {
+    errors.InvalidSpec: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.InvalidState: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.NodeDraining: grpc.StatusCode.UNAVAILABLE,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.GuestError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.GuestUnreachable: grpc.StatusCode.UNAVAILABLE,
+    errors.VmmError: grpc.StatusCode.INTERNAL,
+    errors.VmmUnsupported: grpc.StatusCode.UNIMPLEMENTED,
+    errors.HostError: grpc.StatusCode.INTERNAL,
+    errors.ImageDamaged: grpc.StatusCode.DATA_LOSS,
+    WatcherTooSlowError: grpc.StatusCode.OUT_OF_RANGE,
+}
+
+
+def code_of(error: AgentError) -> grpc.StatusCode:
+    """Returns the status code of an error, by its nearest class in the table."""
+    for kind in type(error).__mro__:
+        if kind in CODES:
+            return CODES[kind]
+    return grpc.StatusCode.INTERNAL
+
+
+def to_status(error: BaseException) -> tuple[grpc.StatusCode, grpc.Status]:
+    """Returns code and rich status. What is not ours gets a fixed text and an incident id, and is logged in full."""
+    error = _exhausted(error) or error
+    if not isinstance(error, AgentError):
+        incident = secrets.token_hex(4)
+        log.error("internal error", incident=incident, exc_info=error)
+        error = AgentError(
+            f"internal error, incident {incident}: look for it in the agent's log", reason="INTERNAL", incident=incident
+        )
+    ERRORS.labels(_label(error.reason)).inc()
+    code = code_of(error)
+    metadata = {key: printable(value) for key, value in error.metadata.items()}
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
+    detail = any_pb2.Any()
+    detail.Pack(info)
+    number: int = code.value[0]
+    return code, rpc_status.to_status(
+        status_pb2.Status(code=number, message=_shortened(printable(error.message)), details=[detail])
+    )
+
+
+def _exhausted(error: BaseException) -> AgentError | None:
+    """Returns what to say where the host lets the agent have no more of something."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return errors.ResourceExhausted(
+            "the agent has no file descriptor left (Too many open files): close connections, or raise its limit "
+            "(LimitNOFILE)", reason="TOO_MANY_FILES",
+        )  # fmt: skip
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return errors.ResourceExhausted(
+            "the host lets the agent start no more threads or processes: raise its limit (TasksMax)",
+            reason="TOO_MANY_TASKS",
+        )  # fmt: skip
+    return None
+
+
+def _shortened(text: str) -> str:
+    """Keeps the beginning, which says what happened, and the end, which holds the last console lines."""
+    if len(text) <= _MAX_MESSAGE:
+        return text
+    return f"{text[: _MAX_MESSAGE // 2]} ... {text[-_MAX_MESSAGE // 2 :]}"
+
+
+def _label(reason: str) -> str:
+    """Returns the reason as a metric's label: guests may invent words, and every label costs memory for ever."""
+    if reason not in _reasons and len(_reasons) >= _MAX_REASONS:
+        return "OTHER"
+    _reasons.add(reason)
+    return reason

@@ -1,0 +1,103 @@
+"""Emptying a node: it takes no more sandboxes, and those that it has end, or are ended at a deadline. Reversible."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from agent.common.errors import AgentError
+from agent.common.telemetry import DRAINING, log
+from agent.daemon.sandbox.capacity.node import Node
+from agent.daemon.sandbox.lifecycle.expiry import uptime
+from agent.daemon.sandbox.state.store import Store
+
+_FACT = "drain"
+_LOOK_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a drain has come: sandboxes that are left, and seconds until they are deleted (None: never)."""
+
+    remaining: int
+    evict_in_s: float | None
+
+
+class Drain:
+    """At most one drain of a node at a time; it outlives the agent.
+
+    :param left: returns how many sandboxes there are. :param evict: deletes all of them.
+    """
+
+    def __init__(
+        self, node: Node, store: Store, left: Callable[[], int], evict: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._left = left
+        self._evict = evict
+        self._evict_at: float | None = None  # by `uptime`
+        self._eviction: asyncio.Task[None] | None = None
+
+    async def begin(self, evict_after_s: float | None, *, why: str = "it is drained", keep: bool = True) -> None:
+        """Begins, or changes the deadline of, a drain. :param keep: also for the next agent. :raises HostError:"""
+        self._set(why, None if evict_after_s is None else uptime() + evict_after_s)
+        log.info("draining", sandboxes=self._left(), evict_after_s=evict_after_s)
+        if keep:
+            await self._store.set_fact(_FACT, json.dumps({"evict_at": self._evict_at}))
+
+    async def end(self) -> None:
+        """Takes sandboxes again. Idempotent. :raises HostError:"""
+        await self._store.set_fact(_FACT, "")
+        await self.aclose()
+        self._node.set_draining("")
+        DRAINING.set(0)
+        log.info("not draining")
+
+    def restore(self) -> None:
+        """Goes on with what an earlier agent was told; on another boot of the host, without its deadline."""
+        if text := self._store.facts.get(_FACT):
+            evict_at = json.loads(text)["evict_at"]
+            self._set("it is drained", None if self._store.rebooted else evict_at)
+
+    def _set(self, why: str, evict_at: float | None) -> None:
+        self._node.set_draining(why)
+        DRAINING.set(1)
+        self._evict_at = evict_at
+        if self._eviction is not None:
+            self._eviction.cancel()
+        self._eviction = None if evict_at is None else asyncio.create_task(self._at_deadline(evict_at), name="eviction")
+
+    async def _at_deadline(self, evict_at: float) -> None:
+        while (wait_s := evict_at - uptime()) > 0:  # noqa: ASYNC110  sleep's own clock stands still while the host sleeps
+            await asyncio.sleep(min(wait_s, 1.0))
+        while self._left():
+            try:
+                await self._evict()
+            except AgentError as error:
+                log.error("cannot evict", error=error.message)
+            await asyncio.sleep(_LOOK_S)
+
+    async def progress(self) -> AsyncIterator[Progress]:
+        """Yields how far it has come, on every change, until no sandbox is left or the drain is ended."""
+        last = None
+        while self._node.draining:
+            left, evict_at = self._left(), self._evict_at
+            now = Progress(left, None if evict_at is None or not left else max(0.0, evict_at - uptime()))
+            if last is None or now.remaining != last.remaining:
+                yield now
+                last = now
+            if not now.remaining:
+                return
+            await asyncio.sleep(_LOOK_S)
+
+    async def aclose(self) -> None:
+        """Stops waiting for the deadline. Idempotent."""
+        self._evict_at = None
+        if self._eviction is not None:
+            self._eviction.cancel()
+            await asyncio.gather(self._eviction, return_exceptions=True)
+            self._eviction = None

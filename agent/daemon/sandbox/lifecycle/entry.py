@@ -1,0 +1,36 @@
+"""What the manager has in memory of one sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+
+from agent.common.model import State
+from agent.daemon.sandbox.machine.machine import Machine
+from agent.daemon.sandbox.state.record import Record
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A sandbox in memory. `creating` and `deleting` are the tasks that do so, for everyone to await.
+
+    :param working: the tasks that change it.
+
+    :param sweep: what it has on the host must be looked for by its name: no machine knows all of it.
+    """
+
+    record: Record
+    machine: Machine | None = None
+    creating: asyncio.Task[None] | None = None
+    deleting: asyncio.Task[None] | None = None
+    monitor: asyncio.Task[None] | None = None
+    working: set[asyncio.Task[None]] = field(default_factory=set)
+    sweep: bool = False
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the template of an adopted one
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is running and to go on."""
+        return self.record.state is State.RUNNING and self.deleting is None

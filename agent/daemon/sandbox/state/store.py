@@ -1,0 +1,204 @@
+"""The node's state in SQLite: one row per sandbox, written before anything of it is made.
+
+WAL with synchronous=NORMAL survives any crash of the agent; only a crash of the host can lose the last commits, and
+that ends the VMs, too. What must outlive the host's crash is put with `durable`. All statements run in one thread of
+their own.
+
+Each record is also kept as a file in its sandbox's directory: a damaged database is rebuilt from these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from agent.common.errors import HostError, InvalidState
+from agent.common.telemetry import STATE_REBUILT, log
+from agent.daemon.sandbox.state.record import Record
+
+T = TypeVar("T")
+# Each brings a database from the version of its place to the next one. Those that were released never change; a record
+# that gains fields gains a version as well, so that an older agent leaves it alone.
+_MIGRATIONS = (
+    "CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+)
+_COPY = "record.json"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def lock_directory(path: Path) -> int:
+    """Returns a descriptor that holds the lock of a directory, the file `path` in it, until it is closed.
+
+    :raises InvalidState: another agent holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise InvalidState(
+            f"another sandboxd owns {path.parent}; stop it, or give this one its own paths.state_dir and paths.run_dir"
+        ) from None
+    return fd
+
+
+class Store:
+    """The records of all sandboxes, and facts about the node by name.
+
+    :param copies: holds one directory per sandbox, made and removed by others, for the copy of its record.
+    """
+
+    def __init__(self, path: Path, copies: Path) -> None:
+        self._path = path
+        self._copies = copies
+        self.rebooted = False  # whether the host was started anew since the last agent
+        self.facts: dict[str, str] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._db: sqlite3.Connection | None = None
+
+    async def open(self) -> list[Record]:
+        """Opens or makes the database and returns what is in it; a damaged one is set aside and rebuilt.
+
+        :raises HostError: the directory cannot be written.
+        """
+        return await self._run(self._open)
+
+    def _open(self) -> list[Record]:
+        try:
+            records = self._load()
+        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise HostError(f"cannot open {self._path}: {error}", reason="STATE_UNAVAILABLE") from error
+            records = self._rebuild(error)
+        boot_id = _BOOT_ID.read_text().strip()
+        self.rebooted = self.facts.get("boot_id", boot_id) != boot_id
+        self._set_fact("boot_id", boot_id)
+        return records
+
+    def _load(self) -> list[Record]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > len(_MIGRATIONS):
+            raise HostError(f"{self._path} was written by a newer sandboxd (schema {version}); upgrade this one")
+        for number in range(version, len(_MIGRATIONS)):
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute(_MIGRATIONS[number])
+            self._db.execute(f"PRAGMA user_version={number + 1}")
+            self._db.execute("COMMIT")
+        self.facts = dict(self._db.execute("SELECT name, value FROM facts").fetchall())
+        rows = self._db.execute("SELECT record FROM sandboxes").fetchall()
+        return [Record.from_json(text) for (text,) in rows]
+
+    def _rebuild(self, error: Exception) -> list[Record]:
+        """Sets the database aside and makes a new one of the records that sandboxes have in their directories."""
+        if self._db is not None:
+            self._db.close()
+        aside = f"{self._path}.damaged-{time.time_ns()}"
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{self._path}{suffix}").rename(f"{aside}{suffix}")
+        Path(f"{self._path}-shm").unlink(missing_ok=True)
+        self._load()
+        records = _copied_records(self._copies)
+        for record in records:
+            self._write("INSERT OR REPLACE INTO sandboxes VALUES (?, ?)", record.id, record.to_json())
+        STATE_REBUILT.inc()
+        log.error(
+            "state file was damaged: it is set aside, and rebuilt from the sandboxes' directories",
+            aside=aside, error=str(error), records=len(records),
+        )  # fmt: skip
+        return records
+
+    async def put(self, record: Record, *, durable: bool = False) -> None:
+        """Writes a record. :raises HostError: the disk is full or gone.
+
+        :param durable: it outlives a crash of the host.
+        """
+        text = record.to_json()
+
+        def put() -> None:
+            if durable:
+                self._write("PRAGMA synchronous=FULL")
+            try:
+                self._write("INSERT OR REPLACE INTO sandboxes VALUES (?, ?)", record.id, text)
+            finally:
+                if durable:
+                    self._write("PRAGMA synchronous=NORMAL")
+            _copy(self._copies / record.id, text)
+
+        await self._run(put)
+
+    async def delete(self, sandbox_id: str) -> None:
+        """Removes a record. Idempotent."""
+        await self._run(lambda: self._write("DELETE FROM sandboxes WHERE id = ?", sandbox_id))
+
+    async def set_fact(self, name: str, value: str) -> None:
+        """Keeps a fact about the node; "" removes it. :raises HostError: the disk is full or gone."""
+        await self._run(lambda: self._set_fact(name, value))
+
+    def _set_fact(self, name: str, value: str) -> None:
+        if self.facts.get(name, "") == value:
+            return
+        if value:
+            self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, value)
+            self.facts[name] = value
+        else:
+            self._write("DELETE FROM facts WHERE name = ?", name)
+            self.facts.pop(name, None)
+
+    def _write(self, statement: str, *values: str) -> None:
+        assert self._db is not None
+        try:
+            self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise HostError(f"cannot write {self._path}: {error}", reason="STATE_UNAVAILABLE") from error
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        # Shielded: a write that has begun is not undone by a caller that leaves.
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
+
+    async def aclose(self) -> None:
+        """Closes the database. Idempotent."""
+        if self._db is not None:
+            db, self._db = self._db, None
+            await self._run(db.close)
+        self._thread.shutdown(wait=False)
+
+
+def _copy(directory: Path, text: str) -> None:
+    """Keeps a record in its sandbox's directory if there is one. A copy that cannot be written is removed."""
+    path = directory / _COPY
+    try:
+        fresh = directory / f"{_COPY}.new"
+        fresh.touch(mode=0o600)  # the directory is open to the sandbox's VMM
+        fresh.write_text(text)
+        fresh.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _copied_records(copies: Path) -> list[Record]:
+    records = []
+    for path in sorted(copies.glob(f"*/{_COPY}")):
+        try:
+            record = Record.from_json(path.read_text())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.error("a copy of a record is damaged, too", path=str(path), error=str(error))
+            continue
+        if record.id == path.parent.name:
+            records.append(record)
+    return records

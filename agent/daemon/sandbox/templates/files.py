@@ -1,0 +1,160 @@
+"""The files of a template: their manifest, their digests, and whether somebody touched them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.common.errors import HostError
+from agent.daemon.sandbox.machine.vm_shape import Shape
+
+RAM = "ram"
+VMM = "vmm"
+MANIFEST = "manifest.json"
+_SCHEMA = 1
+
+
+class TemplateDamaged(HostError):
+    """A template is not what its manifest says; it must be made again."""
+
+    default_reason = "TEMPLATE_DAMAGED"
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A frozen VM. `image` is the name of the image that it was made from; times are seconds since 1970."""
+
+    path: Path
+    shape: Shape
+    image: str
+    size_bytes: int
+    create_time: float
+    last_used: float
+
+    @property
+    def digest(self) -> str:
+        """Its name."""
+        return self.path.name
+
+    @property
+    def ram(self) -> Path:
+        """The file that clones map copy-on-write."""
+        return self.path / RAM
+
+    @property
+    def vmm(self) -> Path:
+        """What the VMM wrote besides."""
+        return self.path / VMM
+
+
+def write_manifest(path: Path, shape: Shape, image: str, create_time: float) -> None:
+    """Writes the manifest of the files in `path`, makes all of them read-only, and brings them to the disk. Blocks."""
+    files = {name: _facts(path / name) for name in _names(path)}
+    manifest = {
+        "schema": _SCHEMA,
+        "shape": dataclasses.asdict(shape),
+        "image": image,
+        "create_time": create_time,
+        "files": files,
+    }
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    for name in (*files, MANIFEST):
+        fd = os.open(path / name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fchmod(fd, 0o444)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _names(path: Path) -> list[str]:
+    """Returns the files of a template, relative to it, but for its manifest."""
+    found = [str(entry.relative_to(path)) for entry in path.rglob("*") if not entry.is_dir()]
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def _facts(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size_bytes": path.stat().st_size}
+
+
+def publish(draft: Path, path: Path) -> Template:
+    """Gives a whole template its name, in place of one that has it, and returns it. Blocks. :raises OSError:"""
+    replaced = draft.with_name(f"{draft.name}-replaced")  # a draft by its name: killed here, it is removed at start
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(replaced)
+    draft.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return read(path)
+
+
+def read(path: Path) -> Template:
+    """Returns the template in a directory, by its manifest alone. :raises TemplateDamaged: it has no valid one."""
+    return _parse(path, _manifest(path))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise TemplateDamaged(f"its manifest cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA:
+        raise TemplateDamaged("its manifest is of another version")
+    return manifest
+
+
+def _parse(path: Path, manifest: dict[str, Any]) -> Template:
+    try:
+        shape = Shape(**manifest["shape"])
+        size = sum((path / name).stat().st_blocks * 512 for name in manifest["files"])
+        last_used = (path / MANIFEST).stat().st_atime
+        return Template(path, shape, str(manifest["image"]), size, float(manifest["create_time"]), last_used)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise TemplateDamaged(f"its manifest does not fit: {error}") from error
+
+
+def verified(path: Path, shape: Shape) -> Template:
+    """Returns the template in a directory once every byte of it was compared. Blocks for a fraction of a second.
+
+    :raises TemplateDamaged: says what differs.
+    """
+    manifest = _manifest(path)
+    template = _parse(path, manifest)
+    if template.shape != shape:
+        raise TemplateDamaged("it is of another VMM, CPU, image or size")
+    for name, expected in manifest["files"].items():
+        try:
+            found = _facts(path / name)
+        except OSError as error:
+            raise TemplateDamaged(f"{name} cannot be read: {error}") from error
+        if found != expected:
+            raise TemplateDamaged(f"{name} does not have the digest of the manifest")
+    return template
+
+
+def stamps(template: Template) -> tuple[object, ...]:
+    """Returns what changes whenever a file of the template is written, replaced or removed."""
+    found: list[object] = []
+    for path in sorted([template.ram, *template.vmm.glob("*")]):
+        try:
+            facts = path.stat()
+        except OSError:
+            found.append((path.name, None))
+        else:
+            found.append((path.name, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
+    return tuple(found)
+
+
+def touch(template: Template) -> None:
+    """Notes that the template was used just now: in the access time of its manifest."""
+    manifest = template.path / MANIFEST
+    with contextlib.suppress(OSError):
+        os.utime(manifest, ns=(time.time_ns(), manifest.stat().st_mtime_ns))

@@ -1,0 +1,264 @@
+"""Root file systems on the host's side: the store of images that VMs boot; the disks that they write on are in `disks`.
+
+Images are made by the builder (`rootfs/`), whose manifest is the only thing the two share:
+
+    <images_dir>/<name> -> .store/<name>-<12 hex digits>/{manifest.json,vmlinux,initramfs,root.erofs}
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from agent.common.errors import HostError, ImageDamaged, InvalidSpec, InvalidState, NotFound
+
+_SCHEMA = 1
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ENTRY_SUFFIX = "-" + "[0-9a-f]" * 12
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """One file of an image."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A Debian package in the image's root file system."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A bootable image; `path` is its own directory, which a later build of the same name does not change."""
+
+    name: str
+    digest: str
+    input_digest: str
+    created: str  # RFC 3339; derived from the inputs, so equal builds have equal times
+    path: Path
+    kernel: Artefact
+    kernel_version: str
+    initramfs: Artefact
+    root: Artefact
+    root_format: str
+    min_memory_bytes: int
+    packages: tuple[Package, ...]
+    inputs: Mapping[str, object]
+
+    @property
+    def size_bytes(self) -> int:
+        """What the image takes on the disk."""
+        return self.kernel.size_bytes + self.initramfs.size_bytes + self.root.size_bytes
+
+
+class ImageStore:
+    """The images below `images_dir`. Every method blocks: `get` and `list` for a millisecond, `verify` for seconds."""
+
+    def __init__(self, images_dir: Path) -> None:
+        self._dir = images_dir
+        self._parsed: dict[Path, tuple[int, Image]] = {}
+
+    def names(self) -> list[str]:
+        """Returns the names that lead to something, sorted; whether each is a sound image is for `get` to say."""
+        try:
+            return sorted(entry.name for entry in os.scandir(self._dir) if _NAME.fullmatch(entry.name))
+        except FileNotFoundError:
+            return []
+
+    def list(self) -> list[Image]:
+        """Returns the sound images, sorted by name; damaged ones are left out."""
+        images = []
+        for name in self.names():
+            try:
+                images.append(self.get(name))
+            except (NotFound, HostError):
+                continue
+        return images
+
+    def get(self, name: str) -> Image:
+        """Returns the image that a name leads to now.
+
+        :raises InvalidSpec: this cannot be an image's name.
+        :raises NotFound: there is none.
+        :raises HostError: its manifest or a file of it is damaged.
+        """
+        path = self._resolve(name)
+        manifest = path / "manifest.json"
+        try:
+            stamp = manifest.stat().st_mtime_ns
+            cached = self._parsed.get(path)
+            if cached is not None and cached[0] == stamp:
+                return cached[1]
+            image = parse_manifest(manifest.read_bytes(), path)
+        except FileNotFoundError as e:
+            raise _damaged(path, "it has no manifest") from e
+        except OSError as e:
+            raise HostError(f"cannot read {manifest}: {e.strerror}") from e
+        if image.name != name:
+            raise _damaged(path, f"its manifest is of an image {image.name!r}")
+        self._parsed = {**{p: entry for p, entry in self._parsed.items() if p.exists()}, path: (stamp, image)}
+        return image
+
+    def get_build(self, name: str, digest: str) -> Image:
+        """Returns the build of an image that has this digest, which may not be the present one.
+
+        :raises NotFound: it is not there any more. :raises HostError: it is damaged.
+        """
+        builds = [self._dir / name, *sorted((self._dir / ".store").glob(f"{name}{_ENTRY_SUFFIX}"))]
+        for path in builds:
+            try:
+                image = parse_manifest((path / "manifest.json").read_bytes(), path.resolve())
+            except OSError:
+                continue
+            if image.digest == digest:
+                return image
+        raise NotFound(
+            f"the build of image {name} that this sandbox was made from is not there any more", reason="IMAGE_NOT_FOUND"
+        )
+
+    def verify(self, image: Image) -> None:
+        """Ensures that every file of an image still has the digest that its manifest states.
+
+        :raises HostError: names the first file that does not.
+        """
+        for artefact in (image.kernel, image.initramfs, image.root):
+            try:
+                with artefact.path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as e:
+                raise _damaged(image.path, f"{artefact.path.name} cannot be read ({e.strerror})") from e
+            if found != artefact.sha256:
+                raise _damaged(image.path, f"{artefact.path.name} does not have the digest of its manifest")
+
+    def remove(self, name: str) -> None:
+        """Removes a name and every build of it. That no virtual machine uses it is the caller's to know.
+
+        :raises InvalidSpec: this cannot be an image's name.
+        :raises NotFound: there is none.
+        :raises InvalidState: an image is being built just now.
+        :raises HostError: files cannot be removed.
+        """
+        path = self._resolve(name)
+        try:
+            with self._locked():
+                link = self._dir / name
+                if link.is_symlink():
+                    link.unlink()
+                for entry in {path, *(self._dir / ".store").glob(f"{name}{_ENTRY_SUFFIX}")}:
+                    shutil.rmtree(entry)
+        except OSError as e:
+            raise HostError(f"cannot remove image {name}: {e}") from e
+        self._parsed.pop(path, None)
+
+    def _resolve(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise InvalidSpec(f"{name[:80]!r} is not an image name: use up to 63 of a-z, 0-9, '.', '_' and '-'")
+        path = (self._dir / name).resolve()
+        if not path.is_dir():
+            known = ", ".join(self.names()) or "none"
+            raise NotFound(
+                f"no image {name!r} (there are: {known}); build it with `sandboxctl image build {name}`",
+                reason="IMAGE_NOT_FOUND",
+                image=name,
+            )
+        return path
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the builder's lock, so that nothing is removed under a build."""
+        folder = self._dir / ".store"
+        folder.mkdir(exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise InvalidState("an image is being built; try again when that has ended") from e
+            yield
+
+
+def parse_manifest(data: bytes, path: Path) -> Image:
+    """Returns the image that a manifest in the directory `path` describes, once all of it has been checked.
+
+    :raises HostError: not a manifest of a known schema, or a file is missing or has another size.
+    """
+    try:
+        manifest = json.loads(data)
+        if manifest["schema"] != _SCHEMA:
+            raise _damaged(path, f"its manifest has schema {manifest['schema']!r}, this agent knows {_SCHEMA}")
+        kernel, initramfs, root = (_artefact(manifest[part], path) for part in ("kernel", "initramfs", "root"))
+        image = Image(
+            name=_text(manifest["name"], _NAME),
+            digest=_text(manifest["digest"], _SHA256),
+            input_digest=_text(manifest["input_digest"], _SHA256),
+            created=_text(manifest["created"]),
+            path=path,
+            kernel=kernel,
+            kernel_version=_text(manifest["kernel"]["version"]),
+            initramfs=initramfs,
+            root=root,
+            root_format=_text(manifest["root"]["format"], re.compile("erofs|squashfs")),
+            min_memory_bytes=_count(manifest["min_memory_bytes"]),
+            packages=tuple(Package(_text(p["name"]), _text(p["version"])) for p in manifest["packages"]),
+            inputs=cast("Mapping[str, object]", dict(manifest["inputs"])),
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise _damaged(path, f"its manifest is not valid ({type(e).__name__}: {e})") from e
+    _check_digest(image)
+    return image
+
+
+def _check_digest(image: Image) -> None:
+    """The image's digest is that of its files' digests, so a manifest cannot be changed by halves."""
+    parts = {"kernel": image.kernel.sha256, "initramfs": image.initramfs.sha256, "root": image.root.sha256}
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
+    if hashlib.sha256(canonical).hexdigest() != image.digest:
+        raise _damaged(image.path, "its manifest's digest is not that of its files")
+
+
+def _artefact(values: dict[str, Any], folder: Path) -> Artefact:
+    path = folder / _text(values["file"], _FILE_NAME)
+    size = _count(values["size_bytes"])
+    try:
+        found = path.stat().st_size
+    except OSError as e:
+        raise _damaged(folder, f"{path.name} is missing") from e
+    if found != size:
+        raise _damaged(folder, f"{path.name} has {found} bytes, its manifest states {size}")
+    return Artefact(path, _text(values["sha256"], _SHA256), size)
+
+
+def _text(value: object, pattern: re.Pattern[str] | None = None) -> str:
+    if not isinstance(value, str) or (pattern is not None and not pattern.fullmatch(value)):
+        raise ValueError(f"unexpected value {str(value)[:80]!r}")
+    return value
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"unexpected value {str(value)[:80]!r}")
+    return value
+
+
+def _damaged(path: Path, why: str) -> ImageDamaged:
+    name = path.name.rsplit("-", 1)[0]
+    return ImageDamaged(
+        f"the image in {path} is damaged: {why}; build it again with `sandboxctl image build {name}`", image=name
+    )

@@ -1,0 +1,124 @@
+"""Values of secrets at rest: one file per sandbox, encrypted with a key of this node's (AES-256-GCM, NIST SP 800-38D).
+
+The key lies beside them, readable by root alone: it keeps values out of backups and disks that are read without it, not
+from whoever is root on this host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from agent.common.errors import HostError
+
+_KEY_BYTES, _NONCE_BYTES = 32, 12
+
+
+@dataclass(frozen=True, slots=True)
+class CaPair:
+    """Certificate and key of a sandbox's CA, as PEM."""
+
+    certificate_pem: str
+    key_pem: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What is kept for one sandbox."""
+
+    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+    ca: CaPair | None = None
+
+
+class Vault:
+    """The files below one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._key = b""
+
+    def open(self) -> None:
+        """Reads the node's key, or makes it. :raises HostError:"""
+        path = self._directory / "node.key"
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not path.exists():
+                _write(path, os.urandom(_KEY_BYTES))
+            self._key = path.read_bytes()
+        except OSError as error:
+            raise HostError(f"cannot read or make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+        if len(self._key) != _KEY_BYTES:
+            raise HostError(
+                f"{path} is damaged; without it the values of secrets cannot be read: restore it, or remove it once no "
+                "sandbox with secrets is left",
+                reason="STATE_DAMAGED",
+            )
+
+    def fingerprint(self, values: Mapping[str, str]) -> str:
+        """Returns what tells these values from others, and nothing about them without the node's key."""
+        text = json.dumps(dict(values), sort_keys=True).encode()
+        return hmac.digest(self._key, text, "sha256").hex()
+
+    async def get(self, sandbox_id: str) -> Held:
+        """Returns what is kept for a sandbox; nothing if nothing is. :raises HostError:"""
+        return await asyncio.to_thread(self._get, sandbox_id)
+
+    async def put(self, sandbox_id: str, held: Held) -> None:
+        """Keeps this for a sandbox, or forgets it if it is nothing. :raises HostError:"""
+        await asyncio.to_thread(self._put, sandbox_id, held)
+
+    async def forget(self, sandbox_id: str) -> None:
+        """Removes what is kept. Idempotent. :raises HostError:"""
+        await self.put(sandbox_id, Held())
+
+    def _path(self, sandbox_id: str) -> Path:
+        return self._directory / f"{sandbox_id}.sealed"
+
+    def _get(self, sandbox_id: str) -> Held:
+        path = self._path(sandbox_id)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return Held()
+        except OSError as error:
+            raise HostError(f"cannot read {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+        try:
+            text = AESGCM(self._key).decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], sandbox_id.encode())
+            value = json.loads(text)
+            return Held(value["values"], CaPair(**value["ca"]) if value["ca"] else None)
+        except (InvalidTag, ValueError, KeyError, TypeError):
+            raise HostError(
+                f"{path} cannot be decrypted; delete sandbox {sandbox_id}, or set its secrets anew",
+                reason="STATE_DAMAGED",
+            ) from None
+
+    def _put(self, sandbox_id: str, held: Held) -> None:
+        path = self._path(sandbox_id)
+        try:
+            if not held.values and held.ca is None:
+                path.unlink(missing_ok=True)
+                return
+            ca = None if held.ca is None else {"certificate_pem": held.ca.certificate_pem, "key_pem": held.ca.key_pem}
+            text = json.dumps({"values": dict(held.values), "ca": ca}).encode()
+            nonce = os.urandom(_NONCE_BYTES)
+            _write(path, nonce + AESGCM(self._key).encrypt(nonce, text, sandbox_id.encode()))
+        except OSError as error:
+            raise HostError(f"cannot write {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all, for its owner alone."""
+    draft = path.with_suffix(".draft")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path)

@@ -1,0 +1,273 @@
+"""Volumes and snapshots: disks that outlive sandboxes. Each is a directory with its facts and its disk, made aside and
+renamed into place, so that there is never half of one; the facts are all that is known of it, so that it survives the
+loss of everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import re
+import secrets
+import shutil
+import string
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.common.aio import to_the_end
+from agent.common.errors import AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound, ResourceExhausted
+from agent.common.telemetry import log, step
+from agent.daemon.host.sparse_copy import copy_sparse
+from agent.daemon.sandbox.state.record import Record
+from agent.daemon.storage.disks import disk_error, format_volume
+
+VOLUME, SNAPSHOT = "vol-", "snp-"
+_MIB = 1 << 20
+MIN_BYTES, MAX_BYTES = 16 * _MIB, 1 << 44
+MAX_PER_TENANT = 1000
+_OWNER = 1000  # of an empty volume: the user of every image
+_FACTS, _DISK, _DRAFT = "facts.json", "disk.img", ".draft-"
+_SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])")
+_ALPHABET = string.ascii_lowercase + string.digits
+
+
+def is_snapshot(identifier: str) -> bool:
+    """Whether an id is a snapshot's."""
+    return identifier.startswith(SNAPSHOT)
+
+
+def check_slug(slug: str) -> None:
+    """:raises InvalidSpec: no name for a volume or snapshot."""
+    if _SLUG.fullmatch(slug) is None or slug[2:4] == "--":
+        raise InvalidSpec(
+            f"slug {slug[:60]!r} is not valid: 2 to 32 of a-z, 0-9 and '-', none at the ends, no '--' in third place",
+            reason="INVALID_SLUG",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A volume, or a snapshot (by its id); sizes in bytes.
+
+    :param image: name of the image that boots from it; "" if it cannot be a root.
+    :param origin: (id, slug) of the snapshot that a volume was made of, or of the volume that a snapshot was.
+    """
+
+    id: str
+    slug: str
+    tenant: str
+    capacity_bytes: int
+    create_time: float
+    image: str = ""
+    origin: tuple[str, str] | None = None
+
+
+class Volumes:
+    """All of this node's. Files are made and removed in threads; what is known of them is in memory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._dir = directory
+        self._known: dict[str, Volume] = {}
+        self._users: dict[str, str] = {}  # volume -> sandbox
+        self._busy: set[str] = set()  # being copied or deleted
+        self._making: set[tuple[str, str]] = set()  # tenant and slug of what is being made
+
+    def open(self) -> None:
+        """Takes over what is there, and removes what was never finished. Blocks. :raises HostError:"""
+        try:
+            self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in self._dir.iterdir():
+                if path.name.startswith(_DRAFT):
+                    shutil.rmtree(path)
+                elif path.name.startswith((VOLUME, SNAPSHOT)):
+                    self._load(path)
+        except OSError as error:
+            raise HostError(f"cannot read {self._dir}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+
+    def _load(self, path: Path) -> None:
+        try:
+            values = json.loads((path / _FACTS).read_text())
+            origin = values.pop("origin", None)
+            volume = Volume(**values, origin=tuple(origin) if origin else None)
+            if volume.id != path.name or not (path / _DISK).is_file():
+                raise ValueError("its facts are not of this directory")
+        except (OSError, ValueError, TypeError) as error:  # left where it is: somebody may be able to mend it
+            log.error("a volume is damaged", path=str(path), error=str(error))
+            return
+        self._known[volume.id] = volume
+
+    # -- finding -------------------------------------------------------------------------------------------------------
+
+    def find(self, tenant: str, id_or_slug: str, *kinds: str) -> Volume:
+        """Returns a volume or snapshot of a tenant. :raises NotFound: it has none of these kinds."""
+        for volume in self._of(tenant, *kinds):
+            if id_or_slug in (volume.id, volume.slug):
+                return volume
+        what = "snapshot" if kinds == (SNAPSHOT,) else "volume" if kinds == (VOLUME,) else "volume or snapshot"
+        reason = "SNAPSHOT_NOT_FOUND" if kinds == (SNAPSHOT,) else "VOLUME_NOT_FOUND"
+        raise NotFound(f"no {what} {id_or_slug[:80]!r} on this node; list them to see which there are", reason=reason)
+
+    def list(self, tenant: str, kind: str, search: str) -> list[Volume]:
+        """Returns the tenant's volumes or snapshots with `search` in the slug, or as id, oldest first."""
+        found = [volume for volume in self._of(tenant, kind) if search in volume.slug or search == volume.id]
+        return sorted(found, key=lambda volume: (volume.create_time, volume.id))
+
+    def _of(self, tenant: str, *kinds: str) -> Iterator[Volume]:
+        return (known for known in self._known.values() if known.tenant == tenant and known.id.startswith(kinds))
+
+    def disk(self, identifier: str) -> Path:
+        """Returns the file of a disk."""
+        return self._dir / identifier / _DISK
+
+    def capacity(self, identifier: str) -> int:
+        """Returns the size of a disk. :raises NotFound:"""
+        known = self._known.get(identifier)
+        if known is None:
+            raise NotFound(f"no volume {identifier} on this node any more", reason="VOLUME_NOT_FOUND")
+        return known.capacity_bytes
+
+    def used_bytes(self, volume: Volume) -> int:
+        """Returns what a disk takes on the host's."""
+        try:
+            return self.disk(volume.id).stat().st_blocks * 512
+        except OSError:
+            return 0
+
+    def user(self, volume: Volume) -> str:
+        """Returns the sandbox that uses a volume, "" if none does."""
+        return self._users.get(volume.id, "")
+
+    # -- using ---------------------------------------------------------------------------------------------------------
+
+    def attach(self, record: Record) -> None:
+        """Gives a sandbox the volumes of its specification. :raises InvalidState: another one has one of them."""
+        wanted = [volume for _, volume in record.spec.volumes]
+        if record.spec.root and not is_snapshot(record.spec.root):
+            wanted.append(record.spec.root)
+        if len(set(wanted)) != len(wanted):
+            raise InvalidSpec("a volume cannot be root and be mounted, too")
+        for identifier in wanted:
+            user = self._users.get(identifier, record.id)
+            if user != record.id or identifier in self._busy:
+                raise InvalidState(
+                    f"volume {identifier} is in use by {user if user != record.id else 'a copy'}; one at a time may",
+                    reason="VOLUME_IN_USE",
+                )
+        self._users |= dict.fromkeys(wanted, record.id)
+
+    def detach(self, record: Record) -> None:
+        """Takes back what `attach` gave. Idempotent."""
+        self._users = {volume: user for volume, user in self._users.items() if user != record.id}
+
+    async def copy(self, identifier: str, target: Path) -> None:
+        """Copies a disk for a sandbox of its own. :raises NotFound: :raises AgentError:"""
+        self.capacity(identifier)
+        await asyncio.to_thread(_copy, self.disk(identifier), target)
+
+    # -- making and deleting -------------------------------------------------------------------------------------------
+
+    async def create(self, tenant: str, slug: str, capacity_bytes: int, *, image: str = "", base: str = "") -> Volume:
+        """Makes a volume: empty, or with what the snapshot `base` has. :raises AgentError: nothing is left."""
+        capacity_bytes = -(-capacity_bytes // _MIB) * _MIB
+        if not MIN_BYTES <= capacity_bytes <= MAX_BYTES:
+            raise InvalidSpec(
+                f"capacity is {capacity_bytes} bytes; it must be from {MIN_BYTES} to {MAX_BYTES}",
+                reason="INVALID_CAPACITY",
+            )
+        origin = None
+        if base:
+            snapshot = self.find(tenant, base, SNAPSHOT)
+            if capacity_bytes < snapshot.capacity_bytes:
+                raise InvalidSpec(
+                    f"capacity is {capacity_bytes} bytes; the snapshot needs {snapshot.capacity_bytes}",
+                    reason="INVALID_CAPACITY",
+                )
+            origin, image = (snapshot.id, snapshot.slug), snapshot.image
+        volume = Volume(_new_id(VOLUME), slug, tenant, capacity_bytes, time.time(), image, origin)
+        return await self._make(volume, origin[0] if origin else "")
+
+    async def snapshot(self, tenant: str, id_or_slug: str, slug: str) -> Volume:
+        """Makes a snapshot of a volume that nobody uses. :raises AgentError: nothing is left."""
+        source = self.find(tenant, id_or_slug, VOLUME)
+        self._refuse_in_use(source)
+        made = Volume(
+            _new_id(SNAPSHOT), slug, tenant, source.capacity_bytes, time.time(), source.image, (source.id, source.slug)
+        )
+        return await self._make(made, source.id)
+
+    def _refuse_in_use(self, volume: Volume) -> None:
+        user = self.user(volume)
+        if user or volume.id in self._busy:
+            raise InvalidState(f"{volume.slug} is in use by {user or 'a copy'}; end that first", reason="VOLUME_IN_USE")
+
+    async def _make(self, volume: Volume, source: str) -> Volume:
+        check_slug(volume.slug)
+        key = (volume.tenant, volume.slug)
+        mine = list(self._of(volume.tenant, VOLUME, SNAPSHOT))
+        if key in self._making or any(volume.slug in (known.slug, known.id) for known in mine):
+            raise AlreadyExists(f"there is a volume or snapshot {volume.slug} already", reason="SLUG_IN_USE")
+        if len(mine) >= MAX_PER_TENANT:
+            raise ResourceExhausted(f"{MAX_PER_TENANT} volumes and snapshots; delete some", reason="TOO_MANY_VOLUMES")
+        self._making.add(key)
+        if source:
+            self._busy.add(source)
+        try:
+            with step("volume.make"):
+                await to_the_end(asyncio.to_thread(self._write, volume, source))
+            self._known[volume.id] = volume
+        finally:
+            self._making.discard(key)
+            self._busy.discard(source)
+        log.info("volume made", volume=volume.id, slug=volume.slug, bytes=volume.capacity_bytes)
+        return volume
+
+    def _write(self, volume: Volume, source: str) -> None:
+        draft = self._dir / f"{_DRAFT}{volume.id}"
+        try:
+            draft.mkdir(mode=0o700)
+            disk = draft / _DISK
+            with step("volume.disk"):
+                if source:
+                    _copy(self.disk(source), disk)
+                else:
+                    disk.touch(mode=0o600)
+                with disk.open("r+b") as file:
+                    file.truncate(volume.capacity_bytes)
+                if not source:
+                    format_volume(disk, 0 if volume.image else _OWNER)
+            with step("volume.publish"):
+                (draft / _FACTS).write_text(json.dumps(dataclasses.asdict(volume)) + "\n")
+                draft.rename(self._dir / volume.id)
+        except OSError as error:
+            raise disk_error(draft, error) from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    async def delete(self, tenant: str, id_or_slug: str, kind: str) -> None:
+        """Deletes a volume or snapshot. :raises NotFound: :raises InvalidState: it is in use."""
+        volume = self.find(tenant, id_or_slug, kind)
+        self._refuse_in_use(volume)
+        doomed = self._dir / f"{_DRAFT}{volume.id}"
+        try:
+            (self._dir / volume.id).rename(doomed)  # at once out of everyone's sight
+        except OSError as error:
+            raise HostError(f"cannot delete {volume.id}: {error.strerror}", reason="REMOVE_FAILED") from error
+        del self._known[volume.id]
+        await to_the_end(asyncio.to_thread(shutil.rmtree, doomed, ignore_errors=True))
+        log.info("volume deleted", volume=volume.id, slug=volume.slug)
+
+
+def _new_id(prefix: str) -> str:
+    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(16))
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        copy_sparse(source, target)
+    except FileNotFoundError:
+        raise NotFound(f"{source.parent.name} is gone", reason="VOLUME_NOT_FOUND") from None
+    except OSError as error:
+        raise disk_error(target, error) from error

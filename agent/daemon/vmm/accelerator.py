@@ -1,0 +1,113 @@
+"""Chooses KVM or emulation by what really boots.
+
+A /dev/kvm that opens proves nothing: nested and partial ones die in the middle of a stock kernel. So the kernel of an
+image is booted under KVM once, until it runs its first program, and the verdict is kept for this boot of the host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.common.errors import VmmError
+
+_KVM = "/dev/kvm"
+_DEADLINE_S = 10.0
+_MARKER = b"Run /init as init process"
+_CMDLINE = "console=ttyS0 loglevel=7 panic=-1 random.trust_cpu=on 8250.nr_uarts=1"
+
+
+Trial = Callable[[str, Path, Path, str], list[str]]  # (binary, kernel, initramfs, cmdline) -> argv
+
+
+def qemu_trial(binary: str, kernel: Path, initramfs: Path, cmdline: str) -> list[str]:
+    """Returns the words that boot a kernel in QEMU under KVM with its console on stdout."""
+    return [
+        binary, "-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-M", "q35", "-accel", "kvm",
+        "-cpu", "host", "-m", "256M", "-kernel", str(kernel), "-initrd", str(initramfs),
+        "-append", cmdline, "-serial", "stdio",
+    ]  # fmt: skip
+
+
+class AcceleratorProbe:
+    """Remembers verdicts in `cache_dir`; boots the kernel and initramfs at the given paths when it has none.
+
+    :param trial: how the VMM in question boots them. Verdicts are kept by `version`, which must name the VMM, too,
+        for any but QEMU.
+    """
+
+    def __init__(self, cache_dir: Path, kernel: Path | None, initramfs: Path | None, trial: Trial = qemu_trial) -> None:
+        self._cache_dir = cache_dir
+        self._kernel = kernel
+        self._initramfs = initramfs
+        self._trial = trial
+
+    async def choose(self, wanted: str, binary: str, version: str) -> tuple[str, str]:
+        """Returns ("kvm" or "tcg", why). :raises VmmError: KVM is demanded and cannot be opened."""
+        openable = os.access(_KVM, os.R_OK | os.W_OK)
+        if wanted == "kvm":
+            if not openable:
+                raise VmmError(f"vmm.accelerator is kvm, but {_KVM} cannot be opened", reason="KVM_MISSING")
+            return "kvm", "vmm.accelerator is kvm"
+        if wanted == "tcg":
+            return "tcg", "vmm.accelerator is tcg"
+        if not openable:
+            return "tcg", f"{_KVM} is missing or cannot be opened by this user"
+        if self._kernel is None or self._initramfs is None or not self._kernel.exists():
+            return "tcg", f"{_KVM} opens, but there is no image yet to try it with"
+        return await self._tried(binary, version)
+
+    async def _tried(self, binary: str, version: str) -> tuple[str, str]:
+        cache = self._cache_dir / f"kvm-{self._key(version)}.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            verdict = json.loads(cache.read_text())
+            return str(verdict["accelerator"]), str(verdict["reason"])
+        reached = await self._boots(binary)
+        if reached:
+            accelerator, reason = "kvm", "a guest kernel boots on this host's KVM"
+        else:
+            accelerator = "tcg"
+            reason = (
+                f"{_KVM} opens, but a guest kernel does not reach its first program on it "
+                f"(tried for up to {_DEADLINE_S:g} s)"
+            )
+        self._cache_dir.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"accelerator": accelerator, "reason": reason}))
+        temporary.replace(cache)
+        return accelerator, reason
+
+    def _key(self, version: str) -> str:
+        assert self._kernel is not None
+        facts = self._kernel.stat()
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        text = f"{version} {facts.st_size} {facts.st_mtime_ns} {boot_id}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    async def _boots(self, binary: str) -> bool:
+        assert self._kernel is not None
+        assert self._initramfs is not None
+        argv = self._trial(binary, self._kernel, self._initramfs, _CMDLINE)
+        child = await asyncio.create_subprocess_exec(
+            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        )
+        assert child.stdout is not None
+        seen = b""
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                while data := await child.stdout.read(4096):
+                    seen = seen[-256:] + data
+                    if _MARKER in seen:
+                        return True
+        except TimeoutError:
+            return False
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.communicate()  # wait() alone never returns where the pipe is full
+        return False

@@ -1,0 +1,139 @@
+"""What a VMM prints and reports, through FIFOs: it never blocks on them and never ends because of them.
+
+Both ends are open for reading and writing and do not block (fifo(7)): nobody gets EPIPE while the agent is away, and a
+full pipe drops what comes. An agent that comes back opens them again by their path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from agent.common.errors import VmmError
+from agent.daemon.vmm.console import read_tail
+
+_READ_BYTES = 256 << 10
+_MAX_EVENT_BYTES = 64 << 10
+_PIPE_BYTES = 1 << 20
+_FLAGS = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class Pipe:
+    """Reads a FIFO, made if need be, and hands each piece to `on_data`."""
+
+    def __init__(self, path: Path, on_data: Callable[[bytes], None]) -> None:
+        self._path = path
+        self._on_data = on_data
+        if not path.exists():
+            os.mkfifo(path, 0o600)
+        self._fd = os.open(path, _FLAGS | os.O_NOFOLLOW)
+        with contextlib.suppress(OSError):  # above fs.pipe-max-size: what there is must do
+            fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._fd, self._read)
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[int]:
+        """Yields a descriptor for the VMM to inherit."""
+        fd = os.open(self._path, _FLAGS)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._fd, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        self._on_data(data)
+        return True
+
+    def drain(self) -> None:
+        """Reads what is there now, at most a pipe full."""
+        for _ in range(16):
+            if self._fd < 0 or not self._read():
+                return
+
+    def close(self) -> None:
+        """Reads what is left and closes. Idempotent."""
+        if self._fd >= 0:
+            self.drain()
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Log:
+    """Appends what comes through a FIFO to a file; at half of the limit that becomes `<name>.1`, replacing it."""
+
+    def __init__(self, pipe_path: Path, path: Path, limit_bytes: int = 1 << 20) -> None:
+        self._path = path
+        self._old_path = path.with_name(path.name + ".1")
+        self._half_bytes = max(limit_bytes // 2, 1)
+        self.pipe = Pipe(pipe_path, self._append)
+
+    def _append(self, data: bytes) -> None:
+        for start in range(0, len(data), self._half_bytes):
+            self._append_piece(data[start : start + self._half_bytes])
+
+    def _append_piece(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the VM goes on
+            if self._path.exists() and self._path.stat().st_size + len(data) > self._half_bytes:
+                self._path.replace(self._old_path)
+            with self._path.open("ab") as file:
+                file.write(data)
+
+    def tail(self, limit_bytes: int) -> bytes:
+        """Returns the last bytes of all that came until now, at most `limit_bytes`; after `close`, too."""
+        self.pipe.drain()
+        return read_tail((self._path, self._old_path), limit_bytes)
+
+
+class Events:
+    """The event monitor: JSON objects, each followed by an empty line (event_monitor/src/lib.rs)."""
+
+    def __init__(self, path: Path) -> None:
+        self._buffer = b""
+        self._waiters: list[tuple[str, asyncio.Future[None]]] = []
+        self.seen: deque[str] = deque(maxlen=64)
+        self.on_event: Callable[[str], None] | None = None
+        self.pipe = Pipe(path, self._feed)
+
+    def _feed(self, data: bytes) -> None:
+        self._buffer += data
+        while (end := self._buffer.find(b"\n\n")) >= 0:
+            text, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
+            with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+                event = json.loads(text)
+                self._happened(f"{event['source']} {event['event']}")
+        if len(self._buffer) > _MAX_EVENT_BYTES:
+            self._buffer = b""
+
+    def _happened(self, name: str) -> None:
+        self.seen.append(name)
+        for wanted, future in self._waiters:
+            if wanted == name and not future.done():
+                future.set_result(None)
+        if self.on_event is not None:
+            self.on_event(name)
+
+    async def wait_for(self, name: str, timeout_s: float) -> None:
+        """Returns once `name` ("vm resumed") has happened, now or before. :raises VmmError: not in time."""
+        if name in self.seen:
+            return
+        entry = (name, asyncio.get_running_loop().create_future())
+        self._waiters.append(entry)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await entry[1]
+        except TimeoutError as error:
+            raise VmmError(f"Cloud Hypervisor did not report {name!r} within {timeout_s:g} s") from error
+        finally:
+            self._waiters.remove(entry)

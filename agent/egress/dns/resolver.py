@@ -1,0 +1,184 @@
+"""Lookups of our own, through the node's recursive resolvers: what guests are told, and what is dialled for them.
+
+Messages are dnspython's; each query goes out from a port of its own with a random id, by UDP and, where the answer is
+cut, by TCP (RFC 7766). What does not fit the question is ignored (RFC 5452).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import cast
+
+import dns.asyncquery
+import dns.exception
+import dns.flags
+import dns.message
+import dns.name
+import dns.rcode
+import dns.rdata
+import dns.rdataclass
+import dns.rdatatype
+import dns.resolver
+import dns.rrset
+
+from agent.common.policy.addresses import Address, parse_server
+from agent.common.policy.policy import Policy
+
+_MAX_CACHED = 4096
+_MAX_TTL_S = 3600.0
+_NEGATIVE_TTL_S = 5.0
+_MAX_ADDRESSES = 64  # of one name and family; more only cost
+_MAX_IN_FLIGHT = 512
+
+
+class ResolveError(Exception):
+    """There is no answer. `reason` is nxdomain, nodata, servfail, timeout or blocked."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class BlockedAnswer(ResolveError):
+    """The name has addresses, and none that a sandbox may reach."""
+
+    def __init__(self) -> None:
+        super().__init__("blocked")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a name was answered with; `ttl_s` is the shortest on the way to it."""
+
+    addresses: tuple[Address, ...]
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    answer: dns.rrset.RRset | None
+    reason: str  # why there is none
+    until: float
+
+
+def system_resolvers() -> list[str]:
+    """Returns the resolvers of /etc/resolv.conf (resolv.conf(5))."""
+    try:
+        return [str(server) for server in dns.resolver.Resolver(configure=True).nameservers]
+    except dns.exception.DNSException:
+        return []
+
+
+def load_all() -> None:
+    """Loads the code of all record types now: later the process may not be allowed to read it."""
+    dns.rdata.load_all_types()  # type: ignore[no-untyped-call]
+
+
+class Resolver:
+    """Stub resolver with a bounded cache that all sandboxes share; identical lookups at one time are one.
+
+    :param servers: "address" or "address:port" ("[v6]:port"), asked in turn.
+    """
+
+    def __init__(self, servers: Sequence[str], timeout_s: float = 2.0, attempts: int = 3) -> None:
+        self._servers = [parse_server(server) for server in servers]
+        self._timeout_s = timeout_s
+        self._attempts = max(attempts, 1)
+        self._cache: OrderedDict[tuple[str, dns.rdatatype.RdataType], _Found] = OrderedDict()
+        self._running: dict[tuple[str, dns.rdatatype.RdataType], asyncio.Task[_Found]] = {}
+        self._room = asyncio.Semaphore(_MAX_IN_FLIGHT)
+
+    async def aclose(self) -> None:
+        """Ends all lookups."""
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def addresses(self, name: str, policy: Policy) -> Answer:
+        """Returns the addresses of a (normalised) name, without those that nobody may be connected to.
+
+        :raises BlockedAnswer: none is left. :raises ResolveError: there are none.
+        """
+        kinds = (dns.rdatatype.A, dns.rdatatype.AAAA)
+        results = await asyncio.gather(*(self.family(name, kind, policy) for kind in kinds), return_exceptions=True)
+        found = [result for result in results if isinstance(result, Answer)]
+        if found:
+            addresses = tuple(address for answer in found for address in answer.addresses)
+            return Answer(addresses, min(answer.ttl_s for answer in found))
+        errors = [result for result in results if isinstance(result, ResolveError)]
+        for result in results:
+            if not isinstance(result, ResolveError):
+                raise cast("BaseException", result)
+        # "No such address" of one family says less than what happened to the other.
+        raise next((error for error in errors if error.reason != "nodata"), errors[0])
+
+    async def family(self, name: str, kind: dns.rdatatype.RdataType, policy: Policy) -> Answer:
+        """As `addresses`, for A or AAAA alone."""
+        records, ttl_s = await self.query(name, kind)
+        everything = [ip_address(str(record.address)) for record in records][:_MAX_ADDRESSES]
+        allowed = tuple(address for address in everything if policy.check_dialled(address, 0) is None)
+        if not allowed:
+            raise BlockedAnswer
+        return Answer(allowed, ttl_s)
+
+    async def query(self, name: str, kind: dns.rdatatype.RdataType) -> tuple[dns.rrset.RRset, float]:
+        """Returns the records that the name has, aliases followed, and for how long. :raises ResolveError:"""
+        key = (name, kind)
+        found = self._cache.get(key)
+        if found is None or found.until <= time.monotonic():
+            task = self._running.get(key)
+            if task is None:
+                task = self._running[key] = asyncio.create_task(self._look_up(name, kind))
+                task.add_done_callback(lambda _: self._running.pop(key, None))
+            found = await asyncio.shield(task)
+        if found.answer is None:
+            raise ResolveError(found.reason)
+        return found.answer, max(found.until - time.monotonic(), 0.0)
+
+    async def _look_up(self, name: str, kind: dns.rdatatype.RdataType) -> _Found:
+        async with self._room:
+            message, why = await self._ask(name, kind)
+        now = time.monotonic()
+        if message is None:
+            return _Found(None, why, now)  # a failure of the way there is no fact about the name
+        try:
+            chain = message.resolve_chaining()
+        except dns.exception.DNSException:  # a loop, or two aliases for one name
+            return _Found(None, "servfail", now)
+        if message.rcode() == dns.rcode.NXDOMAIN:
+            found = _Found(None, "nxdomain", now + _NEGATIVE_TTL_S)
+        elif chain.answer is None:
+            found = _Found(None, "nodata", now + _NEGATIVE_TTL_S)
+        else:
+            found = _Found(chain.answer, "", now + min(float(chain.minimum_ttl), _MAX_TTL_S))
+        self._cache[name, kind] = found
+        while len(self._cache) > _MAX_CACHED:
+            self._cache.popitem(last=False)
+        return found
+
+    async def _ask(self, name: str, kind: dns.rdatatype.RdataType) -> tuple[dns.message.QueryMessage | None, str]:
+        why = "servfail"
+        first = random.randrange(len(self._servers)) if self._servers else 0  # noqa: S311  spreads load, no more
+        for attempt in range(self._attempts if self._servers else 0):
+            host, port = self._servers[(first + attempt) % len(self._servers)]
+            question = dns.message.make_query(dns.name.from_text(name), kind, use_edns=0, payload=1232)
+            try:
+                message, _ = await dns.asyncquery.udp_with_fallback(
+                    question, host, self._timeout_s, port, ignore_unexpected=True, ignore_errors=True
+                )
+            except dns.exception.Timeout:
+                why = "timeout"
+            except (OSError, EOFError, dns.exception.DNSException):
+                why = "servfail"
+            else:
+                if message.rcode() in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
+                    return cast("dns.message.QueryMessage", message), ""
+                why = "servfail"
+        return None, why

@@ -1,0 +1,99 @@
+"""One side of an HTTP/2 relay: its state machine, what it still has to send, and the one who writes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.exceptions
+import h2.settings
+from hyperframe.frame import GoAwayFrame
+
+from agent.egress.http.secret_injection import Headers
+from agent.egress.tcp.byte_streams import Stream
+
+MAX_HEADER_LIST_BYTES = 64 << 10
+_MAX_STREAMS = 100
+# What one connection may make us hold is the latter, each way.
+_WINDOW_BYTES = 256 << 10
+_CONNECTION_WINDOW_BYTES = 512 << 10
+_Code = h2.settings.SettingCodes
+_SETTINGS = {
+    _Code.MAX_CONCURRENT_STREAMS: _MAX_STREAMS,
+    _Code.MAX_HEADER_LIST_SIZE: MAX_HEADER_LIST_BYTES,
+    _Code.INITIAL_WINDOW_SIZE: _WINDOW_BYTES,
+}
+
+
+@dataclass(eq=False, slots=True)
+class Queued:
+    """What one stream still has to send on its side: data, then its end."""
+
+    pieces: list[tuple[bytes, int]] = field(default_factory=list)  # data, and what it counts on the other side
+    trailers: Headers | None = None
+    ended: bool = False
+
+
+class End:
+    """One side's connection, and what could not be sent on it yet."""
+
+    def __init__(self, stream: Stream, *, client_side: bool) -> None:
+        self.stream = stream
+        self.h2 = h2.connection.H2Connection(
+            h2.config.H2Configuration(client_side=client_side, header_encoding=False, normalize_outbound_headers=False)
+        )
+        self.queued: dict[int, Queued] = {}
+        self.changed = asyncio.Event()
+        self.sent = asyncio.Event()  # what could be sent has been
+        self._writing = asyncio.Lock()
+        self.extra = b""  # to be written before what the state machine has
+        settings = {**_SETTINGS, _Code.ENABLE_PUSH: 0} if client_side else _SETTINGS
+        stay_open(self.h2)
+        self.h2.local_settings = h2.settings.Settings(client=client_side, initial_values=settings)
+        self.h2.initiate_connection()
+        self.h2.increment_flow_control_window(_CONNECTION_WINDOW_BYTES)
+
+    async def flush(self) -> None:
+        """Writes what the state machine has to say."""
+        async with self._writing:  # whoever reads waits here, too: answers to what is read cannot pile up
+            extra, self.extra = self.extra, b""
+            if data := extra + self.h2.data_to_send():
+                await self.stream.write(data)
+
+    def receive(self, data: bytes) -> list[h2.events.Event]:
+        """Returns what bytes of the other side mean. :raises h2.exceptions.ProtocolError: nothing, or nothing good."""
+        self.extra += self.h2.data_to_send()  # a GOAWAY would have h2 throw it away
+        return self.h2.receive_data(data)
+
+    def say_goodbye(self, last_stream_id: int) -> None:
+        """Queues a GOAWAY after which the streams that there are go on (RFC 9113, 6.8)."""
+        goodbye = GoAwayFrame(stream_id=0, last_stream_id=last_stream_id, error_code=0)
+        self.extra += self.h2.data_to_send() + goodbye.serialize()
+
+
+def stay_open(connection: h2.connection.H2Connection) -> None:
+    """Has h2 go on after a GOAWAY, by which it takes a connection for closed; the protocol does not."""
+    machine = connection.state_machine
+    goaway = h2.connection.ConnectionInputs.RECV_GOAWAY
+    states = (h2.connection.ConnectionState.CLIENT_OPEN, h2.connection.ConnectionState.SERVER_OPEN)
+    machine._transitions = {**machine._transitions, **{(state, goaway): (None, state) for state in states}}
+
+
+class gone(contextlib.AbstractContextManager["gone"]):  # noqa: N801  reads as what it is: a stream may be gone
+    """Swallows that a stream was closed by its other side meanwhile."""
+
+    def __init__(self, then: Callable[[], object] | None = None) -> None:
+        self._then = then
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, h2.exceptions.StreamClosedError | h2.exceptions.NoSuchStreamError):
+            if self._then is not None:
+                self._then()
+            return True
+        return False

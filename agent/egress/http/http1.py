@@ -1,0 +1,314 @@
+"""HTTP/1.1 between a guest and a server: parsed on both sides, so that each sees the other's messages as we read them.
+
+h11 reads strictly and writes in one way, which leaves no room for request smuggling. Bodies pass as they come: nothing
+waits for more than what could be the beginning of a secret. RFC 9110, 9112.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+import h11
+
+from agent.common.policy.reasons import Reason
+from agent.egress.http import http1_heads, secret_injection
+from agent.egress.http.request_policy import Admitted, Gate, answer_for, unreachable
+from agent.egress.http.secret_injection import Headers
+from agent.egress.http.stream_replacer import Replacer
+from agent.egress.sandbox_state import Denied
+from agent.egress.tcp import byte_streams
+from agent.egress.tcp.byte_streams import Stream
+from agent.egress.tcp.dial import DialError
+
+MAX_HEAD_BYTES = 64 << 10
+_HEAD_TIMEOUT_S = 15.0  # from a request's first byte to the end of its headers
+_IDLE_TIMEOUT_S = 900.0
+_BUFFERED_BODY_BYTES = 1 << 20  # a body that secrets go into is read whole up to this size: its length changes
+_DRAIN_BYTES, _DRAIN_S = 1 << 20, 2.0
+
+
+class _Over(Exception):
+    """The connection is at its end, in order."""
+
+
+class Http1Relay:
+    """One client connection and its one upstream connection.
+
+    :param connect: returns the upstream connection; called when the first request has been let through.
+    """
+
+    def __init__(self, client: Stream, connect: Callable[[], Awaitable[Stream]], gate: Gate) -> None:
+        self._client = client
+        self._connect = connect
+        self._gate = gate
+        self._upstream: Stream | None = None
+        self._guest = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._server = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._host = ""
+        self._closes = False
+        self._passed = False  # the last response's body went past h11, which does not know that it is over
+
+    async def run(self) -> None:
+        """Serves until either side ends. :raises OSError:"""
+        try:
+            while await self._cycle():
+                if self._passed:
+                    self._begin_anew()
+                else:
+                    self._guest.start_next_cycle()
+                    self._server.start_next_cycle()
+            await self._client.end()
+            await self._drain()
+        except Denied as denied:
+            self._gate.deny(denied.reason, denied.host)
+            await self._answer(denied.reason, denied.host)
+        except h11.RemoteProtocolError as error:
+            await self._misread(error)
+        except _Over:
+            pass
+        finally:
+            self._client.close()
+            if self._upstream is not None:
+                self._upstream.close()
+
+    def _begin_anew(self) -> None:
+        pipelined, _ = self._guest.trailing_data
+        self._guest = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._server = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._passed = False
+        if pipelined:
+            self._guest.receive_data(pipelined)
+
+    async def _misread(self, error: h11.RemoteProtocolError) -> None:
+        """What came is no HTTP: of the guest's, it is told so; of the server's, the connection ends."""
+        if self._guest.trailing_data[1] or self._server.trailing_data[1]:
+            return  # one of them just left
+        if self._guest.their_state is h11.ERROR:
+            reason = Reason.TOO_LARGE if error.error_status_hint == 431 else Reason.MALFORMED
+            self._gate.deny(reason, self._host or self._gate.target.name)
+            await self._answer(reason, self._host, str(error))
+        else:
+            await self._answer_status(502, b"sandboxd: the server's answer is no valid HTTP\n")
+
+    async def _answer(self, reason: Reason, host: str, detail: str = "") -> None:
+        await self._answer_status(*answer_for(reason, host, detail))
+
+    async def _answer_status(self, status: int, text: bytes) -> None:
+        """Says why, if no answer has begun, and ends."""
+        if self._guest.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(text)),
+                   (b"connection", b"close")]  # fmt: skip
+        with contextlib.suppress(OSError, h11.LocalProtocolError):
+            await self._to_guest(
+                h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode())
+            )
+            await self._to_guest(h11.Data(data=text))
+            await self._to_guest(h11.EndOfMessage())
+            await self._client.end()
+            await self._drain()
+
+    async def _drain(self) -> None:
+        """Reads on a little: bytes that nobody read would make a reset of the end, and lose the answer."""
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                left = _DRAIN_BYTES
+                while left > 0 and (data := await self._client.read()):
+                    left -= len(data)
+
+    # -- one request ---------------------------------------------------------------------------------------------------
+
+    async def _cycle(self) -> bool:
+        """Carries one request and its response; returns whether another may follow."""
+        request = await self._request()
+        headers = http1_heads.forwarded(request)
+        authority = http1_heads.authority_of(request, headers)
+        self._host = authority
+        admitted = await self._gate.admit(authority, request.target, headers)
+        if self._upstream is None:
+            try:
+                self._upstream = await self._connect()
+            except DialError as error:
+                if error.reason is not None:
+                    raise Denied(error.reason, authority) from None
+                await self._answer_status(*unreachable(authority, error))
+                return False
+        upstream = self._upstream
+        body = admitted.substitution.body(secret_injection.find(headers, b"content-type"))
+        sending = asyncio.create_task(self._send_request(upstream, request, headers, admitted, body))
+        responding = asyncio.create_task(self._response(upstream, admitted, request))
+        try:
+            await asyncio.wait({sending, responding}, return_when=asyncio.FIRST_COMPLETED)
+            # A server that takes no more of a request may have answered it all the same (OSError).
+            if sending.done() and not isinstance(sending.exception(), OSError):
+                sending.result()
+            if await responding:
+                await sending
+                await self._tunnel(upstream)
+                return False
+            if not sending.done() or sending.exception() is not None:
+                return False  # the answer came before all of the request: the rest is of no use to anybody
+        finally:
+            for task in (sending, responding):
+                task.cancel()
+            await asyncio.gather(sending, responding, return_exceptions=True)
+        if self._passed:
+            return self._guest.their_state is h11.DONE and not self._closes
+        return self._guest.states == {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE} and (
+            self._server.states == {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}
+        )
+
+    async def _request(self) -> h11.Request:
+        """Returns the next request; meanwhile the server may end the connection, and then so do we."""
+        event = self._guest.next_event()
+        if event is h11.NEED_DATA and self._guest.trailing_data[0] == b"":
+            await self._wait_for_bytes()
+            event = self._guest.next_event()
+        try:
+            async with asyncio.timeout(_HEAD_TIMEOUT_S):
+                while event is h11.NEED_DATA:
+                    self._guest.receive_data(await self._client.read())
+                    event = self._guest.next_event()
+        except TimeoutError:
+            raise Denied(Reason.TIMEOUT, self._host or self._gate.target.name) from None
+        if isinstance(event, h11.Request):
+            return event
+        raise _Over
+
+    async def _wait_for_bytes(self) -> None:
+        reading = asyncio.create_task(self._client.read())
+        waiting: set[asyncio.Task[bytes]] = {reading}
+        if self._upstream is not None:
+            waiting.add(asyncio.create_task(self._upstream.read()))
+        try:
+            await asyncio.wait(waiting, timeout=_IDLE_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if any(task.done() for task in waiting - {reading}) or not reading.done():
+                raise _Over
+            self._guest.receive_data(reading.result())
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _send_request(
+        self, upstream: Stream, request: h11.Request, headers: Headers, admitted: Admitted, body: Replacer | None
+    ) -> None:
+        substitution = admitted.substitution
+        target = substitution.target(http1_heads.origin_form(request.target))
+        changed = substitution.readable_answer(substitution.headers(headers))
+        first: list[bytes] = []
+        if body is not None:
+            changed = await self._reframed(changed, body, first)
+        out = h11.Request(method=request.method, target=target, headers=changed)
+        await self._to_server(upstream, out)
+        if first:  # all of it
+            await self._to_server(upstream, h11.Data(data=first[0]))
+            await self._to_server(upstream, h11.EndOfMessage())
+            return
+        while True:
+            event = await self._next(self._guest, self._client)
+            if isinstance(event, h11.Data):
+                data = bytes(event.data) if body is None else body.feed(bytes(event.data))
+                if data:
+                    await self._to_server(upstream, h11.Data(data=data))
+            elif isinstance(event, h11.EndOfMessage):
+                if body is not None and (rest := body.end()):
+                    await self._to_server(upstream, h11.Data(data=rest))
+                await self._to_server(upstream, h11.EndOfMessage(headers=list(event.headers.raw_items())))
+                return
+            else:
+                raise _Over
+
+    async def _reframed(self, headers: Headers, body: Replacer, first: list[bytes]) -> Headers:
+        """Returns headers for a body whose length changes: counted anew if it is small, in chunks if it is large."""
+        size = secret_injection.find(headers, b"content-length")
+        if not size or size == b"0":
+            return headers
+        rest = [(name, value) for name, value in headers if name.lower() not in (b"content-length", b"expect")]
+        if int(size) > _BUFFERED_BODY_BYTES:
+            return [*rest, (b"Transfer-Encoding", b"chunked")]
+        if self._guest.they_are_waiting_for_100_continue:
+            await self._to_guest(h11.InformationalResponse(status_code=100, headers=[]))
+        pieces = []
+        while isinstance(event := await self._next(self._guest, self._client), h11.Data):
+            pieces.append(body.feed(bytes(event.data)))
+        pieces.append(body.end())
+        whole = b"".join(pieces)
+        first.append(whole)
+        return [*rest, (b"Content-Length", b"%d" % len(whole))]
+
+    # -- its response --------------------------------------------------------------------------------------------------
+
+    async def _response(self, upstream: Stream, admitted: Admitted, request: h11.Request) -> bool:
+        """Carries the response; returns whether both sides now speak something else (101)."""
+        redactor = admitted.substitution.redactor()
+        while True:
+            event = await self._next(self._server, upstream)
+            if isinstance(event, h11.InformationalResponse):
+                headers = secret_injection.redact_headers(list(event.headers.raw_items()), redactor)
+                await self._to_guest(
+                    h11.InformationalResponse(status_code=event.status_code, headers=headers, reason=event.reason)
+                )
+                if event.status_code == 101:
+                    return True
+            elif isinstance(event, h11.Response):
+                headers = secret_injection.redact_headers(list(event.headers.raw_items()), redactor)
+                response = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
+                await self._to_guest(response)
+                size = http1_heads.body_length(request, event)
+                if size is not None:
+                    self._closes = http1_heads.says_close(request) or http1_heads.says_close(event)
+                    await self._pass(upstream, size, redactor)
+                    return False
+            elif isinstance(event, h11.Data):
+                data = bytes(event.data) if redactor is None else redactor.feed(bytes(event.data))
+                if data:
+                    await self._to_guest(h11.Data(data=data))
+            elif isinstance(event, h11.EndOfMessage):
+                if redactor is not None and (rest := redactor.end()):
+                    await self._to_guest(h11.Data(data=rest))
+                await self._to_guest(h11.EndOfMessage(headers=list(event.headers.raw_items())))
+                return False
+            else:
+                raise _Over
+
+    async def _pass(self, upstream: Stream, left: int, redactor: Replacer | None) -> None:
+        """Carries a response's body of known length as it is: h11 would copy it four times."""
+        self._passed = True
+        data, _ = self._server.trailing_data
+        while True:
+            piece = data if len(data) <= left else data[:left]
+            self._closes = self._closes or len(piece) < len(data)  # it sends more than it said
+            left -= len(piece)
+            if out := piece if redactor is None else redactor.feed(piece):
+                await self._client.write(out)
+            if not left:
+                break
+            data = await upstream.read()
+            if not data:
+                raise _Over  # the guest sees that it is cut: it knows the length
+        if redactor is not None and (rest := redactor.end()):
+            await self._client.write(rest)
+
+    async def _tunnel(self, upstream: Stream) -> None:
+        to_server, _ = self._guest.trailing_data
+        to_guest, _ = self._server.trailing_data
+        await byte_streams.relay(self._client, upstream, to_a=to_guest, to_b=to_server)
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    async def _next(self, connection: h11.Connection, stream: Stream) -> object:
+        while (event := connection.next_event()) is h11.NEED_DATA:
+            connection.receive_data(await stream.read())
+        return event
+
+    async def _to_guest(self, event: h11.Event) -> None:
+        if data := self._guest.send(event):
+            await self._client.write(data)
+
+    async def _to_server(self, upstream: Stream, event: h11.Event) -> None:
+        if data := self._server.send(event):
+            await upstream.write(data)

@@ -1,0 +1,339 @@
+"""HTTP/2 between a guest and a server: each stream is one on the other side, with the same frames of data.
+
+Flow control reaches through: what a guest sends is acknowledged when the server took it, and the other way round, so
+that no stream holds more than its window here. RFC 9113; header tables and lists are bounded by h2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import h2.connection
+import h2.errors
+import h2.events
+import h2.exceptions
+
+from agent.common.policy.reasons import Reason
+from agent.egress.http import secret_injection
+from agent.egress.http.h2_endpoint import End, Queued, gone
+from agent.egress.http.request_policy import Gate, answer_for, unreachable
+from agent.egress.http.secret_injection import Headers
+from agent.egress.http.stream_replacer import Replacer
+from agent.egress.sandbox_state import Denied
+from agent.egress.tcp.byte_streams import Stream
+from agent.egress.tcp.dial import DialError
+
+_IDLE_TIMEOUT_S = 900.0
+
+
+@dataclass(eq=False, slots=True)
+class _Exchange:
+    """One request and its response: a stream id on each side."""
+
+    guest_id: int
+    server_id: int
+    body: Replacer | None
+    redactor: Replacer | None
+    request_ended: bool  # the server has been told
+    response_ended: bool = False  # the guest has been told
+
+
+class Http2Relay:
+    """One client connection and its one upstream connection; see `agent.egress.http.http1.Http1Relay`."""
+
+    def __init__(self, client: Stream, connect: Callable[[], Awaitable[Stream]], gate: Gate) -> None:
+        self._gate = gate
+        self._connect = connect
+        self._guest = End(client, client_side=False)
+        self._server: End | None = None
+        self._by_guest: dict[int, _Exchange] = {}
+        self._by_server: dict[int, _Exchange] = {}
+        self._leaving = False
+        self._connected = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serves until either side ends. :raises OSError:"""
+        tasks = [
+            asyncio.create_task(work)
+            for work in (self._from_guest(), self._from_server(), self._send(self._guest), self._send_to_server())
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except h2.exceptions.ProtocolError as error:
+            self._gate.deny(_reason_of(error), self._gate.target.name)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._goodbye()
+
+    async def _goodbye(self) -> None:
+        for end in (self._guest, self._server):
+            if end is None:
+                continue
+            with contextlib.suppress(OSError, TimeoutError, h2.exceptions.ProtocolError):
+                end.h2.close_connection()
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await end.flush()
+            end.stream.close()
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    async def _from_guest(self) -> None:
+        await self._guest.flush()
+        while True:
+            async with asyncio.timeout(_IDLE_TIMEOUT_S if not self._by_guest else None):
+                data = await self._guest.stream.read()
+            if not data:
+                return
+            for event in self._guest.receive(data):
+                await self._on_guest_event(event)
+            await self._guest.flush()
+
+    async def _from_server(self) -> None:
+        await self._connected.wait()
+        assert self._server is not None
+        server = self._server
+        while data := await server.stream.read():
+            for event in server.receive(data):
+                self._on_server_event(server, event)
+            await server.flush()
+            if self._leaving and not self._by_server:
+                return
+        # Answers that are complete still reach the guest.
+        while any(queued.ended for queued in self._guest.queued.values()):
+            self._guest.sent.clear()
+            await self._guest.sent.wait()
+
+    async def _on_guest_event(self, event: h2.events.Event) -> None:
+        if isinstance(event, h2.events.RequestReceived):
+            await self._begin(event)
+            return
+        exchange = self._by_guest.get(getattr(event, "stream_id", 0) or 0)
+        if isinstance(event, h2.events.DataReceived) and exchange is None:  # of a stream that was turned away
+            self._guest.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        elif isinstance(event, h2.events.WindowUpdated | h2.events.RemoteSettingsChanged):
+            self._guest.changed.set()
+        elif isinstance(event, h2.events.ConnectionTerminated):
+            if not self._by_guest:
+                raise ConnectionResetError("the client is leaving")
+        elif exchange is not None and self._server is not None:
+            self._pass_on(event, exchange, self._guest, self._server, exchange.server_id)
+
+    def _on_server_event(self, server: End, event: h2.events.Event) -> None:
+        exchange = self._by_server.get(getattr(event, "stream_id", 0) or 0)
+        if isinstance(event, h2.events.WindowUpdated | h2.events.RemoteSettingsChanged):
+            server.changed.set()
+        elif isinstance(event, h2.events.ConnectionTerminated):
+            self._on_leaving(event)
+        elif isinstance(event, h2.events.DataReceived) and exchange is None:
+            server.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        elif exchange is None:
+            return
+        elif isinstance(event, h2.events.ResponseReceived | h2.events.InformationalResponseReceived):
+            headers = secret_injection.redact_headers(_pairs(event.headers), exchange.redactor)
+            with gone():
+                self._guest.h2.send_headers(exchange.guest_id, headers, end_stream=_ends(event))
+            if _ends(event):
+                exchange.response_ended = True
+                self._on_answered(exchange)
+            self._guest.changed.set()
+        else:
+            self._pass_on(event, exchange, server, self._guest, exchange.guest_id)
+
+    def _pass_on(self, event: h2.events.Event, exchange: _Exchange, source: End, target: End, target_id: int) -> None:
+        """Queues data, trailers, ends and resets of a stream for the other side."""
+        if isinstance(event, h2.events.StreamEnded) and (
+            exchange.request_ended if source is self._guest else exchange.response_ended
+        ):
+            return  # its headers said so
+        queued = target.queued.setdefault(target_id, Queued())
+        filtering = exchange.body if source is self._guest else exchange.redactor
+        if isinstance(event, h2.events.DataReceived):
+            data = event.data if filtering is None else filtering.feed(event.data)
+            queued.pieces.append((data, event.flow_controlled_length))
+        elif isinstance(event, h2.events.TrailersReceived):
+            queued.trailers = _pairs(event.headers)
+        elif isinstance(event, h2.events.StreamEnded):
+            if filtering is not None and (rest := filtering.end()):
+                queued.pieces.append((rest, 0))
+            queued.ended = True
+        elif isinstance(event, h2.events.StreamReset):
+            if source is self._server and queued.ended:  # it has said all, and wants no more (RFC 9113, 8.1)
+                exchange.request_ended = True
+                source.queued.pop(exchange.server_id, None)
+                return
+            with gone():
+                target.h2.reset_stream(target_id, event.error_code or 0)
+            self._forget(exchange)
+        target.changed.set()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    async def _begin(self, event: h2.events.RequestReceived) -> None:
+        headers = _pairs(event.headers)
+        guest_id = event.stream_id
+        fields = dict(headers)
+        try:
+            authority = _authority(headers)
+            path = fields.get(b":path", b"")
+            if fields.get(b":method") == b"CONNECT":
+                raise Denied(Reason.PROTOCOL_NOT_ALLOWED, authority)
+            admitted = await self._gate.admit(authority, path, headers)
+        except Denied as denied:
+            self._gate.deny(denied.reason, denied.host)
+            self._turn_away(guest_id, *answer_for(denied.reason, denied.host))
+            return
+        if self._leaving:  # nobody saw it, so it may be tried again (RFC 9113, 8.7)
+            self._guest.h2.reset_stream(guest_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+            return
+        if self._server is None:
+            try:
+                self._server = End(await self._connect(), client_side=True)
+            except DialError as error:
+                if error.reason is not None:
+                    self._gate.deny(error.reason, authority)
+                self._turn_away(guest_id, *unreachable(authority, error))
+                return
+            self._connected.set()
+        server = self._server
+        substitution = admitted.substitution
+        body = substitution.body(secret_injection.find(headers, b"content-type"))
+        changed = substitution.readable_answer(substitution.headers(headers))
+        changed = [(name, substitution.target(value) if name == b":path" else value) for name, value in changed]
+        if body is not None:
+            changed = [(name, value) for name, value in changed if name != b"content-length"]
+        try:
+            server_id = server.h2.get_next_available_stream_id()
+            server.h2.send_headers(server_id, changed, end_stream=_ends(event))
+        except h2.exceptions.TooManyStreamsError:
+            self._guest.h2.reset_stream(guest_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+            return
+        exchange = _Exchange(guest_id, server_id, body, substitution.redactor(), _ends(event))
+        self._by_guest[guest_id] = self._by_server[server_id] = exchange
+        server.changed.set()
+
+    def _turn_away(self, guest_id: int, status: int, text: bytes) -> None:
+        with gone():
+            self._guest.h2.send_headers(
+                guest_id, [(b":status", b"%d" % status), (b"content-type", b"text/plain; charset=utf-8")]
+            )
+        queued = self._guest.queued.setdefault(guest_id, Queued())
+        queued.pieces.append((text, 0))
+        queued.ended = True
+        self._guest.changed.set()
+
+    def _forget(self, exchange: _Exchange) -> None:
+        self._by_guest.pop(exchange.guest_id, None)
+        self._by_server.pop(exchange.server_id, None)
+        self._guest.queued.pop(exchange.guest_id, None)
+        if self._server is not None:
+            self._server.queued.pop(exchange.server_id, None)
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    async def _send_to_server(self) -> None:
+        await self._connected.wait()
+        assert self._server is not None
+        await self._send(self._server)
+
+    async def _send(self, end: End) -> None:
+        """Writes what is queued for a side as its windows open."""
+        while True:
+            end.changed.clear()
+            for stream_id in list(end.queued):
+                with gone(partial(end.queued.pop, stream_id, None)):
+                    await self._send_stream(end, stream_id)
+            await end.flush()
+            end.sent.set()
+            await end.changed.wait()
+
+    async def _send_stream(self, end: End, stream_id: int) -> None:
+        queued = end.queued[stream_id]
+        while queued.pieces:
+            data, counted = queued.pieces[0]
+            room = min(end.h2.local_flow_control_window(stream_id), end.h2.max_outbound_frame_size)
+            if data and room <= 0:
+                return
+            piece, rest = data[:room], data[room:]
+            if piece:
+                end.h2.send_data(stream_id, piece)
+                await end.flush()
+            if rest:
+                queued.pieces[0] = (rest, counted)
+                continue
+            queued.pieces.pop(0)
+            self._acknowledge(end, stream_id, counted)
+        if not queued.ended:
+            return
+        del end.queued[stream_id]
+        exchange = (self._by_guest if end is self._guest else self._by_server).get(stream_id)
+        if queued.trailers is not None:
+            end.h2.send_headers(stream_id, queued.trailers, end_stream=True)
+        else:
+            end.h2.end_stream(stream_id)
+        if exchange is not None and end is self._guest:
+            self._on_answered(exchange)
+        elif exchange is not None:
+            exchange.request_ended = True
+
+    def _acknowledge(self, end: End, stream_id: int, counted: int) -> None:
+        """Opens the window of the side that the data came from."""
+        exchange = (self._by_guest if end is self._guest else self._by_server).get(stream_id)
+        other = self._server if end is self._guest else self._guest
+        if exchange is None or other is None or not counted:
+            return
+        other_id = exchange.server_id if end is self._guest else exchange.guest_id
+        with gone():
+            other.h2.acknowledge_received_data(counted, other_id)
+        other.changed.set()
+
+    def _on_answered(self, exchange: _Exchange) -> None:
+        if self._server is not None and not exchange.request_ended:
+            with gone():  # the answer is complete, the request is not: nobody wants the rest
+                self._server.h2.reset_stream(exchange.server_id, h2.errors.ErrorCodes.NO_ERROR)
+            self._server.changed.set()
+        self._forget(exchange)
+
+    def _on_leaving(self, event: h2.events.ConnectionTerminated) -> None:
+        """The server takes no new requests; those that it has go on (RFC 9113, 6.8)."""
+        if event.error_code or not self._by_server:
+            raise ConnectionResetError("the server ended the connection")
+        self._leaving = True
+        self._guest.say_goodbye(max(self._by_guest))
+        self._guest.changed.set()
+
+
+def _ends(event: h2.events.Event) -> bool:
+    """Whether the headers are all that there is."""
+    return getattr(event, "stream_ended", None) is not None
+
+
+def _pairs(headers: Any) -> Headers:
+    """Returns plain pairs; that a header must never be indexed (RFC 7541, 7.1.3) stays as it is."""
+    return list(headers or ())
+
+
+def _authority(headers: Headers) -> str:
+    """Returns what the request is for. :raises Denied: none, or two that differ."""
+    named = [value for name, value in headers if name == b":authority"]
+    host = [value for name, value in headers if name == b"host"]
+    values = {value.lower() for value in (*named, *host)}
+    if len(values) > 1:
+        raise Denied(Reason.HOST_MISMATCH, host[0].decode("latin-1"))
+    if not values:
+        raise Denied(Reason.NO_SERVER_NAME)
+    return (named or host)[0].decode("latin-1")
+
+
+def _reason_of(error: h2.exceptions.ProtocolError) -> Reason:
+    too_large = isinstance(error, h2.exceptions.DenialOfServiceError) or "header" in type(error).__name__.lower()
+    return Reason.TOO_LARGE if too_large else Reason.MALFORMED

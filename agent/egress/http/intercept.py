@@ -1,0 +1,155 @@
+"""Opens connections to hosts of secrets, and plain HTTP: the guest's client speaks with us, and we with the server.
+
+The server comes first: what it agrees to speak (RFC 7301) is what the client is offered, so nothing is ever translated,
+and its certificate is verified before the client is told that it has reached the name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+
+import h11
+
+from agent.common.policy.addresses import Address
+from agent.common.policy.policy import Policy
+from agent.common.policy.reasons import Reason
+from agent.egress.http.http1 import Http1Relay
+from agent.egress.http.http2 import Http2Relay
+from agent.egress.http.request_policy import Gate, answer_for, unreachable
+from agent.egress.sandbox_state import Denied, Sandbox
+from agent.egress.tcp.byte_streams import Stream, TlsStream, handshake
+from agent.egress.tcp.dial import DialError
+from agent.egress.tcp.sockets import no_delay
+
+_H2, _HTTP1 = "h2", "http/1.1"
+_SPOKEN = (_H2, _HTTP1)
+Dial = Callable[[Policy, Sequence[Address], int], Awaitable[socket.socket]]
+
+
+class Interceptor:
+    """Serves opened connections of all sandboxes.
+
+    :param dial: as `agent.egress.tcp.dial.dial`.
+    :param upstream_ca_file: certificates (PEM) that servers are verified with, besides the host's.
+    """
+
+    def __init__(self, dial: Dial, upstream_ca_file: str | None = None) -> None:
+        self._dial = dial
+        self._contexts: dict[tuple[str, ...], ssl.SSLContext] = {
+            offered: _client_context(offered, upstream_ca_file) for offered in _OFFERS
+        }
+
+    async def run(self, sandbox: Sandbox, client: socket.socket, gate: Gate, *, http2: bool) -> None:
+        """Serves a connection to its end; takes the socket over, whose bytes are all still to be read.
+
+        :raises OSError: :raises Denied: before anything was said to the client.
+        """
+        if gate.target.tls:
+            await self._run_tls(sandbox, client, gate)
+        else:
+            relay = Http2Relay if http2 else Http1Relay
+            await self._relay(relay, Stream(client), lambda: self._plain(sandbox, gate), gate)
+
+    async def _relay(
+        self,
+        kind: type[Http1Relay | Http2Relay],
+        stream: Stream,
+        connect: Callable[[], Awaitable[Stream]],
+        gate: Gate,
+    ) -> None:
+        try:
+            await kind(stream, connect, gate).run()
+        except (OSError, TimeoutError, ssl.SSLError):
+            stream.abort()
+        finally:
+            stream.close()
+
+    async def _plain(self, sandbox: Sandbox, gate: Gate) -> Stream:
+        return Stream(await self._dial(sandbox.policy, (gate.target.address,), gate.target.port))
+
+    async def _run_tls(self, sandbox: Sandbox, client: socket.socket, gate: Gate) -> None:
+        target = gate.target
+        assert sandbox.ca is not None
+        offered = tuple(protocol for protocol in _SPOKEN if protocol in target.alpn)
+        if target.alpn and not offered:
+            raise Denied(Reason.PROTOCOL_NOT_ALLOWED, target.name)
+        try:
+            upstream = await self._upstream(sandbox, gate, offered)
+        except (DialError, OSError, TimeoutError) as error:
+            await self._refuse(sandbox, client, gate, error)
+            return
+        try:
+            chosen = upstream.protocol or (_HTTP1 if not offered or _HTTP1 in offered else "")
+            if not chosen:
+                raise Denied(Reason.PROTOCOL_NOT_ALLOWED, target.name)  # the client speaks h2 only, the server does not
+            context = sandbox.ca.context(target.name, (chosen,) if offered else ())
+            stream = await handshake(client, context, server_side=True)
+        except BaseException:
+            upstream.abort()
+            raise
+        relay = Http2Relay if chosen == _H2 else Http1Relay
+        no_delay(upstream.sock)
+
+        async def connected() -> Stream:
+            return upstream
+
+        try:
+            await self._relay(relay, stream, connected, gate)
+        finally:
+            upstream.close()
+
+    async def _upstream(self, sandbox: Sandbox, gate: Gate, offered: tuple[str, ...]) -> TlsStream:
+        target = gate.target
+        sock = await self._dial(sandbox.policy, (target.address,), target.port)
+        return await handshake(sock, self._contexts[offered], server_side=False, server_hostname=target.name)
+
+    async def _refuse(self, sandbox: Sandbox, client: socket.socket, gate: Gate, error: Exception) -> None:
+        """Says in HTTP why the server cannot be reached, where the client speaks HTTP/1.1."""
+        target = gate.target
+        if isinstance(error, ssl.SSLCertVerificationError):
+            gate.deny(Reason.UPSTREAM_UNVERIFIED, target.name)
+            status, text = answer_for(Reason.UPSTREAM_UNVERIFIED, target.name, error.verify_message)
+        else:
+            if isinstance(error, DialError) and error.reason is not None:
+                gate.deny(error.reason, target.name)
+            status, text = unreachable(target.name, error)
+        if target.alpn and _HTTP1 not in target.alpn:
+            client.close()
+            return
+        assert sandbox.ca is not None
+        context = sandbox.ca.context(target.name, (_HTTP1,) if target.alpn else ())
+        stream = await handshake(client, context, server_side=True)
+        with contextlib.suppress(OSError):
+            await stream.read()
+        await _apologise(stream, status, text)
+        stream.close()
+
+
+_OFFERS = ((), (_H2,), (_HTTP1,), (_H2, _HTTP1))
+
+
+def _client_context(offered: tuple[str, ...], ca_file: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if ca_file:
+        context.load_verify_locations(ca_file)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if offered:
+        context.set_alpn_protocols(list(offered))
+    return context
+
+
+async def _apologise(stream: Stream, status: int, text: bytes) -> None:
+    """Answers whatever was asked, in HTTP/1.1."""
+    connection = h11.Connection(h11.SERVER)
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(text)),
+               (b"connection", b"close")]  # fmt: skip
+    data = (
+        connection.send(h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode()))
+        or b""
+    )
+    with contextlib.suppress(OSError):
+        await stream.write(data + text)

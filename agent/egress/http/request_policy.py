@@ -1,0 +1,114 @@
+"""What is decided of each request on an opened connection: whose host it may name, which secrets go in."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from agent.common.policy.addresses import Address
+from agent.common.policy.hosts import same_or_none
+from agent.common.policy.reasons import Reason
+from agent.egress.http.secret_injection import Headers, Substitution, withheld
+from agent.egress.sandbox_state import Denied, Sandbox
+
+_STATUS = {
+    Reason.HOST_MISMATCH: HTTPStatus.MISDIRECTED_REQUEST,
+    Reason.MALFORMED: HTTPStatus.BAD_REQUEST,
+    Reason.TOO_LARGE: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    Reason.TIMEOUT: HTTPStatus.REQUEST_TIMEOUT,
+    Reason.UPSTREAM_UNVERIFIED: HTTPStatus.BAD_GATEWAY,
+}
+_WHY = {
+    Reason.HOST_MISMATCH: "the request names another host than the one that its connection is for",
+    Reason.MALFORMED: "the request cannot be understood in one way only",
+    Reason.TOO_LARGE: "the request's headers are too large",
+    Reason.TIMEOUT: "the request did not arrive in time",
+    Reason.HOST_NOT_ALLOWED: "this host is not on the sandbox's allow list",
+    Reason.PORT_NOT_ALLOWED: "this host is on the sandbox's allow list with another port",
+    Reason.ADDRESS_NOT_ALLOWED: "this address is not on the sandbox's allow list",
+    Reason.ADDRESS_MISMATCH: "this host is not at this address",
+    Reason.DENIED_BY_OPERATOR: "the operator of this node denies this host",
+    Reason.BLOCKED_ADDRESS: "sandboxes may not reach this address",
+    Reason.NO_SERVER_NAME: "the request names no host",
+    Reason.PROTOCOL_NOT_ALLOWED: "this kind of request is not let through",
+    Reason.UPSTREAM_UNVERIFIED: "the server's certificate could not be verified",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a connection is for. Without TLS the name comes with each request, and `name` is "".
+
+    :param alpn: what the guest's client offers to speak.
+    """
+
+    name: str
+    port: int
+    address: Address
+    alpn: tuple[str, ...]
+    tls: bool
+
+
+def answer_for(reason: Reason, host: str, detail: str = "") -> tuple[int, bytes]:
+    """Returns status and text of the answer to a request that is not let through."""
+    why = _WHY.get(reason, reason.value)
+    extra = f" ({detail})" if detail else ""
+    text = f"sandboxd: {host or 'request'}: {why}{extra} [{reason.value}]\n"
+    return int(_STATUS.get(reason, HTTPStatus.FORBIDDEN)), text.encode(errors="replace")
+
+
+def unreachable(host: str, error: Exception) -> tuple[int, bytes]:
+    """Returns status and text of the answer where the server could not be connected to."""
+    said = "no answer in time" if isinstance(error, TimeoutError) else str(error)
+    return int(HTTPStatus.BAD_GATEWAY), f"sandboxd: {host} cannot be reached: {said}\n".encode(errors="replace")
+
+
+@dataclass(slots=True)
+class Admitted:
+    """A request that may go on: its host, and what goes in and comes out."""
+
+    host: str
+    substitution: Substitution
+
+
+class Gate:
+    """Decides for one connection.
+
+    :param authorise: whether a name may be asked for at the connection's address; raises Denied.
+    """
+
+    def __init__(self, sandbox: Sandbox, target: Target, authorise: Callable[[str], Awaitable[None]]) -> None:
+        self._sandbox = sandbox
+        self.target = target
+        self._authorise = authorise
+
+    async def admit(self, authority: str, target: bytes, headers: Headers) -> Admitted:
+        """Returns what becomes of a request for this authority ("host" or "host:port"). :raises Denied:"""
+        host = self._host(authority)
+        if self.target.tls:
+            if same_or_none(host) != self.target.name:
+                raise Denied(Reason.HOST_MISMATCH, host)
+            await self._authorise(self.target.name)
+            secrets = self._sandbox.secrets_for(self.target.name, self.target.port)
+        else:
+            await self._authorise(host)
+            secrets = ()
+        for secret in withheld(self._sandbox.secrets, target, headers):
+            if secret not in secrets:
+                self.deny(Reason.SECRET_WITHHELD, host)
+        return Admitted(host, Substitution(secrets))
+
+    def _host(self, authority: str) -> str:
+        host, separator, port = authority.rpartition(":")
+        if not separator or authority.endswith("]"):
+            host, port = authority, ""
+        if not host:
+            raise Denied(Reason.NO_SERVER_NAME)
+        if port and not (port.isascii() and port.isdecimal() and int(port) == self.target.port):
+            raise Denied(Reason.HOST_MISMATCH, authority)
+        return host.removeprefix("[").removesuffix("]")
+
+    def deny(self, reason: Reason, host: str) -> None:
+        """Counts a denial."""
+        self._sandbox.deny(reason, host, self.target.port, "http")

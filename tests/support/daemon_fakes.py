@@ -1,0 +1,397 @@
+"""A host without virtual machines: what the manager drives, in memory, with faults on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from agent.common.aio import to_the_end
+from agent.common.config.paths import Paths
+from agent.common.config.settings import NodeSettings, PathSettings, SandboxSettings, Settings, TemplateSettings
+from agent.common.errors import GuestUnreachable, HostError, NotFound
+from agent.common.model import Lifetime, SandboxSpec, State
+from agent.common.telemetry import step
+from agent.daemon.guestlink.channel import Channel
+from agent.daemon.host.cgroup import Cgroups
+from agent.daemon.host.process import ExitInfo
+from agent.daemon.host.uid_pool import Uids
+from agent.daemon.sandbox.capacity.node import Node
+from agent.daemon.sandbox.machine import guest_setup
+from agent.daemon.sandbox.machine.resources import Host
+from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.state.record import Record
+from agent.daemon.sandbox.state.store import Store
+from agent.daemon.sandbox.templates.catalog import Templates
+from agent.daemon.storage.disks import DiskMaker
+from agent.daemon.storage.images import Artefact, Image, ImageStore
+from agent.daemon.storage.volumes import Volumes
+from agent.daemon.vmm.driver import Vm, VmmInfo, VmSpec
+from guest.wire import Frame
+
+MIB = 1 << 20
+PHASES = ("disk", "netns", "vmm.start", "dial", "configure")
+VMM = VmmInfo("fake", "1.0", "tcg", "it is a fake")
+
+
+class World:
+    """What exists on the fake host, and what goes wrong there: `faults` raise at a phase, `hangs` wait there."""
+
+    def __init__(self) -> None:
+        self.namespaces: set[str] = set()
+        self.vms: dict[str, FakeVm] = {}
+        self.channels: list[FakeChannel] = []
+        self.answers: dict[str, dict[str, Any]] = {}
+        self.script: list[Any] = []
+        self.streams: list[FakeStream] = []
+        self.faults: dict[str, Exception] = {}
+        self.hangs: set[str] = set()
+        self.reached: dict[str, asyncio.Event] = {phase: asyncio.Event() for phase in (*PHASES, "save")}
+        self.remove_faults = 0
+        self.starts = 0
+        self.clone_faults: list[Exception] = []  # each ends one clone of a finished template
+
+    async def pass_through(self, phase: str) -> None:
+        self.reached[phase].set()
+        if phase in self.faults:
+            raise self.faults[phase]
+        while phase in self.hangs:  # noqa: ASYNC110  a test lets it go on by taking it out
+            await asyncio.sleep(0.005)
+
+    async def make_namespace(self, name: str) -> None:
+        self.namespaces.add(name)
+        await asyncio.sleep(0.001 if "netns" in self.hangs else 0)
+        if "netns" in self.faults:
+            self.namespaces.discard(name)
+        self.reached["netns"].set()
+        if "netns" in self.faults:
+            raise self.faults["netns"]
+
+    async def remove_namespace(self, name: str) -> None:
+        if self.remove_faults:
+            self.remove_faults -= 1
+            raise HostError("busy")
+        self.namespaces.discard(name)
+
+
+class FakeVm:
+    """A VM that lives until it is stopped or `die` is called."""
+
+    def __init__(self, world: World, sandbox_id: str) -> None:
+        self.world = world
+        self.id = sandbox_id
+        self.ended: asyncio.Future[ExitInfo] = asyncio.get_running_loop().create_future()
+        self.running = True
+        world.vms[sandbox_id] = self
+
+    @property
+    def pid(self) -> int:
+        return 1
+
+    @property
+    def resume_token(self) -> Mapping[str, str]:
+        return {"vm": self.id}
+
+    async def dial(self) -> Any:
+        await self.world.pass_through("dial")
+        return self
+
+    async def wait(self) -> ExitInfo:
+        return await asyncio.shield(self.ended)
+
+    async def stop(self) -> None:
+        self.die()
+
+    def die(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(ExitInfo(None, 9, ""))
+        self.world.vms.pop(self.id, None)
+
+    async def snapshot(self, directory: Path) -> None:
+        (directory / "state").write_bytes(b"frozen")
+
+    async def save(self, directory: Path) -> None:
+        self.running = False
+        await self.world.pass_through("save")
+        (directory / "state").write_bytes(b"all of it")
+
+    async def pause(self) -> None:
+        self.running = False
+
+    async def resume(self) -> None:
+        self.running = True
+
+    async def power_button(self) -> None:
+        self.die()
+
+    def console_tail(self, limit_bytes: int) -> bytes:
+        return b"Kernel panic - not syncing\x1b[0m\n"[-limit_bytes:]
+
+
+class FakeChannel:
+    """A guest that answers `sys.*` calls."""
+
+    def __init__(self, vm: FakeVm) -> None:
+        self.vm = vm
+        self.lost: asyncio.Future[GuestUnreachable] = asyncio.get_running_loop().create_future()
+        self.calls: list[tuple[str, dict[str, object]]] = []
+        self.idle = 0.0
+        vm.world.channels.append(self)
+
+    @classmethod
+    async def open(cls, vm: FakeVm, *, fresh: bool = True) -> FakeChannel:
+        return cls(vm)
+
+    def idle_s(self) -> float:
+        return self.idle
+
+    async def call(self, op: str, /, **fields: object) -> dict[str, Any]:
+        self.calls.append((op, fields))
+        if op == "sys.configure":
+            await self.vm.world.pass_through("configure")
+            return {"phases": []}
+        return self.vm.world.answers.get(op, {"configured": True})
+
+    @asynccontextmanager
+    async def stream(self, op: str, /, **fields: object) -> AsyncIterator[FakeStream]:
+        self.calls.append((op, fields))
+        made = FakeStream(list(self.vm.world.script))
+        self.vm.world.streams.append(made)
+        try:
+            yield made
+        finally:
+            made.end()
+
+    async def aclose(self) -> None:
+        if not self.lost.done():
+            self.lost.set_result(GuestUnreachable("closed"))
+
+
+class FakeStream:
+    """A call whose answers are a script: frames, errors to raise, or a number of frames to wait for from the client."""
+
+    def __init__(self, script: list[Any]) -> None:
+        self.script = script
+        self.sent: list[tuple[str, Any]] = []
+        self.changed = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    async def recv(self) -> Any:
+        if not self.script:
+            return None
+        step = self.script.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        if isinstance(step, int):
+            while len(self.sent) < step:
+                if self.ended.is_set():
+                    raise GuestUnreachable("the guest ended the call without an answer")
+                self.changed.clear()
+                await self.changed.wait()
+            return await self.recv()
+        return step
+
+    def _note(self, kind: str, value: Any) -> None:
+        self.sent.append((kind, value))
+        self.changed.set()
+
+    async def send(self, kind: Frame, data: bytes) -> None:
+        self._note(kind.name, data)
+
+    async def send_json(self, value: dict[str, object]) -> None:
+        self._note("EVENT", value)
+
+    async def send_eof(self) -> None:
+        self._note("EOF", b"")
+
+    def end(self) -> None:
+        self.ended.set()
+        self.changed.set()
+
+
+class FakeDriver:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.info = VMM
+
+    async def probe(self) -> VmmInfo:
+        return self.info
+
+    async def start(self, spec: VmSpec) -> Vm:
+        await self.world.pass_through("vmm.start")
+        self.world.starts += 1
+        clone = spec.restore_from is not None and not spec.restore_from.parent.name.startswith("tmp-")
+        if clone and self.world.clone_faults:
+            raise self.world.clone_faults.pop(0)
+        return FakeVm(self.world, spec.id)
+
+    async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> Vm | None:
+        return self.world.vms.get(token.get("vm", ""))
+
+
+class FakeDisks:
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    async def make_disk(self, path: Path, size_bytes: int) -> None:
+        self.world.reached["disk"].set()
+        if "disk" in self.world.faults:
+            raise self.world.faults["disk"]
+        if "disk" in self.world.hangs:
+            await asyncio.sleep(0.01)  # a thread: it ends by itself, whoever is cancelled
+        await asyncio.to_thread(path.write_bytes, b"")  # a fake guest does not look at its size
+
+
+class FakeNetwork:
+    """Networks that are names."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.values: dict[str, dict[str, str]] = {}
+        self.updates: list[Record] = []
+        self.update_faults: list[Exception] = []
+
+    async def make(self, record: Record, stack: AsyncExitStack) -> None:
+        with step("netns"):
+            await self.make_bare(record.id, stack)
+
+    async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
+        stack.push_async_callback(self.remove, sandbox_id)
+        await to_the_end(self.world.make_namespace(sandbox_id))
+
+    async def adopt(self, record: Record, vmm_pid: int) -> None:
+        self.world.namespaces.add(record.id)
+
+    async def update(self, record: Record) -> None:
+        if self.update_faults:
+            raise self.update_faults.pop(0)
+        self.updates.append(record.copy())
+
+    async def remove(self, sandbox_id: str) -> None:
+        await self.world.remove_namespace(sandbox_id)
+
+    async def count_drops(self, record: Record) -> None:
+        record.denials["spoofed"] = record.denials.get("spoofed", 0) + 1
+
+    async def hold(self, record: Record, values: Mapping[str, str]) -> dict[str, str]:
+        before = self.values.get(record.id, {})
+        self.values[record.id] = {
+            secret.name: values.get(secret.name) or before[secret.name] for secret in record.secrets
+        }
+        return dict(before)
+
+    async def inherit(self, sandbox_id: str, parent: str) -> None:
+        self.values[sandbox_id] = self.values.get(parent, {})
+
+    def fingerprint(self, values: Mapping[str, str]) -> str:
+        return repr(sorted(values.items()))
+
+    async def release(self, sandbox_id: str) -> None:
+        self.values.pop(sandbox_id, None)
+
+    async def ca_certificate(self, record: Record) -> str:
+        return ""
+
+    async def trust(self, record: Record) -> dict[str, object] | None:
+        return {"env": {secret.name: secret.placeholder for secret in record.secrets}} if record.secrets else None
+
+
+class FakeImages:
+    """One image, called minimal."""
+
+    def get_build(self, name: str, digest: str) -> Image:
+        return self.get(name)
+
+    def get(self, name: str) -> Image:
+        if name != "minimal":
+            raise NotFound(f"no image {name}", reason="IMAGE_NOT_FOUND")
+        part = Artefact(Path("/image/part"), "0" * 64, 1)
+        return Image(
+            "minimal", "0" * 64, "0" * 64, "2026-01-01T00:00:00Z", Path("/image"), part, "6.12", part, part, "erofs",
+            64 * MIB, (), {},
+        )  # fmt: skip
+
+    def list(self) -> list[Image]:
+        return [self.get("minimal")]
+
+
+@dataclasses.dataclass
+class Bench:
+    """A manager over a fake host."""
+
+    world: World
+    host: Host
+    manager: Manager
+    store: Store
+    network: FakeNetwork
+
+    def left(self) -> list[str]:
+        """What is on the host now: must be empty once all sandboxes are gone."""
+        directories = [
+            str(path) for root in (self.host.paths.sandboxes_run, self.host.paths.sandboxes_state)
+            if root.exists() for path in root.iterdir()
+        ]  # fmt: skip
+        return [*directories, *self.world.namespaces, *self.world.vms]
+
+
+def spec(**fields: Any) -> SandboxSpec:
+    """A small sandbox."""
+    values: dict[str, Any] = {"image": "minimal", "vcpu_count": 1, "memory_bytes": 64 * MIB, "disk_bytes": 16 * MIB}
+    return SandboxSpec(**{**values, "lifetime": Lifetime(), **fields})
+
+
+def record(**fields: Any) -> Record:
+    """A record as the store would hold it."""
+    values: dict[str, Any] = {
+        "id": "sbx-0000000000000000", "spec": spec(), "state": State.RUNNING, "create_time": 1.0,
+        "token": {"vm": "sbx-0000000000000000"},
+    }  # fmt: skip
+    return Record(**{**values, **fields})
+
+
+def settings(directory: Path, **sandbox: Any) -> Settings:
+    """Settings below `directory`."""
+    return Settings(
+        node=NodeSettings(name="node", max_sandboxes=10, reserved_memory_bytes=0, reserved_disk_bytes=0),
+        paths=PathSettings(run_dir=directory / "run", state_dir=directory / "state"),
+        sandbox=SandboxSettings(**{"boot_timeout_s": 1.0, "relink_timeout_s": 0.05, **sandbox}),
+    )
+
+
+@asynccontextmanager
+async def bench(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, *, templates: TemplateSettings | None = None, **sandbox: Any
+) -> AsyncIterator[Bench]:
+    """Yields a manager over an empty fake host; with `templates`, sandboxes are clones."""
+    world = World()
+    monkeypatch.setattr(guest_setup, "Channel", cast("type[Channel]", FakeChannel))
+    chosen = dataclasses.replace(settings(directory, **sandbox), templates=templates or TemplateSettings(enabled=False))
+    chosen.paths.state_dir.mkdir(parents=True)
+    network = FakeNetwork(world)
+    host = Host(
+        chosen,
+        Paths.of(chosen),
+        FakeDriver(world),
+        cast("DiskMaker", FakeDisks(world)),
+        network,
+        Volumes(chosen.paths.state_dir / "volumes"),
+        Uids(0),
+        Cgroups(None),
+    )
+    store = Store(host.paths.database, host.paths.sandboxes_state)
+    await store.open()
+    made = Templates(host) if templates is not None else None
+    manager = Manager(host, cast("ImageStore", FakeImages()), Node(chosen, VMM), store, made)
+    ending = asyncio.create_task(manager.keep_lifetimes())
+    try:
+        yield Bench(world, host, manager, store, network)
+    finally:
+        world.remove_faults = 0
+        ending.cancel()
+        await manager.stop(keep=False)
+        await store.aclose()

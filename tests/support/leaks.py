@@ -1,0 +1,163 @@
+"""What a test must leave as it found it: processes, namespaces, taps, mounts, cgroups and directories of ours.
+
+Plain reads of /proc and of a few directories, since it runs around every test (about a millisecond).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.daemon.host import cgroup
+
+PREFIX = "sbx-"
+NETNS_DIR = Path("/run/netns")
+NET_DIR = Path("/sys/class/net")
+TEMPORARY = Path("/tmp")
+CGROUP = "sandboxd"  # what the group above those of sandboxes is called, or begins with
+# The kernel keeps fifteen bytes of a process's name; a VMM carries that of its sandbox.
+COMMANDS = ("qemu-system", PREFIX, "vhost-device-v", "cloud-hyperviso", "sandboxd")
+# In the environment of all that a test run starts; its value is the run's PID.
+MARK = "TEST_RUN_PID"
+# What ends on its own: a killed process is reaped, a cancelled task's directory goes.
+GRACE_S = 3.0
+_MNT_DETACH = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What of ours exists at one moment."""
+
+    processes: frozenset[tuple[int, str]] = field(default_factory=frozenset)
+    namespaces: frozenset[str] = field(default_factory=frozenset)
+    interfaces: frozenset[str] = field(default_factory=frozenset)
+    mounts: frozenset[str] = field(default_factory=frozenset)
+    directories: frozenset[str] = field(default_factory=frozenset)
+    cgroups: frozenset[str] = field(default_factory=frozenset)
+
+    def since(self, before: Snapshot) -> Snapshot:
+        """Returns what came since `before`."""
+        return Snapshot(
+            self.processes - before.processes,
+            self.namespaces - before.namespaces,
+            self.interfaces - before.interfaces,
+            self.mounts - before.mounts,
+            self.directories - before.directories,
+            self.cgroups - before.cgroups,
+        )
+
+    def describe(self) -> list[str]:
+        """Returns a line for each thing."""
+        lines = [f"process {pid} ({name})" for pid, name in sorted(self.processes)]
+        lines += [f"network namespace {name}" for name in sorted(self.namespaces)]
+        lines += [f"network interface {name}" for name in sorted(self.interfaces)]
+        lines += [f"mount {path}" for path in sorted(self.mounts)]
+        lines += [f"directory {path}" for path in sorted(self.directories)]
+        lines += [f"cgroup {path}" for path in sorted(self.cgroups)]
+        return lines
+
+
+def _names(directory: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(directory))
+    except FileNotFoundError:
+        return frozenset()
+
+
+def _process(pid: int) -> tuple[str, int, str] | None:
+    """Returns name, parent and state of a process (proc_pid_stat(5)), or None when it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    name, _, rest = stat.partition("(")[2].rpartition(")")
+    state, parent = rest.split()[:2]
+    return name, int(parent), state
+
+
+def _is_of_this_run(pid: int) -> bool:
+    """Whether a process has our mark in its environment: nobody else's virtual machine is ours to end."""
+    try:
+        return f"{MARK}={os.getpid()}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
+        return False
+
+
+def _processes() -> frozenset[tuple[int, str]]:
+    """Returns the VMMs and daemons that we started and our own children; zombies of ours are leaks, too."""
+    known = {int(entry): _process(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()}
+    me = os.getpid()
+    found = set()
+    for pid, facts in known.items():
+        if facts is None or pid == me:
+            continue
+        name, parent, state = facts
+        if parent == me or (name.startswith(COMMANDS) and state != "Z" and _is_of_this_run(pid)):
+            found.add((pid, name))
+    return frozenset(found)
+
+
+def _mounts() -> frozenset[str]:
+    """Returns mount points of ours: below a directory named like a sandbox or below our run directory."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return frozenset(point for point in points if f"/{PREFIX}" in point or point.startswith("/run/sandboxd/"))
+
+
+def snapshot() -> Snapshot:
+    """Returns what exists now."""
+    return Snapshot(
+        processes=_processes(),
+        namespaces=frozenset(name for name in _names(NETNS_DIR) if name.startswith(PREFIX)),
+        interfaces=frozenset(name for name in _names(NET_DIR) if name.startswith("tap")),
+        mounts=_mounts(),
+        directories=frozenset(str(TEMPORARY / name) for name in _names(TEMPORARY) if name.startswith(PREFIX)),
+        cgroups=_cgroups(),
+    )
+
+
+_hierarchy = functools.cache(cgroup.hierarchy)
+
+
+def _cgroups() -> frozenset[str]:
+    """Returns the control groups of sandboxes, those of a template in the making included."""
+    root = _hierarchy()
+    above = () if root is None else root.glob(f"{CGROUP}*")
+    return frozenset(str(place / name) for place in above for name in _names(place) if name.startswith(PREFIX))
+
+
+def wait_for_leaks(before: Snapshot, grace_s: float = GRACE_S) -> Snapshot:
+    """Returns what is still there after `grace_s`; at once when nothing is."""
+    deadline = time.monotonic() + grace_s
+    while True:
+        left = snapshot().since(before)
+        if not left.describe() or time.monotonic() >= deadline:
+            return left
+        time.sleep(0.02)
+
+
+def clean(left: Snapshot) -> None:
+    """Ends and removes what leaked, so that the next test starts from nothing."""
+    for pid, _name in left.processes:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            continue
+    for point in sorted(left.mounts, reverse=True):
+        _libc.umount2(os.fsencode(point), _MNT_DETACH)
+    for name in left.namespaces:
+        _libc.umount2(os.fsencode(NETNS_DIR / name), _MNT_DETACH)
+        (NETNS_DIR / name).unlink(missing_ok=True)
+    for group in left.cgroups:
+        with contextlib.suppress(OSError):
+            Path(group).rmdir()
+    for path in left.directories:
+        shutil.rmtree(path, ignore_errors=True)

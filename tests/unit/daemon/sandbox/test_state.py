@@ -1,0 +1,180 @@
+"""What survives a restart: records, the database that holds them, the locks, and events to watchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from agent.common.errors import HostError, InvalidState
+from agent.common.model import TRANSITIONS, Lifetime, State
+from agent.daemon.sandbox.state.events import Events, EventType, WatcherTooSlowError
+from agent.daemon.sandbox.state.record import Record
+from agent.daemon.sandbox.state.store import Store, lock_directory
+from tests.support.daemon_fakes import record, spec
+
+
+def test_a_record_survives_its_json() -> None:
+    kept = record(
+        spec=spec(env={"A": "\udc80"}, lifetime=Lifetime(lease_s=3.0), request_id="r"), labels={"a": "b"},
+        phases=[("disk", 0.5)], expire_time=9.0, error="why", state=State.FAILED,
+    )  # fmt: skip
+    assert Record.from_json(kept.to_json()) == kept
+
+
+def test_a_copy_is_not_touched_by_later_changes() -> None:
+    kept = record(labels={"a": "b"})
+    copy = kept.copy()
+    kept.labels["a"] = "c"
+    assert copy.labels == {"a": "b"}
+
+
+def test_only_the_transitions_of_the_table_are_possible() -> None:
+    for old in State:
+        for new in State:
+            kept = record(state=old)
+            if new in TRANSITIONS[old]:
+                kept.move(new)
+                assert kept.state is new
+            else:
+                with pytest.raises(InvalidState, match=f"is {old}; it cannot become {new}"):
+                    kept.move(new)
+
+
+async def test_what_is_put_is_there_after_a_restart(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state.db", tmp_path / "sandboxes")
+    assert await store.open() == []
+    one, two = record(), record(id="sbx-0000000000000001")
+    await store.put(one)
+    await store.put(two)
+    one.labels = {"a": "b"}
+    await store.put(one)
+    await store.delete(two.id)
+    await store.delete(two.id)
+    await store.aclose()
+    await store.aclose()
+    again = Store(tmp_path / "state.db", tmp_path / "sandboxes")
+    assert await again.open() == [one]
+    await again.aclose()
+
+
+@pytest.mark.parametrize("damage", ["garbage", "record"])
+async def test_a_damaged_file_is_set_aside_not_emptied(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "state.db"
+    if damage == "garbage":
+        path.write_bytes(b"this is no database, however long one looks at it" * 100)
+    else:
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL)")
+            db.execute("INSERT INTO sandboxes VALUES ('x', '{}')")
+            db.execute("CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+            db.execute("PRAGMA user_version=2")
+        db.close()
+    before = path.read_bytes()
+    store = Store(path, tmp_path / "sandboxes")
+    assert await store.open() == []
+    await store.put(record())
+    await store.aclose()
+    (aside,) = [found for found in tmp_path.glob("state.db.damaged-*") if not found.name.endswith(("-wal", "-shm"))]  # noqa: ASYNC240
+    assert aside.read_bytes()[100:] == before[100:]  # SQLite may note the journal mode in its header
+
+
+async def test_a_damaged_file_is_rebuilt_from_the_copies_of_its_records(tmp_path: Path) -> None:
+    copies = tmp_path / "sandboxes"
+    store = Store(tmp_path / "state.db", copies)
+    await store.open()
+    kept, changed, gone, unmade = (record(id=f"sbx-{number:016}") for number in range(4))
+    for known in (kept, changed, gone):
+        (copies / known.id).mkdir(parents=True)
+        await store.put(known)
+    await store.put(unmade)  # its directory was not made yet: there is nothing of it
+    changed.labels = {"a": "b"}
+    await store.put(changed)
+    (copies / gone.id / "record.json").write_text("{")
+    await store.aclose()
+    (tmp_path / "state.db").write_bytes(b"not a database at all, but of some length" * 50)
+    again = Store(tmp_path / "state.db", copies)
+    assert await again.open() == [kept, changed]
+    await again.aclose()
+    once_more = Store(tmp_path / "state.db", copies)
+    assert await once_more.open() == [kept, changed]
+    await once_more.aclose()
+
+
+async def test_a_database_of_the_first_schema_is_brought_to_this_one(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "state.db") as db:
+        db.execute("CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID")
+        values = json.loads(record().to_json())
+        for later in ("expire_uptime", "shape", "parent"):
+            del values[later]
+        del values["spec"]["lifetime"]["idle_s"]
+        db.execute("INSERT INTO sandboxes VALUES (?, ?)", (record().id, json.dumps(values)))
+        db.execute("PRAGMA user_version=1")
+    db.close()
+    store = Store(tmp_path / "state.db", tmp_path / "sandboxes")
+    assert await store.open() == [record()]
+    assert not store.rebooted
+    await store.set_fact("a", "b")
+    await store.aclose()
+    with sqlite3.connect(tmp_path / "state.db") as db:
+        db.execute("UPDATE facts SET value = 'another' WHERE name = 'boot_id'")
+    db.close()
+    again = Store(tmp_path / "state.db", tmp_path / "sandboxes")
+    assert await again.open() == [record()]
+    assert again.rebooted
+    assert again.facts["a"] == "b"
+    await again.aclose()
+
+
+async def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "state.db") as db:
+        db.execute("PRAGMA user_version=99")
+    db.close()
+    store = Store(tmp_path / "state.db", tmp_path / "sandboxes")
+    with pytest.raises(HostError, match="newer sandboxd"):
+        await store.open()
+    await store.aclose()
+
+
+async def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    store = Store(tmp_path, tmp_path / "sandboxes")  # a directory
+    with pytest.raises(HostError, match="cannot open"):
+        await store.open()
+    await store.aclose()
+
+
+def test_one_directory_has_one_agent(tmp_path: Path) -> None:
+    held = lock_directory(tmp_path / "new" / "agent.lock")
+    with pytest.raises(InvalidState, match="another sandboxd owns"):
+        lock_directory(tmp_path / "new" / "agent.lock")
+    os.close(held)
+    os.close(lock_directory(tmp_path / "new" / "agent.lock"))
+
+
+async def test_a_watcher_sees_the_present_then_changes() -> None:
+    events = Events()
+    present = record()
+    watching = events.watch([present], lambda found: found.id == present.id)
+    first = await anext(watching)
+    assert (first.type, first.record) == (EventType.SNAPSHOT, present)
+    events.publish(EventType.UPDATED, record(id="sbx-other"))
+    events.publish(EventType.DELETED, present, "expired")
+    assert (await anext(watching)).type is EventType.SYNCED
+    last = await anext(watching)
+    assert (last.type, last.reason) == (EventType.DELETED, "expired")
+    await watching.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_slow_watcher_is_told_and_slows_nobody() -> None:
+    events = Events()
+    slow = events.watch([], lambda _: True)
+    assert (await anext(slow)).type is EventType.SYNCED
+    for _ in range(5000):
+        events.publish(EventType.UPDATED, record())
+    for _ in range(1024):
+        await anext(slow)
+    with pytest.raises(WatcherTooSlowError, match="watch again"):
+        await anext(slow)

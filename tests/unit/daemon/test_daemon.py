@@ -1,0 +1,110 @@
+"""The daemon as a whole, with a fake VMM: start, signals, what it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from agent.common.config.settings import Settings
+from agent.common.errors import InvalidState
+from agent.common.systemd import notify
+from agent.daemon import app
+from agent.daemon.app import agent
+from agent.daemon.storage.images import ImageStore
+from sandboxd.v1 import node_pb2
+from tests.support.client import Client
+from tests.support.daemon_fakes import FakeDriver, World, settings
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Short: unix sockets lie below it."""
+    path = Path(tempfile.mkdtemp(prefix="sbx-"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(autouse=True)
+def fake_vmm(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fake(settings: Settings, images: ImageStore) -> FakeDriver:
+        return FakeDriver(World())
+
+    monkeypatch.setattr(app, "choose_driver", fake)
+
+
+async def test_it_serves_while_the_context_lasts(directory: Path) -> None:
+    async with agent(settings(directory)) as server:
+        async with grpc.aio.insecure_channel(f"unix:{server.socket_path}") as channel:
+            assert (await Client(channel).nodes.GetNode(node_pb2.GetNodeRequest())).name == "node"
+        mode = (directory / "run" / "private").stat().st_mode
+        assert mode & 0o777 == 0o700
+    assert sorted(path.name for path in (directory / "run").rglob("*")) == ["agent.lock", "private"]
+
+
+@pytest.mark.parametrize("shared", ["run", "state"])
+async def test_a_second_agent_refuses_and_harms_nothing(directory: Path, shared: str) -> None:
+    first = settings(directory)
+    second = settings(directory / "second")
+    paths = {"run": {"run_dir": first.paths.run_dir}, "state": {"state_dir": first.paths.state_dir}}[shared]
+    clash = Settings(node=second.node, paths=type(second.paths)(**{**_paths(second), **paths}))
+    async with agent(first) as server:
+        with pytest.raises(InvalidState, match="another sandboxd owns"):
+            async with agent(clash):
+                pass
+        assert server.socket_path.exists()
+    async with agent(clash):  # what the refused one had locked is free again
+        pass
+
+
+def _paths(chosen: Settings) -> dict[str, Path]:
+    return {"run_dir": chosen.paths.run_dir, "state_dir": chosen.paths.state_dir}
+
+
+async def test_signals_end_it_in_order(directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(directory / "notify"))
+        listener.setblocking(False)
+        os.environ["NOTIFY_SOCKET"] = str(directory / "notify")
+        try:
+            running = asyncio.create_task(app.run(settings(directory)))
+            loop = asyncio.get_running_loop()
+            async with asyncio.timeout(10):
+                assert await loop.sock_recv(listener, 100) == b"READY=1"
+                os.kill(os.getpid(), signal.SIGHUP)
+                await asyncio.sleep(0.01)
+                assert not running.done()
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert await loop.sock_recv(listener, 100) == b"STOPPING=1"
+                await running
+        finally:
+            del os.environ["NOTIFY_SOCKET"]
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_nobody_to_notify_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notify("READY=1")
+
+
+def test_a_start_that_fails_says_why_and_exits_1(directory: Path) -> None:
+    env = {
+        **os.environ, "SANDBOXD_PATHS__RUN_DIR": str(directory / "run"), "SANDBOXD_VMM__BINARY": "/nonexistent",
+        "SANDBOXD_PATHS__STATE_DIR": str(directory / "state"),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "agent.daemon"], env=env, capture_output=True, text=True, check=False, timeout=20
+    )
+    assert done.returncode == 1
+    assert "/nonexistent cannot be run" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,252 @@
+"""Splicing between sockets, the control link with its descriptors, and the process's table of sandboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from agent.common.policy.policy import Policy
+from agent.common.policy.reasons import Reason
+from agent.common.policy.rules import parse_rules
+from agent.egress.control import Control
+from agent.egress.control_protocol import MAX_MESSAGE_BYTES, Link, LinkClosed
+from agent.egress.report import MAX_DENIALS, Reporter
+from agent.egress.sandbox_state import Sandbox
+from agent.egress.tcp.splice import Mover
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        other, _ = server.accept()
+    for sock in (one, other):
+        sock.setblocking(False)
+    return one, other
+
+
+@pytest.fixture
+async def mover() -> AsyncIterator[Mover]:
+    made = Mover()
+    made.start()
+    yield made
+    made.stop()
+
+
+async def received(sock: socket.socket) -> bytes:
+    loop, data = asyncio.get_running_loop(), b""
+    while piece := await loop.sock_recv(sock, 1 << 16):
+        data += piece
+    return data
+
+
+async def test_both_directions_and_each_end_by_itself(mover: Mover) -> None:
+    loop = asyncio.get_running_loop()
+    (a, b), (c, d) = pair(), pair()
+    carried = mover.carry(b, c)
+    data = os.urandom(5 << 20)
+    sending = asyncio.create_task(loop.sock_sendall(a, data))
+    reading = asyncio.create_task(received(d))
+    await sending
+    a.shutdown(socket.SHUT_WR)
+    assert await reading == data
+    assert not carried.done.done()  # the other direction goes on
+    await loop.sock_sendall(d, b"answer")
+    d.close()
+    assert await received(a) == b"answer"
+    async with asyncio.timeout(5):
+        await carried.done
+    a.close()
+
+
+async def test_a_reader_that_does_not_read_stops_its_writer_alone(mover: Mover) -> None:
+    loop = asyncio.get_running_loop()
+    (a, b), (c, d) = pair(), pair()
+    (e, f), (g, h) = pair(), pair()
+    stuck, free = mover.carry(b, c), mover.carry(f, g)
+    sending = asyncio.create_task(loop.sock_sendall(a, bytes(64 << 20)))
+    _, stuck_still = await asyncio.wait({sending}, timeout=1.5)
+    assert stuck_still
+    await loop.sock_sendall(e, b"hello")
+    assert await loop.sock_recv(h, 10) == b"hello"
+    await loop.sock_sendall(d, b"back")  # against the stream
+    assert await loop.sock_recv(a, 10) == b"back"
+    for carried in (stuck, free):
+        carried.abort()
+        carried.abort()
+        async with asyncio.timeout(5):
+            await carried.done
+    with pytest.raises(ConnectionResetError):
+        await loop.sock_recv(h, 10)
+    with pytest.raises(ConnectionResetError):
+        await sending
+    for sock in (a, d, e, h):
+        sock.close()
+
+
+async def test_a_reset_is_passed_on(mover: Mover) -> None:
+    (a, b), (c, d) = pair(), pair()
+    carried = mover.carry(b, c)
+    await asyncio.get_running_loop().sock_sendall(a, b"x")
+    assert await asyncio.get_running_loop().sock_recv(d, 10) == b"x"
+    a.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    a.close()
+    async with asyncio.timeout(5):
+        await carried.done
+    with pytest.raises(ConnectionResetError):
+        await asyncio.get_running_loop().sock_recv(d, 10)
+    d.close()
+
+
+async def test_idle_connections_hold_no_pipes(mover: Mover) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    ends = [(pair(), pair()) for _ in range(50)]
+    carried = [mover.carry(one[1], two[0]) for one, two in ends]
+    loop = asyncio.get_running_loop()
+    for one, two in ends:
+        await loop.sock_sendall(one[0], b"x")
+        await loop.sock_recv(two[1], 1)
+    assert len(os.listdir("/proc/self/fd")) - before <= 50 * 4 + 20
+    for item in carried:
+        item.abort()
+    await asyncio.gather(*(item.done for item in carried))
+    for one, two in ends:
+        one[0].close()
+        two[1].close()
+
+
+# -- the control link --------------------------------------------------------------------------------------------------
+
+
+def links() -> tuple[Link, Link, socket.socket]:
+    one, other = socket.socketpair()
+    return Link(one), Link(other), one
+
+
+async def test_messages_and_descriptors_arrive_together() -> None:
+    one, other, _ = links()
+    read, write = os.pipe()
+    big = {"text": "x" * 2_000_000}
+    sending = asyncio.create_task(one.send({"n": 1}, [write]))
+    sending_big = asyncio.create_task(one.send(big))
+    message, fds = await other.receive()
+    assert (message, len(fds)) == ({"n": 1}, 1)
+    os.write(fds[0], b"through")
+    assert os.read(read, 10) == b"through"
+    assert await other.receive() == (big, [])
+    await asyncio.gather(sending, sending_big)
+    one.close()
+    with pytest.raises(LinkClosed):
+        await other.receive()
+    other.close()
+    for fd in (read, write, fds[0]):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\0\0\0\2[]", b"\0\0\0\3{x}"])
+async def test_nonsense_ends_the_link(data: bytes) -> None:
+    one, other, raw = links()
+    assert len(data) < MAX_MESSAGE_BYTES
+    await asyncio.get_running_loop().sock_sendall(raw, data)
+    with pytest.raises(LinkClosed):
+        await other.receive()
+    one.close()
+    other.close()
+
+
+class FakeServer:
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.sockets: list[socket.socket] = []
+
+    def start(self, *sockets: list[socket.socket]) -> None:
+        self.sockets = [sock for group in sockets for sock in group]
+
+    async def aclose(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+
+
+async def test_the_process_does_what_it_is_told_and_ends_when_nobody_needs_it(tmp_path: Any) -> None:
+    made: list[Sandbox] = []
+
+    def servers(sandbox: Sandbox) -> Any:
+        made.append(sandbox)
+        return FakeServer(sandbox), FakeServer(sandbox)
+
+    path = str(tmp_path / "s")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    running = asyncio.create_task(Control(servers, {"settings": "x"}, os.getuid()).run(listener))
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(path)
+    link = Link(client)
+
+    async def call(fds: tuple[int, ...] = (), **message: Any) -> dict[str, Any]:
+        await link.send({"seq": 1, **message}, fds)
+        while "seq" not in (answer := (await link.receive())[0]):
+            pass
+        return answer
+
+    policy = Policy(allow=parse_rules(["a.example"], "x")).to_json()
+    order: dict[str, Any] = {
+        "op": "assign",
+        "sandbox": "sbx-1",
+        "digest": "d",
+        "policy": policy,
+        "secrets": [],
+        "ca": None,
+    }
+    with socket.socket() as sock:
+        answer = await call((sock.fileno(),), **order, sockets=["tcp4"])
+    assert answer["result"] == {"ended": 0}
+    assert (await call(op="hello"))["result"]["sandboxes"] == {"sbx-1": "d"}
+    assert "do not fit" in (await call(**order, sockets=["tcp4"]))["error"]
+    assert "unknown operation" in (await call(op="dance"))["error"]
+    made[-1].deny(Reason.HOST_NOT_ALLOWED, "evil\n.example", 443, "tls")
+    report, _ = await link.receive()
+    assert report["counts"] == [["sbx-1", "host_not_allowed", 1]]
+    assert report["denials"] == [["sbx-1", "host_not_allowed", "evil?.example", 443, "tls", 1]]
+    await call(op="remove", sandbox="sbx-1")
+    link.close()
+    async with asyncio.timeout(5):
+        await running
+    listener.close()
+
+
+def test_reports_count_all_and_detail_some() -> None:
+    reporter = Reporter()
+    for number in range(1000):
+        reporter.deny("sbx-1", Reason.HOST_NOT_ALLOWED, f"h{number}", 443, "tls")
+    report = reporter.take()
+    assert report is not None
+    assert report["counts"] == [["sbx-1", "host_not_allowed", 1000]]
+    assert len(report["denials"]) == MAX_DENIALS
+    assert reporter.take() is None
+
+
+def test_an_update_ends_what_is_no_longer_allowed() -> None:
+    sandbox = Sandbox("sbx-1", Policy(), Reporter())
+
+    class Connection:
+        aborted = False
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def recheck(self) -> Reason | None:
+            return sandbox.policy.check_name(self.name, 443)
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    kept, cut = Connection("a.example"), Connection("b.example")
+    sandbox.connections |= {kept, cut}
+    assert sandbox.update(Policy(allow=parse_rules(["a.example"], "x")), (), None) == 1
+    assert (kept.aborted, cut.aborted) == (False, True)
+    assert sandbox.reporter.counts == {("sbx-1", "policy_changed"): 1}

@@ -1,0 +1,107 @@
+"""The leak check finds what it should, quickly, and removes it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from agent.daemon.host.cgroup import Cgroups, GroupLimits
+from tests.support import leaks
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace, so it needs root")
+
+
+def test_finds_and_ends_a_process() -> None:
+    before = leaks.snapshot()
+    process = subprocess.Popen(["sleep", "60"])
+    left = leaks.wait_for_leaks(before, grace_s=0)
+    leaks.clean(left)
+    process.returncode = -9  # reaped by the clean-up
+    assert [pid for pid, _name in left.processes] == [process.pid]
+    assert not leaks.snapshot().since(before).describe()
+
+
+def test_finds_a_process_of_this_run_that_is_nobody_s_child(tmp_path: Path) -> None:
+    """A VMM outlives a daemon that is killed; it carries its sandbox's name, as this program does."""
+    program = tmp_path / f"{leaks.PREFIX}0123"
+    shutil.copy("/bin/sleep", program)
+    before = leaks.snapshot()
+    start = ["sh", "-c", f"{program} 60 >/dev/null 2>&1 & echo $!"]
+    ours = int(subprocess.run(start, capture_output=True, check=True).stdout)
+    stranger = int(subprocess.run(start, capture_output=True, check=True, env={}).stdout)
+    try:
+        left = leaks.wait_for_leaks(before, grace_s=0)
+        assert left.describe() == [f"process {ours} ({program.name})"]
+        leaks.clean(left)
+        assert Path(f"/proc/{stranger}").exists()
+    finally:
+        os.kill(stranger, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while leaks.snapshot().since(before).describe() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert leaks.snapshot().since(before).describe() == []
+
+
+def test_finds_a_zombie() -> None:
+    before = leaks.snapshot()
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    left = leaks.wait_for_leaks(before, grace_s=0)
+    process.wait()
+    assert left.describe() == [f"process {process.pid} (true)"]
+
+
+def test_waits_for_what_ends_by_itself() -> None:
+    before = leaks.snapshot()
+    process = subprocess.Popen(["sleep", "0.1"])
+    threading.Thread(target=process.wait).start()
+    assert not leaks.wait_for_leaks(before).describe()
+
+
+def test_finds_and_removes_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks, "TEMPORARY", tmp_path)
+    before = leaks.snapshot()
+    (tmp_path / "sbx-left" / "deep").mkdir(parents=True)
+    left = leaks.wait_for_leaks(before, grace_s=0)
+    leaks.clean(left)
+    assert left.describe() == [f"directory {tmp_path}/sbx-left"]
+    assert not (tmp_path / "sbx-left").exists()
+
+
+@needs_root
+def test_finds_and_removes_a_namespace() -> None:
+    before = leaks.snapshot()
+    subprocess.run(["ip", "netns", "add", "sbx-leaktest"], check=True)
+    left = leaks.wait_for_leaks(before, grace_s=0)
+    leaks.clean(left)
+    assert "network namespace sbx-leaktest" in left.describe()
+    assert not leaks.snapshot().since(before).describe()
+
+
+def test_is_cheap() -> None:
+    rounds = 20
+    start = time.perf_counter()
+    for _ in range(rounds):
+        leaks.snapshot()
+    assert (time.perf_counter() - start) / rounds < 0.02
+
+
+@needs_root
+def test_finds_and_removes_a_cgroup() -> None:
+    groups = Cgroups.open("/sandboxd-leaks")
+    if groups.directory is None:
+        pytest.skip("this host has no cgroup v2")
+    before = leaks.snapshot()
+    made = groups.make("sbx-leaked", GroupLimits(1, 100, 1 << 30, 64))
+    left = leaks.snapshot().since(before)
+    leaks.clean(left)
+    groups.close()
+    assert left.describe() == [f"cgroup {made}"]
+    assert not leaks.snapshot().since(before).describe()
