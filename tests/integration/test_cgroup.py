@@ -22,7 +22,9 @@ from tests.tools.reliability import Reliability
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 CODE = Path(cgroup.__file__).parents[2]
-MODULES = ("__init__", "common/__init__", "common/errors", "daemon/__init__", "daemon/host/__init__", "daemon/host/cgroup")
+MODULES = (
+    "__init__", "common/__init__", "common/errors", "daemon/__init__", "daemon/host/__init__", "daemon/host/cgroup",
+)  # fmt: skip
 PLACE = "/home/sandbox/agent"
 SETUP = f"mkdir -p /sys/fs/cgroup && mount -t cgroup2 cgroup /sys/fs/cgroup && mkdir -p {PLACE}"
 HEAD = """
