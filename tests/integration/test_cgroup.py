@@ -91,7 +91,7 @@ end()
 async def guest(client: Client, files: Files, sandbox: pb.Sandbox) -> Client:
     result = await client.run(sandbox.id, "sh", "-c", f"mountpoint -q /sys/fs/cgroup || ({SETUP})", user="root")
     assert result.code == 0, result
-    await client.run(sandbox.id, "mkdir", "-p", f"{PLACE}/common", f"{PLACE}/daemon/host")
+    await client.run(sandbox.id, "mkdir", "-p", f"{PLACE}/common", f"{PLACE}/daemon/host", user="root")
     for name in MODULES:
         await files.write(f"{PLACE}/{name}.py", (CODE / f"{name}.py").read_bytes())
     return client
