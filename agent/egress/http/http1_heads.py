@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ from agent.egress.http import secret_injection
 from agent.egress.http.secret_injection import Headers
 from agent.egress.sandbox_state import Denied
 
+_AUTHORITY = re.compile(rb"\A[^/?#]*")
 _UPGRADES = frozenset({b"websocket"})
 # What an upgrade that we do not pass on would need; the request is then an ordinary one (RFC 9110, 7.8).
 _OF_UPGRADES = frozenset({b"upgrade", b"http2-settings"})
@@ -70,9 +72,14 @@ def authority_of(request: h11.Request, headers: Headers) -> str:
 
 
 def origin_form(target: bytes) -> bytes:
-    """Returns the target without the authority that `authority_of` has checked (RFC 9112, 3.2.1)."""
+    """Return the target without the authority that `authority_of` has checked (RFC 9112, 3.2.1).
+
+    An absolute URL loses its fragment, too: a request target has none (RFC 9112, 3.2.2), and the server could read it
+    as a part of the path.
+    """
     if target.startswith(b"/") or target == b"*":
         return target
-    rest = target.partition(b"://")[2]
-    slash = rest.find(b"/")
-    return rest[slash:] if slash >= 0 else b"/" + rest[len(rest.partition(b"?")[0]) :]
+    after_scheme = target.partition(b"://")[2]
+    # `urlsplit` ends the authority at the same characters (RFC 3986, 3.2): what was checked is what is cut off.
+    path_and_query = _AUTHORITY.sub(b"", after_scheme, count=1).partition(b"#")[0]
+    return path_and_query if path_and_query.startswith(b"/") else b"/" + path_and_query
