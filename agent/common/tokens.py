@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
-import tempfile
 import time
 from pathlib import Path
 
 import msgspec
 
+from agent.common.atomic_file import write_atomically
 from agent.common.errors import AgentError, NotFound
 
 PREFIX = "ddo_"  # the SDKs ask for it, unless an organization is given, too
@@ -116,12 +115,7 @@ class TokenFile:
             self._path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             known = self._path if self._path.exists() else self._path.parent
             facts = known.stat()
-            fd, name = tempfile.mkstemp(dir=self._path.parent, prefix=".tokens-")
-            with os.fdopen(fd, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(_Contents(tokens)), indent=1) + b"\n")
-                os.fchmod(fd, _MODE)
-                os.fchown(fd, facts.st_uid, facts.st_gid)
-                os.fsync(fd)
-            Path(name).replace(self._path)
+            data = msgspec.json.format(msgspec.json.encode(_Contents(tokens)), indent=1) + b"\n"
+            write_atomically(self._path, data, mode=_MODE, durable=True, owner=(facts.st_uid, facts.st_gid))
         except OSError as error:
             raise TokenFileError(f"cannot write {self._path}: {error.strerror}") from error

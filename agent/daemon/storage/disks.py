@@ -12,6 +12,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from agent.common.atomic_file import replacement
 from agent.common.errors import AgentError, AlreadyExists, HostError, InvalidSpec, ResourceExhausted
 from agent.daemon.host.sparse_copy import NO_SPACE, copy_sparse
 
@@ -94,15 +95,9 @@ class DiskMaker:
         return template
 
     def _format(self, template: Path, size_bytes: int) -> None:
-        fd, name = tempfile.mkstemp(prefix="draft-", dir=self._dir)
-        draft = Path(name)
-        try:
-            os.ftruncate(fd, size_bytes)
-            run_mkfs(draft)
-            draft.replace(template)
-        finally:
-            os.close(fd)
-            draft.unlink(missing_ok=True)
+        with replacement(template, mode=0o600, durable=False) as draft:
+            draft.file.truncate(size_bytes)
+            run_mkfs(draft.path)
 
     def _prune(self) -> None:
         """Removes the templates of sizes that were not asked for in the longest time."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.common.aio import to_the_end
+from agent.common.atomic_file import publish_directory, write_atomically
 from agent.common.errors import AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound, ResourceExhausted
 from agent.common.telemetry import log, step
 from agent.daemon.host.sparse_copy import copy_sparse
@@ -239,8 +240,9 @@ class Volumes:
                 if not source:
                     format_volume(disk, 0 if volume.image else _OWNER)
             with step("volume.publish"):
-                (draft / _FACTS).write_text(json.dumps(dataclasses.asdict(volume)) + "\n")
-                draft.rename(self._dir / volume.id)
+                facts = (json.dumps(dataclasses.asdict(volume)) + "\n").encode()
+                write_atomically(draft / _FACTS, facts, mode=0o600, durable=False)
+                publish_directory(draft, self._dir / volume.id)  # all of it is durable before it has its name
         except OSError as error:
             raise disk_error(draft, error) from error
         finally:

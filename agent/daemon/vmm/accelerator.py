@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from agent.common.atomic_file import write_atomically
 from agent.common.errors import VmmError
 
 _KVM = "/dev/kvm"
@@ -65,8 +66,8 @@ class AcceleratorProbe:
     async def _tried(self, binary: str, version: str) -> tuple[str, str]:
         cache = self._cache_dir / f"kvm-{self._key(version)}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            verdict = json.loads(cache.read_text())
-            return str(verdict["accelerator"]), str(verdict["reason"])
+            kept = json.loads(cache.read_text())
+            return str(kept["accelerator"]), str(kept["reason"])
         reached = await self._boots(binary)
         if reached:
             accelerator, reason = "kvm", "a guest kernel boots on this host's KVM"
@@ -77,9 +78,8 @@ class AcceleratorProbe:
                 f"(tried for up to {_DEADLINE_S:g} s)"
             )
         self._cache_dir.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"accelerator": accelerator, "reason": reason}))
-        temporary.replace(cache)
+        verdict = json.dumps({"accelerator": accelerator, "reason": reason})
+        write_atomically(cache, verdict.encode(), mode=0o600, durable=False)
         return accelerator, reason
 
     def _key(self, version: str) -> str:

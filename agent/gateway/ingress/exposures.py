@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.common.atomic_file import write_atomically
 from agent.common.telemetry import log
 from agent.gateway.errors import Failure, Refusal
 
@@ -51,10 +52,7 @@ class Exposures:
             self._path.replace(self._path.with_suffix(".damaged"))
 
     def _save(self) -> None:
-        draft = self._path.with_suffix(".new")
-        draft.touch(mode=0o600)
-        draft.write_bytes(msgspec.json.encode(self._by_name))
-        draft.replace(self._path)
+        write_atomically(self._path, msgspec.json.encode(self._by_name), mode=0o600, durable=False)
 
     def reserve(self, sandbox_id: str, node: str, kind: str = "http") -> str:
         """Returns a fresh name for a sandbox. :raises Refusal: it has too many."""

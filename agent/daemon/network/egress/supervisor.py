@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agent.common.aio import to_the_end
+from agent.common.atomic_file import write_atomically
 from agent.common.config.egress import EgressSettings
 from agent.common.errors import HostError, VmmError
 from agent.common.telemetry import EGRESS_STARTS, log
@@ -213,7 +214,7 @@ class Own:
                 raise HostError(f"cannot start the egress process: {error}", reason="EGRESS_NOT_STARTED") from error
         try:
             facts = {"pid": process.pid, "started": process.start_time, "identity": self._identity}
-            self._files.facts.write_text(json.dumps(facts))
+            write_atomically(self._files.facts, json.dumps(facts).encode(), mode=0o600, durable=False)
             EGRESS_STARTS.labels("started").inc()
             reached = await _hello(self._files.socket)
             if reached is None:

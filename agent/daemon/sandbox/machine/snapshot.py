@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from agent.common.aio import to_the_end
+from agent.common.atomic_file import publish_directory
 from agent.common.errors import HostError, InvalidState, ResourceExhausted
 from agent.common.telemetry import step
 from agent.daemon.host.sparse_copy import NO_SPACE
@@ -44,7 +44,7 @@ async def save(machine: Machine, directory: Path) -> None:
         with step("vmm.save"):
             await machine.save(draft)
         with step("vmm.saved"):
-            await to_the_end(asyncio.to_thread(_finish, draft, directory))
+            await to_the_end(asyncio.to_thread(publish_directory, draft, directory))
     except BaseException as error:
         await to_the_end(asyncio.to_thread(remove_tree, draft))
         if isinstance(error, OSError):
@@ -61,16 +61,6 @@ def _no_space(directory: Path) -> ResourceExhausted:
         f"no space left to save a sandbox's memory in {directory.parent}: free some, or delete sandboxes",
         reason="DISK_FULL",
     )
-
-
-def _finish(draft: Path, directory: Path) -> None:
-    for path in (*draft.iterdir(), draft):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    draft.rename(directory)
 
 
 async def restore(host: Host, record: Record, image: Image, directory: Path) -> Machine:

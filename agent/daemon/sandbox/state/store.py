@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from agent.common.atomic_file import write_atomically
 from agent.common.errors import HostError, InvalidState
 from agent.common.telemetry import STATE_REBUILT, log
 from agent.daemon.sandbox.state.record import Record
@@ -182,10 +183,7 @@ def _copy(directory: Path, text: str) -> None:
     """Keeps a record in its sandbox's directory if there is one. A copy that cannot be written is removed."""
     path = directory / _COPY
     try:
-        fresh = directory / f"{_COPY}.new"
-        fresh.touch(mode=0o600)  # the directory is open to the sandbox's VMM
-        fresh.write_text(text)
-        fresh.rename(path)
+        write_atomically(path, text.encode(), mode=0o600, durable=False)  # the directory is open to the sandbox's VMM
     except OSError:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

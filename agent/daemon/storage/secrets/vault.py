@@ -17,6 +17,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from agent.common.atomic_file import write_atomically
 from agent.common.errors import HostError
 
 _KEY_BYTES, _NONCE_BYTES = 32, 12
@@ -51,7 +52,7 @@ class Vault:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not path.exists():
-                _write(path, os.urandom(_KEY_BYTES))
+                write_atomically(path, os.urandom(_KEY_BYTES), mode=0o600, durable=True)
             self._key = path.read_bytes()
         except OSError as error:
             raise HostError(f"cannot read or make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
@@ -109,16 +110,7 @@ class Vault:
             ca = None if held.ca is None else {"certificate_pem": held.ca.certificate_pem, "key_pem": held.ca.key_pem}
             text = json.dumps({"values": dict(held.values), "ca": ca}).encode()
             nonce = os.urandom(_NONCE_BYTES)
-            _write(path, nonce + AESGCM(self._key).encrypt(nonce, text, sandbox_id.encode()))
+            data = nonce + AESGCM(self._key).encrypt(nonce, text, sandbox_id.encode())
+            write_atomically(path, data, mode=0o600, durable=True)
         except OSError as error:
             raise HostError(f"cannot write {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, for its owner alone."""
-    draft = path.with_suffix(".draft")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)

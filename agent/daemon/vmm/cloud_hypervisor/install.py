@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import os
 import re
 import ssl
-import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -16,6 +14,7 @@ from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import IO
 
+from agent.common.atomic_file import replacement
 from agent.common.errors import InvalidSpec, VmmError
 from agent.daemon.vmm.cloud_hypervisor.binary import MAJOR_VERSION, NAME
 
@@ -78,23 +77,15 @@ def _install(target: Path, sha256: str, url: str, context: ssl.SSLContext | None
     if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f".{NAME}.", dir=target.parent)
-    temporary = Path(name)
     try:
-        with os.fdopen(fd, "wb") as file:
-            found = _download(url, context, file, given_up)
+        with replacement(target, mode=0o755, durable=True) as draft:
+            found = _download(url, context, draft.file, given_up)
             if found != sha256:
                 raise VmmError(f"{url} has the SHA-256 digest {found}, not {sha256}", reason="DIGEST_MISMATCH")
-            os.fchmod(file.fileno(), 0o755)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
     except (OSError, HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is the answer, too
         raise VmmError(f"cannot download {url}: {error}", reason="DOWNLOAD_FAILED") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _download(url: str, context: ssl.SSLContext | None, file: IO[bytes], given_up: threading.Event) -> str:
