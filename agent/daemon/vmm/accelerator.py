@@ -16,6 +16,7 @@ from pathlib import Path
 
 from agent.common.atomic_file import write_atomically
 from agent.common.errors import VmmError
+from agent.daemon.host.capture import stdout_of
 
 _KVM = "/dev/kvm"
 _DEADLINE_S = 10.0
@@ -93,21 +94,12 @@ class AcceleratorProbe:
         assert self._kernel is not None
         assert self._initramfs is not None
         argv = self._trial(binary, self._kernel, self._initramfs, _CMDLINE)
-        child = await asyncio.create_subprocess_exec(
-            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-        )
-        assert child.stdout is not None
         seen = b""
-        try:
-            async with asyncio.timeout(_DEADLINE_S):
-                while data := await child.stdout.read(4096):
-                    seen = seen[-256:] + data
-                    if _MARKER in seen:
-                        return True
-        except TimeoutError:
-            return False
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            await child.communicate()  # wait() alone never returns where the pipe is full
+        async with stdout_of(argv) as output:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DEADLINE_S):
+                    while data := await output.read(4096):
+                        seen = seen[-256:] + data
+                        if _MARKER in seen:
+                            return True
         return False

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import shutil
 from pathlib import Path
 
 from agent.common.errors import VmmError
+from agent.daemon.host.capture import stdout_of
 
 NAME = "cloud-hypervisor"
 # Snapshots, their edits and the API are version-bound: what the driver knows was read in v53.0's source.
@@ -30,7 +30,7 @@ async def find(configured: str, tools_dir: Path) -> tuple[str, str]:
         )
     try:
         output = await _version_text(binary)
-    except (OSError, TimeoutError) as error:
+    except (VmmError, OSError) as error:  # a TimeoutError is an OSError
         raise VmmError(f"{binary} cannot be run: {error}; check vmm.binary", reason="VMM_MISSING") from error
     match = re.search(rb"cloud-hypervisor v?(\d+(?:\.\d+)+)", output)
     if match is None:
@@ -50,16 +50,6 @@ def require_version(version: str, what: str) -> None:
 
 
 async def _version_text(binary: str) -> bytes:
-    child = await asyncio.create_subprocess_exec(
-        binary, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    assert child.stdout is not None
-    try:
-        async with asyncio.timeout(_TIMEOUT_S):
-            output = await child.stdout.read(4096)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.communicate()
-    return output
+    async with stdout_of([binary, "--version"]) as output, asyncio.timeout(_TIMEOUT_S):
+        return await output.read(4096)
+    raise AssertionError("unreachable: nothing above suppresses exceptions")

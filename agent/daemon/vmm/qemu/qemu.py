@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agent.common.errors import GuestUnreachable, VmmError, VmmUnsupported
 from agent.daemon.host import process as host_process
+from agent.daemon.host.capture import stdout_of
 from agent.daemon.host.process import ExitInfo, HostProcess
 from agent.daemon.host.tap import open_tap
 from agent.daemon.vmm import confinement as vmm_confinement
@@ -338,7 +339,7 @@ async def find_qemu(configured: str) -> tuple[str, str]:
         )
     try:
         output = await _version_text(binary)
-    except (OSError, TimeoutError) as error:
+    except (VmmError, OSError) as error:  # a TimeoutError is an OSError
         raise VmmError(f"{binary} cannot be run: {error}; check vmm.binary", reason="VMM_MISSING") from error
     match = re.search(rb"version (\d+)\.(\d+)\.(\d+)", output)
     if match is None:
@@ -354,15 +355,6 @@ async def find_qemu(configured: str) -> tuple[str, str]:
 
 
 async def _version_text(binary: str) -> bytes:
-    child = await asyncio.create_subprocess_exec(
-        binary, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(_VERSION_TIMEOUT_S):
-            output, _ = await child.communicate()
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.communicate()
-        raise
-    return output
+    async with stdout_of([binary, "--version"], stderr=2) as output, asyncio.timeout(_VERSION_TIMEOUT_S):
+        return await output.read()
+    raise AssertionError("unreachable: nothing above suppresses exceptions")
