@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 from pathlib import Path
 
 from agent.common.errors import HostError
+from agent.common.libc import prctl
 
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 4, 24, 15, 38  # prctl(2)
 _LAST_CAPABILITY_FILE = "/proc/sys/kernel/cap_last_cap"
 _WANTED_FILES = 1 << 20
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _prctl(option: int, value: int | bytes) -> None:
-    argument = ctypes.c_char_p(value) if isinstance(value, bytes) else ctypes.c_ulong(value)
-    if _libc.prctl(option, argument, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), f"prctl({option})")
 
 
 def set_name(name: str) -> None:
     """Sets what ps and the kernel's log call this process; 15 bytes."""
-    _prctl(_PR_SET_NAME, name.encode()[:15])
+    prctl(_PR_SET_NAME, name.encode()[:15])
 
 
 def raise_file_limit() -> int:
@@ -53,12 +45,12 @@ def drop(uid: int, gid: int) -> None:
         if os.geteuid() == 0:
             last = int(Path(_LAST_CAPABILITY_FILE).read_text())
             for capability in range(last + 1):
-                _prctl(_PR_CAPBSET_DROP, capability)
+                prctl(_PR_CAPBSET_DROP, capability)
             os.setgroups([])
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)  # from root to another user: the kernel clears all capability sets
-        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-        _prctl(_PR_SET_DUMPABLE, 0)  # nobody but root may trace it or read its memory
+        prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        prctl(_PR_SET_DUMPABLE, 0)  # nobody but root may trace it or read its memory
     except OSError as error:
         raise HostError(f"cannot give up privileges: {error}", reason="EGRESS_NOT_STARTED") from error
     if uid and (os.geteuid() == 0 or os.getegid() == 0):

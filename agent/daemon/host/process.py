@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
+import functools
 import os
 import shutil
 import signal
 import subprocess
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,10 @@ from agent.common.aio import to_the_end
 from agent.common.errors import VmmError
 from agent.daemon.host import root_view
 from agent.daemon.host.root_view import View
+from agent.daemon.host.syscalls import enter_netns
+from agent.daemon.host.threads import run_in_thread
 
-_CLONE_NEWNET = 0x40000000
 _STDERR_TAIL_BYTES = 4096
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def start_time(pid: int) -> int:
@@ -186,68 +185,57 @@ async def spawn(
     :param output_fds: where stdout and stderr go instead; `stderr_path` is then only read, for the end of stderr.
     :raises VmmError: the program cannot be started.
     """
-    loop = asyncio.get_running_loop()
-    started: asyncio.Future[int] = loop.create_future()
-    placing: asyncio.Future[None] = loop.create_future()
-    placing.add_done_callback(lambda done: done.exception())  # whoever has ended the process does not ask
 
-    def run() -> None:
+    def start() -> tuple[int, int | None]:
         # Namespaces belong to threads, and a child starts in its parent thread's: no helper program is needed.
-        with contextlib.ExitStack() as opened:
-            try:
-                group = None
-                if cgroup is not None:
-                    group = os.open(cgroup / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
-                    opened.callback(os.close, group)
-                pid = _spawn_here(argv, netns, stderr_path, pass_fds, output_fds, seen)
-            except Exception as error:  # noqa: BLE001  handed to the caller, who waits for it
-                loop.call_soon_threadsafe(started.set_exception, error)
-                return
-            loop.call_soon_threadsafe(started.set_result, pid)
-            _place(pid, group, loop, placing)
+        group = None if cgroup is None else os.open(cgroup / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            return _spawn_here(argv, netns, stderr_path, pass_fds, output_fds, seen), group
+        except BaseException:
+            if group is not None:
+                os.close(group)
+            raise
 
-    threading.Thread(target=run, name="spawn", daemon=True).start()
+    try:
+        started = run_in_thread("spawn", start, discard=_undo_start)
+    except OSError as error:
+        raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
     try:
         # To the end: a cancelled caller would lose the PID of a process that is about to exist.
-        pid = await to_the_end(started)
+        pid, group = await to_the_end(started)
     except asyncio.CancelledError:
         if not started.cancelled() and started.exception() is None:
-            _kill_and_reap(started.result())
+            _undo_start(started.result())
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in a word
         raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
-    return HostProcess(pid, stderr_path, is_child=True, placing=placing)
-
-
-def _place(pid: int, group: int | None, loop: asyncio.AbstractEventLoop, placing: asyncio.Future[None]) -> None:
-    """Moves a process to a control group, while it starts already: the kernel waits for all its CPUs meanwhile."""
+    placing: asyncio.Future[None] | None = None
     try:
         if group is not None:
+            placing = run_in_thread("place", functools.partial(_place, pid, group))
+            placing.add_done_callback(lambda done: done.exception())  # whoever has ended the process does not ask
+        return HostProcess(pid, stderr_path, is_child=True, placing=placing)
+    except OSError as error:  # no thread, or no descriptor to watch it with: it would be lost
+        _undo_start((pid, None if placing else group))
+        raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
+
+
+def _place(pid: int, group: int) -> None:
+    """Moves a process to a control group, while it starts already: the kernel waits for all its CPUs meanwhile."""
+    try:
+        with contextlib.suppress(ProcessLookupError):  # it has ended, which its owner finds out
             os.write(group, str(pid).encode())
-    except ProcessLookupError:
-        pass  # it has ended, which its owner finds out
-    except OSError as error:
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(placing.set_exception, error)
-        return
-    with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-        loop.call_soon_threadsafe(placing.set_result, None)
+    finally:
+        os.close(group)
 
 
-def _kill_and_reap(pid: int) -> None:
+def _undo_start(started: tuple[int, int | None]) -> None:
+    """Ends a process that has no owner yet (its PID, and the open cgroup.procs of its control group)."""
+    pid, group = started
+    if group is not None:
+        os.close(group)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-
-
-def enter_netns(name: str) -> None:
-    """Moves the calling thread into the network namespace `/run/netns/<name>` for good. :raises OSError:"""
-    fd = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if _libc.setns(fd, _CLONE_NEWNET) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), name)
-    finally:
-        os.close(fd)
 
 
 def _spawn_here(

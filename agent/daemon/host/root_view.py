@@ -6,23 +6,33 @@ starts begins there. So the agent, which must not fork, needs no helper program 
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-_CLONE_NEWNS = 0x00020000
-_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
-_MNT_DETACH = 2
-_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+from agent.daemon.host.syscalls import (
+    CLONE_NEWNS,
+    MNT_DETACH,
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_RDONLY,
+    MS_REC,
+    MS_REMOUNT,
+    mount,
+    pivot_root,
+    umount,
+    unshare,
+)
+
 # Covered by the new root until it is the root: it is there on every host, and nothing of it is ever bound.
 _PLACE = "/proc"
 # Programs and their libraries; links of a merged /usr stay links.
 SYSTEM = tuple(Path(path) for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache"))
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +50,10 @@ class View:
 
 def enter(view: View) -> None:
     """Gives the calling thread the view for its root, for good. :raises OSError: something of it is not there."""
-    _check(_libc.unshare(_CLONE_NEWNS), "unshare")
-    _mount("none", "/", "", _REC | _PRIVATE)
+    unshare(CLONE_NEWNS)
+    mount("none", "/", "", MS_REC | MS_PRIVATE)
     devices = [(path, path.stat()) for path in view.devices]
-    _mount("view", _PLACE, "tmpfs", _NOSUID | _NOEXEC, "size=1m,mode=755")
+    mount("view", _PLACE, "tmpfs", MS_NOSUID | MS_NOEXEC, "size=1m,mode=755")
     root = Path(_PLACE)
     for path in SYSTEM:
         _bind(path, root, writable=False)
@@ -82,9 +92,9 @@ def _bind(source: Path, root: Path, *, writable: bool) -> None:
         target.touch()
     elif not writable:
         return  # it is there with a directory that was bound before
-    flags = _NOSUID | _NODEV | (0 if writable else _RDONLY)
-    _mount(str(source), str(target), "", _BIND | _REC)
-    _mount("none", str(target), "", _BIND | _REMOUNT | flags)
+    flags = MS_NOSUID | MS_NODEV | (0 if writable else MS_RDONLY)
+    mount(source, target, "", MS_BIND | MS_REC)
+    mount("none", target, "", MS_BIND | MS_REMOUNT | flags)
 
 
 def _make_device(target: Path, facts: os.stat_result, owner: int) -> None:
@@ -96,19 +106,7 @@ def _make_device(target: Path, facts: os.stat_result, owner: int) -> None:
 
 def _pivot(root: Path) -> None:
     os.chdir(root)
-    _check(_libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
-    _check(_libc.umount2(b".", _MNT_DETACH), "umount the host's root")
+    pivot_root(".", ".")
+    umount(".", MNT_DETACH)  # the host's root, which is below the new one
     os.chdir("/")
-    _mount("none", "/", "", _REMOUNT | _BIND | _RDONLY | _NOSUID | _NOEXEC)
-
-
-def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    words = (os.fsencode(source), os.fsencode(target), kind.encode() or None)
-    done = _libc.mount(*words, ctypes.c_ulong(flags), data.encode() or None)
-    _check(done, f"mount {source} at {target}")
-
-
-def _check(result: int, what: str) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), what)
+    mount("none", "/", "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NOEXEC)

@@ -26,7 +26,7 @@ from typing import Any
 from agent.common.config.paths import Paths
 from agent.common.config.settings import load
 from agent.common.model import new_sandbox_id
-from agent.daemon.host.process import enter_netns
+from agent.daemon.host.syscalls import enter_netns
 from agent.daemon.host.tap import attach
 from agent.daemon.network.kernel import namespaces
 from agent.daemon.sandbox.machine import guest_setup

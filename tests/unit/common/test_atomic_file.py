@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from agent.common import atomic_file
 from agent.common.atomic_file import publish_directory, replacement, sync, write_atomically
 from agent.daemon.storage.volumes import VOLUME, Volumes
 
@@ -114,7 +114,7 @@ def test_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path, mon
     """The directory of a sandbox is open to its VMM, which may put anything there."""
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    monkeypatch.setattr(atomic_file.secrets, "token_hex", lambda length: "known")
+    monkeypatch.setattr(secrets, "token_hex", lambda length: "known")
     (tmp_path / ".file.known.tmp").symlink_to(victim)
     with pytest.raises(FileExistsError):
         write_atomically(tmp_path / "file", b"new", mode=0o600, durable=False)

@@ -8,7 +8,6 @@ ip-netns(8) does. Opened later with `nsenter --net` or setns by whoever starts t
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import fcntl
 import os
@@ -23,13 +22,13 @@ from typing import TypeVar
 from agent.common.aio import to_the_end
 from agent.common.errors import HostError
 from agent.common.model import GATEWAY_IPV4, GATEWAY_IPV6, ID_PREFIX
+from agent.daemon.host.syscalls import CLONE_NEWNET, MNT_DETACH, MS_BIND, mount, setns, umount, unshare
+from agent.daemon.host.threads import run_in_thread
 
 NETNS_DIR = Path("/run/netns")
 TAP = "tap0"
 # Every clone of a template must find the same gateway behind the same address, or its ARP cache is wrong.
 TAP_MAC = "02:73:62:78:00:ff"
-_CLONE_NEWNET = 0x40000000
-_MS_BIND, _MNT_DETACH = 0x1000, 2
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _SIOCSIFHWADDR, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCGIFINDEX = (
@@ -39,46 +38,15 @@ _ARPHRD_ETHER = 1
 _IFF_UP = 1
 
 _T = TypeVar("_T")
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int, what: str) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), what)
-
-
-def _in_thread(work: Callable[[], None], name: str) -> asyncio.Future[None]:
-    """Runs `work` in a thread of its own that ends with it: its namespace must not come back from a pool."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def finish(error: BaseException | None) -> None:
-        if not done.done():
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001  handed to the loop
-            loop.call_soon_threadsafe(finish, error)
-        else:
-            loop.call_soon_threadsafe(finish, None)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return done
 
 
 def _make(path: Path) -> None:
     NETNS_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
     os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
     try:
-        _check(_libc.unshare(_CLONE_NEWNET), "unshare")
+        unshare(CLONE_NEWNET)
         own = f"/proc/self/task/{threading.get_native_id()}/ns/net"
-        _check(_libc.mount(own.encode(), os.fsencode(path), b"none", ctypes.c_ulong(_MS_BIND), None), f"mount {path}")
+        mount(own, path, "none", MS_BIND)
         _make_device()
         _set_up_device()
     except BaseException:
@@ -132,14 +100,15 @@ def _pin(path: Path, pid: int) -> None:
     if not os.path.ismount(path):
         NETNS_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o444))
-        source = f"/proc/{pid}/ns/net".encode()
-        _check(_libc.mount(source, os.fsencode(path), b"none", ctypes.c_ulong(_MS_BIND), None), f"mount {path}")
+        mount(f"/proc/{pid}/ns/net", path, "none", MS_BIND)
 
 
 def _remove(path: Path) -> None:
-    if _libc.umount2(os.fsencode(path), _MNT_DETACH) != 0 and ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), f"umount {path}")
+    try:
+        umount(path, MNT_DETACH)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):  # nothing is mounted there, or nothing is there
+            raise
     path.unlink(missing_ok=True)
 
 
@@ -156,7 +125,7 @@ def _explain(error: OSError, name: str) -> HostError:
 
 def enter(fd: int) -> None:
     """Moves the calling thread into the network namespace of this descriptor. :raises OSError:"""
-    _check(_libc.setns(fd, _CLONE_NEWNET), "setns")
+    setns(fd, CLONE_NEWNET)
 
 
 async def run_in(fd: int, work: Callable[[], _T], what: str) -> _T:
@@ -165,17 +134,15 @@ async def run_in(fd: int, work: Callable[[], _T], what: str) -> _T:
     It runs to its end, and a caller that is cancelled waits for that: what it undoes must come after it, and the
     descriptor stays open as long. :raises HostError: the kernel refused something.
     """
-    results: list[_T] = []
 
-    def inside() -> None:
+    def inside() -> _T:
         enter(fd)
-        results.append(work())
+        return work()
 
     try:
-        await to_the_end(_in_thread(inside, "netns-work"))
+        return await to_the_end(run_in_thread("netns-work", inside))
     except OSError as error:
         raise HostError(f"cannot {what}: {error}", reason="NETNS_FAILED") from error
-    return results[0]
 
 
 def open_namespace(name: str) -> int:
@@ -189,7 +156,7 @@ def open_namespace(name: str) -> int:
 async def make(name: str) -> None:
     """Makes the namespace `/run/netns/<name>` with its tap. :raises HostError: nothing is left behind."""
     try:
-        await asyncio.shield(_in_thread(lambda: _make(NETNS_DIR / name), f"netns-{name}"))
+        await asyncio.shield(run_in_thread(f"netns-{name}", lambda: _make(NETNS_DIR / name)))
     except OSError as error:
         raise _explain(error, name) from error
 
