@@ -17,12 +17,12 @@ from pathlib import Path
 from agent.common import systemd
 from agent.common.config.settings import load
 from agent.common.errors import AgentError
-from agent.daemon.network.egress.supervisor import identity_of_settings, words_of
 from agent.egress import privileges
 from agent.egress.control import Control, note
 from agent.egress.dns.resolver import Resolver, load_all, system_resolvers
 from agent.egress.dns.server import DnsServer
 from agent.egress.http.intercept import Interceptor
+from agent.egress.launch import arguments_of, identity_of
 from agent.egress.sandbox_state import Sandbox
 from agent.egress.tcp.connection import Means
 from agent.egress.tcp.dial import dial
@@ -45,8 +45,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.config is not None:
         settings = load(arguments.config if arguments.config.exists() else None).egress
-        parser.parse_args(words_of(settings), arguments)
-        arguments.identity = identity_of_settings(settings)
+        parser.parse_args(arguments_of(settings), arguments)
+        arguments.identity = identity_of(settings)
     arguments.is_service = arguments.control is None
     if arguments.is_service:
         given = systemd.listeners()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import socket
 import sys
@@ -18,25 +17,9 @@ from agent.common.errors import HostError, VmmError
 from agent.common.telemetry import EGRESS_STARTS, log
 from agent.daemon.host import process as host_process
 from agent.egress.control_protocol import Link, LinkClosed
+from agent.egress.launch import arguments_of, identity_of
 
 _READY_TIMEOUT_S = 20.0
-
-
-def identity_of_settings(settings: EgressSettings) -> str:
-    """Returns a digest of what a process must have been started with to be of use: its settings and this code."""
-    code = sorted((path.name, path.stat().st_mtime_ns) for path in (Path(__file__).parents[3] / "egress").rglob("*.py"))
-    text = repr((words_of(settings), settings.uplink, code))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def words_of(settings: EgressSettings) -> list[str]:
-    """Returns the arguments of a process."""
-    words = ["--uid", str(settings.uid), "--gid", str(settings.gid)]
-    for resolver in settings.resolvers:
-        words += ["--resolver", resolver]
-    if settings.upstream_ca_file:
-        words += ["--ca-file", settings.upstream_ca_file]
-    return words
 
 
 @dataclass(slots=True)
@@ -85,7 +68,7 @@ class KeptByOthers:
     """A process that somebody else starts, again when it ends. :param path: of its control socket."""
 
     def __init__(self, settings: EgressSettings, path: Path) -> None:
-        self._identity = identity_of_settings(settings)
+        self._identity = identity_of(settings)
         self._path = path
 
     async def reach(self) -> Reached:
@@ -144,7 +127,7 @@ class Own:
     def __init__(self, settings: EgressSettings, files: EgressFiles) -> None:
         self._settings = settings
         self._files = files
-        self._identity = {"settings": identity_of_settings(settings)}
+        self._identity = {"settings": identity_of(settings)}
         self._process: host_process.HostProcess | None = None
 
     async def reach(self) -> Reached:
@@ -206,7 +189,7 @@ class Own:
                 process = self._process = await host_process.spawn(
                     [
                         sys.executable, "-m", "agent.egress", "--control", str(listener.fileno()),
-                        "--identity", self._identity["settings"], *words_of(self._settings),
+                        "--identity", self._identity["settings"], *arguments_of(self._settings),
                     ],
                     netns=self._settings.uplink or None, stderr_path=self._files.log, pass_fds=[listener.fileno()],
                 )  # fmt: skip

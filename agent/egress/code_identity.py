@@ -1,0 +1,155 @@
+"""A digest of all code that a program loads: its own modules by their content, packages of others by their versions.
+
+The imports are read from the sources, since a process that has just begun has not loaded all of it, and the agent
+loads less of it than the egress process. Nothing is imported and nothing is listed by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from agent.common.errors import HostError
+
+_ROOT = Path(__file__).parents[__name__.count(".")]
+_PROGRAM = f"{__name__.rpartition('.')[0]}.__main__"
+# Searched, not parsed: `ast.parse` takes 40 ms for all of it and fails at random in Python before 3.11.5
+# (python/cpython#106905). Prose of the same form does no harm: its words name no module.
+_IMPORT = re.compile(
+    r"""^[ \t]*(?:from[ ]+([\w.]+)[ ]+import[ ]+(\((?:[^)#]|\#[^\n]*)*\)|[^\n\#]+)|import[ ]+([^\n\#;]+))
+    |import_module\("([\w.]+)"\)""",
+    re.MULTILINE | re.VERBOSE,
+)
+_COMMENT = re.compile(r"#[^\n]*")
+_NAME = re.compile(r"\w+")
+_DISTRIBUTION = "sandboxd"
+_OF_AN_EXTRA = re.compile(r";.*\bextra\b")
+_REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@functools.cache
+def own_identity() -> str:
+    """Return the identity of the egress process's code; the first call reads about 50 files.
+
+    It is cached, so that it stays that of the running code when another version is installed meanwhile.
+
+    :raises HostError: a file of it cannot be read.
+    """
+    return code_identity(_PROGRAM, _ROOT)
+
+
+def code_identity(program: str, root: Path) -> str:
+    """Return "<version of this project>-<digest>" of the module `program` and all that it imports, however indirectly.
+
+    :param root: the directory that has the project's packages.
+    :raises HostError: a file of it cannot be read.
+    """
+    try:
+        modules, packages = import_closure(program, root)
+    except (OSError, UnicodeDecodeError) as error:
+        raise HostError(f"cannot read the egress process's code: {error}", reason="EGRESS_NOT_STARTED") from error
+    digest = hashlib.sha256(platform.python_version().encode())
+    for name, source in sorted(modules.items()):
+        digest.update(f"\n{name} {len(source)}\n".encode() + source)
+    for name, version in sorted(distributions(packages).items()):
+        digest.update(f"\n{name}=={version}".encode())
+    return f"{_own_version()}-{digest.hexdigest()[:32]}"
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version(_DISTRIBUTION)
+    except metadata.PackageNotFoundError:  # a checkout that is run without being installed
+        return "0"
+
+
+def import_closure(program: str, root: Path) -> tuple[dict[str, bytes], set[str]]:
+    """Return the sources of the modules below `root` that `program` imports, by name, and other packages' names.
+
+    The standard library is left out: the version of Python stands for it.
+
+    :raises OSError: a file cannot be read.
+    :raises UnicodeDecodeError: a file is not Python.
+    """
+    modules: dict[str, bytes] = {}
+    packages: set[str] = set()
+    waiting = [program]
+    while waiting:
+        name = waiting.pop()
+        if name in modules:
+            continue
+        path = _source_path(name, root)
+        if path is None:
+            packages.add(name.partition(".")[0])
+            continue
+        modules[name] = path.read_bytes()
+        waiting += _imports(modules[name].decode(), root)
+        if "." in name:
+            waiting.append(name.rpartition(".")[0])  # a package's own code runs first
+    return modules, packages - sys.stdlib_module_names
+
+
+def _source_path(module: str, root: Path) -> Path | None:
+    place = root.joinpath(*module.split("."))
+    for path in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+def _imports(source: str, root: Path) -> Iterator[str]:
+    """Yield the absolute names of the modules that a source imports, at its top or inside its functions."""
+    for module, names, modules, dynamic in _IMPORT.findall(source):
+        if module:
+            yield module
+            inner = (f"{module}.{name}" for name in _NAME.findall(_COMMENT.sub("", names)))
+            yield from (name for name in inner if _source_path(name, root) is not None)
+        yield from (words.split()[0] for words in modules.split(",") if words.strip())
+        if dynamic:
+            yield dynamic
+
+
+def distributions(packages: set[str]) -> dict[str, str]:
+    """Return the versions of the installed distributions that have these packages, and of those that they require."""
+    versions: dict[str, str] = {}
+    waiting = _owners(packages)
+    while waiting:
+        name = _normalised(waiting.pop())
+        if name in versions:
+            continue
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # required for another platform or Python
+        versions[name] = found.version
+        for requirement in found.requires or ():
+            if not _OF_AN_EXTRA.search(requirement) and (words := _REQUIREMENT.match(requirement)):
+                waiting.append(words[0])
+    return versions
+
+
+def _owners(packages: set[str]) -> list[str]:
+    """Return the names of the distributions that have these packages: most are named like theirs."""
+    owners, others = [], set()
+    for package in packages:
+        try:
+            owners.append(metadata.distribution(package).metadata["Name"])
+        except metadata.PackageNotFoundError:
+            others.add(package)
+    if others:
+        # `metadata.packages_distributions` says it, too, but takes 70 ms.
+        for found in metadata.distributions():
+            record = found.read_text("RECORD") or ""
+            if any(f"\n{package}{end}" in f"\n{record}" for package in others for end in ("/", ".py,")):
+                owners.append(found.metadata["Name"])
+    return owners
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
