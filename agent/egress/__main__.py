@@ -15,14 +15,16 @@ import sys
 from pathlib import Path
 
 from agent.common import systemd
+from agent.common.background import QUICK, Supervisor
 from agent.common.config.settings import load
 from agent.common.errors import AgentError
 from agent.egress import privileges
-from agent.egress.control import Control, note
+from agent.egress.control import Control
 from agent.egress.dns.resolver import Resolver, load_all, system_resolvers
 from agent.egress.dns.server import DnsServer
 from agent.egress.http.intercept import Interceptor
 from agent.egress.launch import arguments_of, identity_of
+from agent.egress.notes import LoopNotes, note
 from agent.egress.sandbox_state import Sandbox
 from agent.egress.tcp.connection import Means
 from agent.egress.tcp.dial import dial
@@ -65,16 +67,15 @@ async def _run(arguments: argparse.Namespace, interceptor: Interceptor) -> None:
     def servers(sandbox: Sandbox) -> tuple[DnsServer, TcpProxy]:
         return DnsServer(sandbox, resolver), TcpProxy(sandbox, means)
 
-    watchdog: asyncio.Task[None] | None = None
     with socket.socket(fileno=arguments.control) as listener:
         try:
-            if arguments.is_service:  # else it is the agent whom systemd wants to hear
-                systemd.notify("READY=1")
-                watchdog = asyncio.create_task(systemd.keep_watchdog())
-            await Control(servers, {"settings": arguments.identity}, arguments.owner_uid).run(listener)
+            async with Supervisor(LoopNotes()) as supervisor:
+                if arguments.is_service:  # else it is the agent whom systemd wants to hear
+                    systemd.notify("READY=1")
+                    supervisor.start("systemd-watchdog", systemd.keep_watchdog, QUICK)
+                control = Control(servers, {"settings": arguments.identity}, arguments.owner_uid, supervisor)
+                await control.run(listener)
         finally:
-            if watchdog is not None:
-                watchdog.cancel()
             mover.stop()
             await resolver.aclose()
 

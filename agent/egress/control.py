@@ -7,17 +7,19 @@ import contextlib
 import os
 import socket
 import struct
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from agent.common.accepting import Acceptor
+from agent.common.background import QUICK, Supervisor
 from agent.common.ca import LocalCa
 from agent.common.errors import AgentError
 from agent.common.policy.policy import Policy
 from agent.common.policy.secret import Secret
 from agent.egress.control_protocol import SOCKETS, Link, LinkClosed, close_all
 from agent.egress.dns.server import DnsServer
+from agent.egress.notes import note_accept_failure
 from agent.egress.report import Reporter
 from agent.egress.sandbox_state import Sandbox
 from agent.egress.tcp.proxy import TcpProxy
@@ -50,45 +52,45 @@ class Control:
     """
 
     def __init__(
-        self, make_servers: Callable[[Sandbox], tuple[DnsServer, TcpProxy]], identity: dict[str, Any], owner_uid: int
+        self,
+        make_servers: Callable[[Sandbox], tuple[DnsServer, TcpProxy]],
+        identity: dict[str, Any],
+        owner_uid: int,
+        supervisor: Supervisor,
     ) -> None:
         self._make_servers = make_servers
         self._identity = identity
         self._owner_uid = owner_uid
         self._served: dict[str, Served] = {}
+        self._supervisor = supervisor
         self._reporter = Reporter()
         self._link: Link | None = None
+        self._serving: set[asyncio.Task[None]] = set()
         self._done = asyncio.Event()
 
     async def run(self, listener: socket.socket) -> None:
         """Serves until there is neither an agent nor a sandbox left."""
-        listener.setblocking(False)
-        loop = asyncio.get_running_loop()
-        reporting = asyncio.create_task(self._report())
-        accepting = asyncio.create_task(self._accept(loop, listener))
+        reporting = self._supervisor.start("report", self._report, QUICK)
+        acceptor = Acceptor(listener, self._accepted, note_accept_failure)
         try:
             await self._done.wait()
         finally:
-            for task in (accepting, reporting):
-                task.cancel()
-            await asyncio.gather(accepting, reporting, return_exceptions=True)
+            acceptor.close()
+            await reporting.stop()
             for served in list(self._served.values()):
                 await served.aclose()
 
-    async def _accept(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
-        serving: set[asyncio.Task[None]] = set()
-        while True:
-            sock, _ = await loop.sock_accept(listener)
-            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-            if _PEER_CREDENTIALS.unpack(raw)[1] != self._owner_uid:
-                sock.close()
-                continue
-            if self._link is not None:
-                self._link.close()
-            self._link = Link(sock)
-            task = asyncio.create_task(self._serve(self._link))
-            serving.add(task)
-            task.add_done_callback(serving.discard)
+    def _accepted(self, sock: socket.socket) -> None:
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+        if _PEER_CREDENTIALS.unpack(raw)[1] != self._owner_uid:
+            sock.close()
+            return
+        if self._link is not None:
+            self._link.hang_up()  # its task, which waits for its descriptor, closes it
+        self._link = Link(sock)
+        task = asyncio.create_task(self._serve(self._link))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
 
     async def _serve(self, link: Link) -> None:
         try:
@@ -162,8 +164,3 @@ class Control:
 
 def _of(sockets: dict[str, socket.socket], kind: str) -> list[socket.socket]:
     return [sock for name, sock in sockets.items() if name in (f"{kind}4", f"{kind}6")]
-
-
-def note(text: str) -> None:
-    """Writes a line to the process's log, which the agent keeps. Never anything that a guest sent."""
-    print(f"egress: {text}", file=sys.stderr, flush=True)  # noqa: T201

@@ -14,10 +14,12 @@ import dns.message
 import dns.rcode
 import dns.rdatatype
 
+from agent.common.accepting import Acceptor
 from agent.common.policy.reasons import Reason
 from agent.egress.dns import dns_answers
 from agent.egress.dns.dns_answers import Malformed, Question
 from agent.egress.dns.resolver import BlockedAnswer, ResolveError, Resolver
+from agent.egress.notes import note_accept_failure
 from agent.egress.sandbox_state import Sandbox
 
 _MAX_IN_FLIGHT = 256  # of one sandbox; what comes beyond that is dropped, and asked again by whoever needs it
@@ -36,6 +38,7 @@ class DnsServer:
         self._resolver = resolver
         self._udp: list[socket.socket] = []
         self._listeners: list[socket.socket] = []
+        self._acceptors: list[Acceptor] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections = 0
         self._loop = asyncio.get_running_loop()
@@ -45,13 +48,15 @@ class DnsServer:
         self._udp, self._listeners = list(udp), list(tcp)
         for sock in self._udp:
             self._loop.add_reader(sock.fileno(), self._read, sock)
-        for sock in self._listeners:
-            self._loop.add_reader(sock.fileno(), self._accept, sock)
+        self._acceptors = [Acceptor(sock, self._accepted, note_accept_failure) for sock in self._listeners]
 
     async def aclose(self) -> None:
         """Ends."""
-        for sock in (*self._udp, *self._listeners):
+        for acceptor in self._acceptors:
+            acceptor.close()
+        for sock in self._udp:
             self._loop.remove_reader(sock.fileno())
+        for sock in (*self._udp, *self._listeners):
             sock.close()
         tasks = list(self._tasks)
         for task in tasks:
@@ -77,12 +82,7 @@ class DnsServer:
             with contextlib.suppress(OSError):
                 sock.sendto(answer, sender)
 
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = listener.accept()
-        except OSError:
-            return
-        sock.setblocking(False)
+    def _accepted(self, sock: socket.socket) -> None:
         if self._connections >= _MAX_CONNECTIONS:
             sock.close()
             self._sandbox.deny(Reason.TOO_MANY_CONNECTIONS, "", 53, "dns")

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from agent.common.background import Supervisor
 from agent.common.policy.policy import Policy
 from agent.common.policy.reasons import Reason
 from agent.common.policy.rules import parse_rules
 from agent.egress.control import Control
 from agent.egress.control_protocol import MAX_MESSAGE_BYTES, Link, LinkClosed
+from agent.egress.notes import LoopNotes
 from agent.egress.report import MAX_DENIALS, Reporter
 from agent.egress.sandbox_state import Sandbox
 from agent.egress.tcp.splice import Mover
@@ -182,7 +184,8 @@ async def test_the_process_does_what_it_is_told_and_ends_when_nobody_needs_it(tm
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
-    running = asyncio.create_task(Control(servers, {"settings": "x"}, os.getuid()).run(listener))
+    supervisor = Supervisor(LoopNotes())
+    running = asyncio.create_task(Control(servers, {"settings": "x"}, os.getuid(), supervisor).run(listener))
     client = socket.socket(socket.AF_UNIX)
     client.connect(path)
     link = Link(client)
@@ -217,6 +220,32 @@ async def test_the_process_does_what_it_is_told_and_ends_when_nobody_needs_it(tm
     async with asyncio.timeout(5):
         await running
     listener.close()
+
+
+async def test_a_link_that_takes_over_ends_the_one_before_and_its_task(tmp_path: Any) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        control = Control(lambda _: pytest.fail("made"), {"settings": "x"}, os.getuid(), Supervisor(LoopNotes()))
+        running = asyncio.create_task(control.run(listener))
+        held: list[Link] = []
+        async with asyncio.timeout(10):
+            for _ in range(5):
+                client = socket.socket(socket.AF_UNIX)
+                client.connect(path)
+                link = Link(client)
+                await link.send({"seq": 1, "op": "hello"})
+                assert (await link.receive())[0]["result"]["sandboxes"] == {}
+                assert len(control._serving) <= 2
+                held.append(link)
+            for link in held[:-1]:
+                with pytest.raises(LinkClosed):
+                    await link.receive()
+            assert len(control._serving) == 1
+            for link in held:
+                link.close()
+            await running
 
 
 def test_reports_count_all_and_detail_some() -> None:

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Coroutine, Set
 from pathlib import Path
 
+from agent.common.accepting import Acceptor
 from agent.common.telemetry import log
 
 _BUFFER_BYTES = 256 << 10
@@ -36,6 +37,7 @@ class PeerSocket:
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
+        self._acceptor: Acceptor | None = None
         self._is_ours = True
 
     async def start(self, listener: socket.socket | None = None) -> None:
@@ -45,7 +47,7 @@ class PeerSocket:
         """
         self._is_ours = listener is None
         self._listener = listener or self._bind()
-        self._spawn(self._accept(self._listener))
+        self._acceptor = Acceptor(self._listener, self._accepted, _log_accept_failure)
 
     def _bind(self) -> socket.socket:
         self._public.parent.mkdir(parents=True, exist_ok=True)
@@ -61,25 +63,17 @@ class PeerSocket:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                peer, _ = await loop.sock_accept(listener)
-            except OSError as error:  # out of descriptors: others will close theirs
-                log.warning("cannot accept", error=str(error))
-                await asyncio.sleep(0.1)
-                continue
-            try:
-                pid, uid, groups = credentials(peer)
-            except OSError:  # it is gone already
-                peer.close()
-                continue
-            if uid in self._uids or not groups.isdisjoint(self._gids):
-                self._spawn(self._serve(peer, pid, uid))
-            else:
-                log.warning("refused a peer", uid=uid, pid=pid)
-                peer.close()
+    def _accepted(self, peer: socket.socket) -> None:
+        try:
+            pid, uid, groups = credentials(peer)
+        except OSError:  # it is gone already
+            peer.close()
+            return
+        if uid in self._uids or not groups.isdisjoint(self._gids):
+            self._spawn(self._serve(peer, pid, uid))
+        else:
+            log.warning("refused a peer", uid=uid, pid=pid)
+            peer.close()
 
     async def _serve(self, peer: socket.socket, pid: int, uid: int) -> None:
         with contextlib.ExitStack() as opened:
@@ -96,6 +90,8 @@ class PeerSocket:
 
     async def aclose(self) -> None:
         """Stops listening and ends every connection. Idempotent."""
+        if self._acceptor is not None:
+            self._acceptor.close()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -122,6 +118,10 @@ def credentials(peer: socket.socket) -> tuple[int, int, set[int]]:
             raise
         packed = b""
     return pid, uid, {gid, *struct.unpack(f"{len(packed) // 4}I", packed)}
+
+
+def _log_accept_failure(error: OSError) -> None:
+    log.warning("cannot accept connections of the API", error=str(error))
 
 
 async def _pump(source: socket.socket, target: socket.socket) -> None:
