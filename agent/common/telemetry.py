@@ -24,6 +24,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from agent.common.config.settings import LogSettings, MetricsSettings, TracingSettings, split_address
+from agent.common.errors import AgentError
 
 registry = CollectorRegistry()
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -68,6 +69,12 @@ DEGRADED = Gauge("sandboxd_degraded", "What this host lacks to limit sandboxes; 
 QUEUED = Gauge("sandboxd_queued_creates", "Creates that wait for room", registry=registry)
 REFUSED = Counter("sandboxd_refused", "Creates for which there was no room, by reason", ["reason"], registry=registry)
 DRAINING = Gauge("sandboxd_draining", "1 while the node takes no sandboxes", registry=registry)
+BACKGROUND_FAILURES = Counter(
+    "sandboxd_background_failures", "Failures of background loops, which are restarted", ["loop"], registry=registry
+)
+BACKGROUND_FAILING = Gauge(
+    "sandboxd_background_failing", "1 while a background loop fails and has not recovered", ["loop"], registry=registry
+)
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("sandboxd")
 tracer = trace.get_tracer("sandboxd")
@@ -121,6 +128,25 @@ def _setup_logs(logs: LogSettings) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     logging.basicConfig(level=max(level, logging.WARNING), stream=sys.stderr)
+
+
+class LoopTelemetry:
+    """Log and metrics of background loops; see `agent.common.background.Observer`. Both metrics have the label `loop`."""
+
+    def __init__(self, failures: Counter, failing: Gauge) -> None:
+        self._failures = failures
+        self._failing = failing
+
+    def on_failure(self, loop: str, error: BaseException, retry_in_s: float | None) -> None:
+        """Count and log a failure, with the traceback unless the error was raised on purpose."""
+        self._failures.labels(loop).inc()
+        trace_of = None if isinstance(error, AgentError) else error
+        retry_in_s = None if retry_in_s is None else round(retry_in_s, 2)
+        log.error("background loop failed", loop=loop, error=str(error), retry_in_s=retry_in_s, exc_info=trace_of)
+
+    def on_state(self, loop: str, *, failing: bool) -> None:
+        """Set the gauge."""
+        self._failing.labels(loop).set(failing)
 
 
 @contextmanager

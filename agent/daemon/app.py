@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from agent.common import systemd, telemetry
+from agent.common.background import QUICK, Backoff, Supervisor
 from agent.common.config.paths import Paths
 from agent.common.config.reload import merged
 from agent.common.config.settings import ApiSettings, ConfigError, MetricsSettings, Settings, TracingSettings
-from agent.common.telemetry import DEGRADED, log
+from agent.common.telemetry import BACKGROUND_FAILING, BACKGROUND_FAILURES, DEGRADED, LoopTelemetry, log
 from agent.daemon.host.cgroup import Cgroups
 from agent.daemon.host.uid_pool import Uids
 from agent.daemon.network.sandbox_network import SandboxNetwork
@@ -34,6 +35,8 @@ from agent.daemon.vmm.driver import VmmInfo
 from agent.daemon.vmm.select import choose_driver
 
 _STOP_GRACE_S = 2.0
+# Each attempt takes all CPUs of a guest: a host that is short of something is not worn out.
+_PREWARM_BACKOFF = Backoff(first_s=5.0, last_s=600.0, settle_s=120.0)
 _NOTICE_S = 5.0  # between two notices to systemd during a drain
 
 
@@ -70,7 +73,10 @@ async def agent(settings: Settings, listener: socket.socket | None = None) -> As
         images = ImageStore(settings.images.images_dir)
         driver = await choose_driver(settings, images)
         vmm = await driver.probe()
-        network = SandboxNetwork(settings, paths, Vault(paths.secrets))
+        supervisor = await started.enter_async_context(
+            Supervisor(LoopTelemetry(BACKGROUND_FAILURES, BACKGROUND_FAILING))
+        )
+        network = SandboxNetwork(settings, paths, Vault(paths.secrets), supervisor)
         await network.start()
         started.push_async_callback(network.aclose, keep=settings.sandbox.on_stop == "keep")
         volumes = Volumes(paths.volumes)
@@ -83,20 +89,24 @@ async def agent(settings: Settings, listener: socket.socket | None = None) -> As
         uids = Uids(settings.vmm.uid_base)
         host = Host(settings, paths, driver, DiskMaker(paths.disk_templates), network, volumes, uids, cgroups)
         templates = _templates(host, vmm)
-        manager = Manager(host, images, Node(settings, vmm, cgroups.degraded), store, templates)
+        node = Node(settings, vmm, supervisor, cgroups.degraded)
+        manager = Manager(host, images, node, store, templates, supervisor=supervisor)
         network.on_denial = manager.on_denial
         await reconcile(host, manager, store, records)
         await network.settle()
         manager.drain.restore()
-        server = ApiServer(settings, manager, listener)
-        lasting = (manager.prepare_templates(), manager.count_drops(), manager.keep_lifetimes())
-        working = [asyncio.create_task(work) for work in lasting]
+        server = ApiServer(settings, manager, supervisor, listener)
+        loops = (
+            supervisor.start("template-prewarm", manager.prepare_templates, _PREWARM_BACKOFF),
+            supervisor.start("drop-counters", manager.count_drops),
+            supervisor.start("expiry", manager.keep_lifetimes, QUICK),
+        )
         try:
             await server.start()
             yield server
         finally:
-            for task in working:
-                task.cancel()
+            for loop in loops:
+                await loop.stop()
             await server.stop(_STOP_GRACE_S)
             await manager.stop(keep=settings.sandbox.on_stop == "keep")
     finally:
@@ -127,16 +137,17 @@ async def run(settings: Settings, read: Callable[[], Settings] | None = None) ->
     async with agent(settings, systemd.listeners().get("api")) as server:
         log.info("ready", socket=str(server.socket_path), tcp_port=server.tcp_port)
         systemd.notify("READY=1")
-        serving = [asyncio.create_task(systemd.keep_watchdog())]
+        loops = [server.supervisor.start("systemd-watchdog", systemd.keep_watchdog, QUICK)]
         if read is not None:
-            serving.append(asyncio.create_task(_keep_reloading(server, settings, read, reload)))
+            reloader = _Reloader(server, settings, read, reload)
+            loops.append(server.supervisor.start("reload", reloader.run))
         await stop.wait()
         log.info("stopping", sandboxes=settings.sandbox.on_stop)
         systemd.notify("STOPPING=1")
         if settings.sandbox.on_stop == "drain":
-            await _drain(server.manager, settings.sandbox.drain_timeout_s)
-        for task in serving:
-            task.cancel()
+            await _drain(server, settings.sandbox.drain_timeout_s)
+        for supervised in loops:
+            await supervised.stop()
 
 
 async def delete_all(settings: Settings) -> None:
@@ -150,29 +161,42 @@ async def delete_all(settings: Settings) -> None:
         pass
 
 
-async def _keep_reloading(
-    server: ApiServer, present: Settings, read: Callable[[], Settings], wanted: asyncio.Event
-) -> None:
-    """Reads the settings whenever it is wanted. Wrong ones change nothing."""
-    while True:
-        await wanted.wait()
-        wanted.clear()
-        systemd.notify_reloading()
-        try:
-            wanted_settings = read()
-            server.reload_certificates()
-            present, changed, waiting = merged(present, wanted_settings)
-        except ConfigError as error:
-            log.error("the settings stay as they were", error=error.message)
-        else:
-            telemetry.set_log_level(present.log.level)
-            server.manager.reconfigure(present)
-            log.info("settings read again", changed=changed, need_a_restart=waiting)
-        systemd.notify("READY=1")
+class _Reloader:
+    """Reads the settings again whenever `wanted` is set. Wrong ones change nothing."""
+
+    def __init__(
+        self, server: ApiServer, present: Settings, read: Callable[[], Settings], wanted: asyncio.Event
+    ) -> None:
+        self._server = server
+        self._present = present
+        self._read = read
+        self._wanted = wanted
+
+    async def run(self) -> None:
+        """Reload for ever. May be started again: the settings in force are kept here."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            systemd.notify_reloading()
+            try:
+                self._reload()
+            except ConfigError as error:
+                log.error("the settings stay as they were", error=error.message)
+            finally:
+                systemd.notify("READY=1")  # or systemd would wait for it, and then end the agent
+
+    def _reload(self) -> None:
+        wanted = self._read()
+        self._server.reload_certificates()
+        self._present, changed, waiting = merged(self._present, wanted)
+        telemetry.set_log_level(self._present.log.level)
+        self._server.manager.reconfigure(self._present)
+        log.info("settings read again", changed=changed, need_a_restart=waiting)
 
 
-async def _drain(manager: Manager, timeout_s: float) -> None:
+async def _drain(server: ApiServer, timeout_s: float) -> None:
     """Waits until there is no sandbox left; systemd is told to wait as long."""
+    manager = server.manager
     await manager.drain.begin(timeout_s, why="the agent is stopping", keep=False)
 
     async def tell() -> None:
@@ -181,7 +205,7 @@ async def _drain(manager: Manager, timeout_s: float) -> None:
             systemd.notify(f"STATUS=draining: {left} sandboxes left\nEXTEND_TIMEOUT_USEC={int(_NOTICE_S * 3e6)}")
             await asyncio.sleep(_NOTICE_S)
 
-    telling = asyncio.create_task(tell())
+    telling = server.supervisor.start("drain-status", tell, QUICK)
     async for _ in manager.drain.progress():
         pass
-    telling.cancel()
+    await telling.stop()

@@ -14,9 +14,11 @@ from agent.common.errors import AgentError
 
 async def _run(settings: Settings) -> None:
     from agent.common import telemetry
+    from agent.common.background import QUICK, Supervisor
     from agent.common.config.settings import MetricsSettings
     from agent.common.systemd import keep_watchdog, notify
     from agent.gateway.app import gateway
+    from agent.gateway.metrics import BACKGROUND_FAILING, BACKGROUND_FAILURES
 
     # The agent's own metrics address is the agent's.
     telemetry.setup(settings.log, MetricsSettings(), settings.tracing, settings.node.name, "sandboxd-gateway")
@@ -24,12 +26,13 @@ async def _run(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with gateway(settings) as ports:
+    observer = telemetry.LoopTelemetry(BACKGROUND_FAILURES, BACKGROUND_FAILING)
+    async with Supervisor(observer) as supervisor, gateway(settings, supervisor) as ports:
         telemetry.log.info("ready", **ports)
         notify("READY=1")
-        watchdog = asyncio.create_task(keep_watchdog())
+        watchdog = supervisor.start("systemd-watchdog", keep_watchdog, QUICK)
         await stop.wait()
-        watchdog.cancel()
+        await watchdog.stop()
         notify("STOPPING=1")
 
 

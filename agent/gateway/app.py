@@ -14,6 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 from prometheus_client import start_http_server
 
 from agent.common.api_client import Api
+from agent.common.background import Supervisor
 from agent.common.config.gateway import GatewaySettings
 from agent.common.config.settings import ConfigError, Settings, split_address
 from agent.common.telemetry import log, tracer
@@ -95,7 +96,7 @@ def _tls(settings: GatewaySettings) -> ssl.SSLContext | None:
 
 
 @asynccontextmanager
-async def gateway(settings: Settings) -> AsyncIterator[dict[str, int]]:
+async def gateway(settings: Settings, supervisor: Supervisor) -> AsyncIterator[dict[str, int]]:
     """Runs the gateway; yields the ports of api, ingress and ssh. :raises ConfigError: :raises OSError:"""
     own = settings.gateway
     own.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ async def gateway(settings: Settings) -> AsyncIterator[dict[str, int]]:
     context = _tls(own)
     addresses = own.nodes or (f"unix:{settings.api.unix_socket or settings.paths.run_dir / 'sandboxd.sock'}",)
     async with AsyncExitStack() as stack:
-        nodes = Nodes(addresses, own, traced=bool(settings.tracing.otlp_endpoint))
+        nodes = Nodes(addresses, own, supervisor, traced=bool(settings.tracing.otlp_endpoint))
         stack.push_async_callback(nodes.aclose)
         apis: dict[str, Api] = {link.address: link.api for link in nodes.links}
         exposures = Exposures(own.state_dir / "exposures.json", own.domain)

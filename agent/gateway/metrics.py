@@ -15,6 +15,14 @@ CALLS_OPEN = Gauge("sandboxd_gateway_calls_open", "JSON-RPC calls under way", re
 CONNECTIONS = Gauge("sandboxd_gateway_connections", "Open WebSockets", registry=registry)
 BYTES = Counter("sandboxd_gateway_bytes", "Bytes of WebSocket messages", ["direction"], registry=registry)
 REFUSALS = Counter("sandboxd_gateway_refusals", "Requests that were refused, by code", ["code"], registry=registry)
+BACKGROUND_FAILURES = Counter(
+    "sandboxd_gateway_background_failures", "Failures of background loops, which are restarted", ["loop"],
+    registry=registry,
+)  # fmt: skip
+BACKGROUND_FAILING = Gauge(
+    "sandboxd_gateway_background_failing", "1 while a background loop fails and has not recovered", ["loop"],
+    registry=registry,
+)  # fmt: skip
 INGRESS_CONNECTIONS = Counter(
     "sandboxd_gateway_ingress_connections", "Connections to exposed ports", ["protocol", "outcome"], registry=registry
 )

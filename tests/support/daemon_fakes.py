@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from agent.common.aio import to_the_end
+from agent.common.background import Supervisor
 from agent.common.config.paths import Paths
 from agent.common.config.settings import NodeSettings, PathSettings, SandboxSettings, Settings, TemplateSettings
 from agent.common.errors import GuestUnreachable, HostError, NotFound
@@ -320,6 +321,20 @@ class FakeImages:
         return [self.get("minimal")]
 
 
+class SilentObserver:
+    """Keeps what a supervisor reports."""
+
+    def __init__(self) -> None:
+        self.failures: list[tuple[str, BaseException]] = []
+        self.states: list[tuple[str, bool]] = []
+
+    def on_failure(self, loop: str, error: BaseException, retry_in_s: float | None) -> None:
+        self.failures.append((loop, error))
+
+    def on_state(self, loop: str, *, failing: bool) -> None:
+        self.states.append((loop, failing))
+
+
 @dataclasses.dataclass
 class Bench:
     """A manager over a fake host."""
@@ -329,6 +344,7 @@ class Bench:
     manager: Manager
     store: Store
     network: FakeNetwork
+    supervisor: Supervisor
 
     def left(self) -> list[str]:
         """What is on the host now: must be empty once all sandboxes are gone."""
@@ -386,12 +402,14 @@ async def bench(
     store = Store(host.paths.database, host.paths.sandboxes_state)
     await store.open()
     made = Templates(host) if templates is not None else None
-    manager = Manager(host, cast("ImageStore", FakeImages()), Node(chosen, VMM), store, made)
-    ending = asyncio.create_task(manager.keep_lifetimes())
+    supervisor = Supervisor(SilentObserver())
+    node = Node(chosen, VMM, supervisor)
+    manager = Manager(host, cast("ImageStore", FakeImages()), node, store, made, supervisor=supervisor)
+    ending = supervisor.start("expiry", manager.keep_lifetimes)
     try:
-        yield Bench(world, host, manager, store, network)
+        yield Bench(world, host, manager, store, network, supervisor)
     finally:
         world.remove_faults = 0
-        ending.cancel()
+        await ending.stop()
         await manager.stop(keep=False)
         await store.aclose()

@@ -24,6 +24,7 @@ import dns.message
 import dns.rcode
 import dns.rdatatype
 
+from agent.common.background import Supervisor
 from agent.common.config.egress import EgressSettings
 from agent.common.config.paths import Paths
 from agent.common.config.settings import PathSettings, Settings
@@ -38,6 +39,7 @@ from agent.common.model import (
     SecretSpec,
     State,
 )
+from agent.common.telemetry import BACKGROUND_FAILING, BACKGROUND_FAILURES, LoopTelemetry
 from agent.daemon.network.kernel import namespaces
 from agent.daemon.network.sandbox_network import SandboxNetwork
 from agent.daemon.sandbox.state.events import Denial
@@ -212,7 +214,8 @@ async def guest_net(internet: Internet, **egress: Any) -> AsyncIterator[GuestNet
     (directory / "run").mkdir()
     make_device = namespaces._make_device
     paths = Paths.of(settings)
-    network = SandboxNetwork(settings, paths, Vault(paths.secrets))
+    supervisor = Supervisor(LoopTelemetry(BACKGROUND_FAILURES, BACKGROUND_FAILING))
+    network = SandboxNetwork(settings, paths, Vault(paths.secrets), supervisor)
     async with AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, directory)
         await network.start()

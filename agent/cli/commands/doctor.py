@@ -66,7 +66,8 @@ async def _checks(settings: Settings, *, probe: bool) -> AsyncIterator[Check]:
         yield check
     for check in _place_checks(settings):
         yield check
-    yield await _daemon_check()
+    for check in await _daemon_checks():
+        yield check
 
 
 async def _vmm_checks(settings: Settings, *, probe: bool) -> AsyncIterator[Check]:
@@ -156,7 +157,7 @@ def _place_checks(settings: Settings) -> list[Check]:
     return checks
 
 
-async def _daemon_check() -> Check:
+async def _daemon_checks() -> list[Check]:
     import grpc
 
     from sandboxd.v1 import node_pb2
@@ -165,9 +166,12 @@ async def _daemon_check() -> Check:
         async with connected() as api:
             node = await api.nodes.GetNode(node_pb2.GetNodeRequest(), timeout=_DAEMON_TIMEOUT_S)
     except CliError as error:
-        return Check("daemon", Status.WARN, error.message.removesuffix(f": {START_IT}"), START_IT)
+        return [Check("daemon", Status.WARN, error.message.removesuffix(f": {START_IT}"), START_IT)]
     except grpc.aio.AioRpcError as error:
         detail = f"no answer at {address()}: {error.details() or error.code().name}"
-        return Check("daemon", Status.WARN, detail, START_IT)
+        return [Check("daemon", Status.WARN, detail, START_IT)]
     used = f"{node.vmm} {node.vmm_version} with {node.accelerator}: {node.vmm_reason}"
-    return Check("daemon", Status.OK, f"sandboxd {node.version} at {address()}, {used}")
+    return [
+        Check("daemon", Status.OK, f"sandboxd {node.version} at {address()}, {used}"),
+        *(Check("degraded", Status.WARN, sentence, "see docs/operations.md") for sentence in node.degraded),
+    ]

@@ -20,8 +20,17 @@ async def count(network: Network, record: Record) -> None:
 
 
 async def keep_counting(network: Network, running: Callable[[], Iterable[Record]]) -> None:
-    """Looks at all running sandboxes, for ever."""
+    """Count the drops of all running sandboxes every 2 s, for ever.
+
+    :raises ExceptionGroup: unexpected errors of some sandboxes; all others were counted.
+    """
     while True:
         await asyncio.sleep(_COUNT_EVERY_S)
+        failures = []
         for record in list(running()):
-            await count(network, record)
+            try:
+                await count(network, record)
+            except Exception as error:  # noqa: BLE001  raised below
+                failures.append(error)
+        if failures:
+            raise ExceptionGroup("drops cannot be counted", failures)

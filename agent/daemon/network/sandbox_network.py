@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.common.aio import to_the_end
+from agent.common.background import Supervisor
 from agent.common.ca import LocalCa
 from agent.common.config.egress import EgressSettings
 from agent.common.config.paths import Paths
@@ -56,7 +57,7 @@ class SandboxNetwork:
     `on_denial` takes every denial that is told in detail.
     """
 
-    def __init__(self, settings: Settings, paths: Paths, vault: Vault) -> None:
+    def __init__(self, settings: Settings, paths: Paths, vault: Vault, supervisor: Supervisor) -> None:
         self._settings = settings.egress
         self._networks = Networks(settings.egress, paths.uplink_marker)
         self._vault = vault
@@ -64,7 +65,7 @@ class SandboxNetwork:
         peer: Peer = (
             KeptByOthers(egress, Path(egress.control)) if egress.control else Own(egress, EgressFiles(paths.run_dir))
         )
-        self._egress = EgressProcess(peer, self._on_report, self._hand_over_all)
+        self._egress = EgressProcess(peer, self._on_report, self._hand_over_all, supervisor)
         self._present: dict[str, Record] = {}
         self.on_denial: Callable[[Record, Denial], None] = lambda *_: None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from ipaddress import ip_address
@@ -11,6 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from agent.common.background import QUICK, BackgroundLoop, Supervisor
 from agent.common.config.paths import Paths
 from agent.common.config.settings import ApiSettings, ConfigError, Settings, split_address
 from agent.daemon.rpc.auth.certificates import Certificates
@@ -40,6 +42,7 @@ from sandboxd.v1 import (
 )
 
 MAX_MESSAGE_BYTES = 8 << 20
+BACKGROUND = "sandboxd.background"  # health service: NOT_SERVING while a background loop of the agent is failing
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -57,8 +60,12 @@ class ApiServer:
     :param listener: of the unix socket, if somebody has made it already.
     """
 
-    def __init__(self, settings: Settings, manager: Manager, listener: socket.socket | None = None) -> None:
+    def __init__(
+        self, settings: Settings, manager: Manager, supervisor: Supervisor, listener: socket.socket | None = None
+    ) -> None:
         self._settings = settings
+        self.supervisor = supervisor
+        self._health_loop: BackgroundLoop | None = None
         self._listener = listener
         self._certificates = Certificates(settings.api)
         self.manager = manager
@@ -104,6 +111,24 @@ class ApiServer:
         await self._server.start()
         await self._peers.start(self._listener)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._health_loop = self.supervisor.start("health", self._keep_health, QUICK)
+
+    async def _keep_health(self) -> None:
+        """Serve the state of the background loops as the health of `BACKGROUND`.
+
+        The server as a whole stays SERVING: calls work without most loops, and a load balancer that took the node out
+        would help none of its sandboxes.
+        """
+        changed = asyncio.Event()
+        self.supervisor.on_change.add(changed.set)
+        try:
+            while True:
+                status = health_pb2.HealthCheckResponse
+                await self._health.set(BACKGROUND, status.NOT_SERVING if self.supervisor.failing else status.SERVING)
+                await changed.wait()
+                changed.clear()
+        finally:
+            self.supervisor.on_change.discard(changed.set)
 
     def _add_tcp(self, api: ApiSettings) -> None:
         host, port = split_address(api.tcp_address, "api.tcp_address")
@@ -126,6 +151,8 @@ class ApiServer:
 
     async def stop(self, grace_s: float) -> None:
         """Says NOT_SERVING, lets calls end for `grace_s`, then closes. Idempotent."""
+        if self._health_loop is not None:
+            await self._health_loop.stop()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
         await self._peers.aclose()

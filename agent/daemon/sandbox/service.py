@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 
+from agent.common.background import Supervisor
 from agent.common.config.settings import Settings
 from agent.common.errors import InvalidState
 from agent.common.model import Lifetime, State
@@ -38,10 +39,17 @@ class Manager(Standing):
     """The sandboxes of this node."""
 
     def __init__(
-        self, machines: Host, images: ImageStore, node: Node, store: Store, templates: Templates | None = None
+        self,
+        machines: Host,
+        images: ImageStore,
+        node: Node,
+        store: Store,
+        templates: Templates | None = None,
+        *,
+        supervisor: Supervisor,
     ) -> None:
         super().__init__(machines, images, node, store, templates)
-        self.drain = Drain(node, store, lambda: len(self._entries), self._evict)
+        self.drain = Drain(node, store, lambda: len(self._entries), self._evict, supervisor)
 
     def reconfigure(self, settings: Settings) -> None:
         """Takes other limits and labels of the node from now on; sandboxes that are there stay."""

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from agent.common.api_client import KEEPALIVE, OPTIONS, Api, api_over
+from agent.common.background import QUICK, BackgroundLoop, Supervisor
 from agent.common.config.gateway import GatewaySettings
 from agent.common.config.settings import ConfigError
 from agent.common.telemetry import log, trace_headers
@@ -68,24 +70,28 @@ class Nodes:
     :param on_gone: called with a sandbox's id and the reason once it is no more, or has failed.
     """
 
-    def __init__(self, addresses: Sequence[str], settings: GatewaySettings, *, traced: bool = False) -> None:
+    def __init__(
+        self, addresses: Sequence[str], settings: GatewaySettings, supervisor: Supervisor, *, traced: bool = False
+    ) -> None:
+        self._supervisor = supervisor
         self.links: list[NodeLink] = []
         for address in addresses:
             channel = _channel(address, settings, traced=traced)
             self.links.append(NodeLink(address, channel, api_over(channel)))
         self.on_gone: Callable[[str, str], None] = lambda _id, _reason: None
         self.is_watched: Callable[[NodeLink], set[str]] = lambda _link: set()
-        self._watching: list[asyncio.Task[None]] = []
+        self._watching: list[BackgroundLoop] = []
 
     def start(self) -> None:
         """Begins to watch the nodes' sandboxes."""
-        self._watching = [asyncio.create_task(self._watch(link), name=f"watch-{link.address}") for link in self.links]
+        self._watching = [
+            self._supervisor.start(f"watch {link.address}", partial(self._watch, link), QUICK) for link in self.links
+        ]
 
     async def aclose(self) -> None:
         """Ends the watch and closes the channels."""
-        for task in self._watching:
-            task.cancel()
-        await asyncio.gather(*self._watching, return_exceptions=True)
+        for loop in self._watching:
+            await loop.stop()
         for link in self.links:
             await link.channel.close(None)
 

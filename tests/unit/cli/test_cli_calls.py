@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from agent.common.background import Supervisor
 from agent.common.errors import GuestError
 from agent.daemon.rpc.server import ApiServer
 from agent.daemon.rpc.services.sandbox_service import SandboxService
 from guest.wire import Frame
-from tests.support.daemon_fakes import Bench, bench
+from tests.support.daemon_fakes import Bench, SilentObserver, bench
 
 STARTED = (
     Frame.EVENT,
@@ -95,7 +96,7 @@ def directory() -> Iterator[Path]:
 @pytest.fixture
 async def ctl(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ctl]:
     async with bench(directory, monkeypatch) as node:
-        server = ApiServer(node.host.settings, node.manager)
+        server = ApiServer(node.host.settings, node.manager, node.supervisor)
         await server.start()
         yield Ctl(server.socket_path, node)
         await server.stop(0)
@@ -133,7 +134,7 @@ async def test_ls_goes_through_all_pages(ctl: Ctl, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(SandboxService, "ListSandboxes", one_each)
     # Handlers are bound when the server is made.
-    server = ApiServer(ctl.node.host.settings, ctl.node.manager)
+    server = ApiServer(ctl.node.host.settings, ctl.node.manager, Supervisor(SilentObserver()))
     ctl.socket.unlink()
     await server.start()
     listed = (await ctl("ls", "--json")).objects()
@@ -314,6 +315,19 @@ async def test_node_images_doctor_and_version(ctl: Ctl) -> None:
     (report,) = (await ctl("doctor", "--json")).objects()
     (daemon,) = [check for check in report["checks"] if check["name"] == "daemon"]
     assert (daemon["status"], str(ctl.socket) in daemon["detail"]) == ("ok", True)
+
+
+async def test_node_and_doctor_name_a_loop_that_fails(ctl: Ctl) -> None:
+    async def fail() -> None:
+        raise RuntimeError("can't start new thread")
+
+    ctl.node.supervisor.start("drop-counters", fail)
+    await asyncio.sleep(0)
+    sentence = "background loop drop-counters fails and is restarted: RuntimeError: can't start new thread"
+    assert f"degraded  {sentence}" in (await ctl("node")).out.decode()
+    (report,) = (await ctl("doctor", "--json")).objects()
+    (found,) = [check for check in report["checks"] if check["name"] == "degraded"]
+    assert (found["status"], found["detail"]) == ("warn", sentence)
 
 
 async def test_node_watch_prints_a_line_on_a_change(ctl: Ctl) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from agent.common import systemd
+from agent.common.background import QUICK, Supervisor
 from agent.common.config.reload import merged
 from agent.common.config.settings import ConfigError, Settings, load
+from tests.support.daemon_fakes import SilentObserver
 
 
 @pytest.fixture
@@ -30,6 +32,21 @@ async def test_the_watchdog_is_fed_as_often_as_it_wants(word: socket.socket, mon
     for _ in range(3):
         assert await asyncio.get_running_loop().run_in_executor(None, word.recv, 100) == b"WATCHDOG=1"
     feeding.cancel()
+    word.close()
+
+
+async def test_the_watchdog_is_fed_again_after_systemd_was_away(
+    word: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000")
+    word.setblocking(False)
+    (tmp_path / "n").rename(tmp_path / "away")
+    async with asyncio.timeout(10), Supervisor(SilentObserver()) as supervisor:
+        supervisor.start("systemd-watchdog", systemd.keep_watchdog, QUICK)
+        while not supervisor.failing:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        (tmp_path / "away").rename(tmp_path / "n")
+        assert await asyncio.get_running_loop().sock_recv(word, 100) == b"WATCHDOG=1"
     word.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import shutil
 import signal
@@ -16,11 +17,14 @@ from pathlib import Path
 import grpc
 import pytest
 
+from agent.common import systemd, telemetry
 from agent.common.config.settings import Settings
 from agent.common.errors import InvalidState
 from agent.common.systemd import notify
 from agent.daemon import app
 from agent.daemon.app import agent
+from agent.daemon.rpc.server import ApiServer
+from agent.daemon.sandbox.service import Manager
 from agent.daemon.storage.images import ImageStore
 from sandboxd.v1 import node_pb2
 from tests.support.client import Client
@@ -90,6 +94,70 @@ async def test_signals_end_it_in_order(directory: Path) -> None:
         finally:
             del os.environ["NOTIFY_SOCKET"]
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+async def test_settings_are_read_again_after_a_reload_that_failed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(systemd, "notify", said.append)
+    present = settings(directory)
+    wanted = dataclasses.replace(present, node=dataclasses.replace(present.node, max_sandboxes=3))
+    answers: list[Settings | Exception] = [OSError(24, "Too many open files"), wanted]
+
+    def read() -> Settings:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    running = asyncio.create_task(app.run(present, read))
+    made: list[ApiServer] = []
+    start = ApiServer.start
+
+    async def remember(self: ApiServer) -> None:
+        made.append(self)
+        await start(self)
+
+    monkeypatch.setattr(ApiServer, "start", remember)
+    try:
+        async with asyncio.timeout(30):
+            while "READY=1" not in said:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGHUP)
+            while "reload" not in made[0].supervisor.failing:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert [word.partition("\n")[0] for word in said] == ["READY=1", "RELOADING=1", "READY=1"]
+            os.kill(os.getpid(), signal.SIGHUP)
+            while made[0].manager.describe_node().sandboxes.total != 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await running
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert answers == []
+
+
+@pytest.mark.parametrize("loop", ["prepare_templates", "count_drops", "keep_lifetimes"])
+async def test_a_loop_that_fails_is_restarted_and_named(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    async def fail(self: Manager) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Manager, loop, fail)
+    async with agent(settings(directory)) as server:
+        async with asyncio.timeout(10):
+            while not server.supervisor.failing:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        (sentence,) = server.supervisor.sentences()
+        assert sentence in server.manager.describe_node().degraded
+        (name,) = server.supervisor.failing
+        assert telemetry.registry.get_sample_value("sandboxd_background_failing", {"loop": name}) == 1
+        failures = telemetry.registry.get_sample_value("sandboxd_background_failures_total", {"loop": name})
+        assert failures is not None
+        assert failures >= 1
+    assert telemetry.registry.get_sample_value("sandboxd_background_failing", {"loop": name}) == 0
 
 
 def test_nobody_to_notify_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:

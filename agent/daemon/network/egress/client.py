@@ -7,18 +7,17 @@ import contextlib
 import hashlib
 import json
 import os
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from agent.common.background import BackgroundLoop, Backoff, Supervisor
 from agent.common.errors import HostError
 from agent.common.telemetry import log
 from agent.daemon.network.egress.supervisor import Peer, Reached
 from agent.egress.control_protocol import Link, LinkClosed
 
 _ANSWER_TIMEOUT_S = 10.0
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 5.0
-_HEALTHY_S = 10.0  # after so long, a death is not blamed on its start
+_BACKOFF = Backoff(0.05, 5.0, settle_s=30.0)  # to find out that a process does not answer takes up to 20 s
 
 
 class EgressProcess:
@@ -29,7 +28,11 @@ class EgressProcess:
     """
 
     def __init__(
-        self, peer: Peer, on_report: Callable[[dict[str, Any]], None], on_empty: Callable[[], Awaitable[None]]
+        self,
+        peer: Peer,
+        on_report: Callable[[dict[str, Any]], None],
+        on_empty: Callable[[], Awaitable[None]],
+        supervisor: Supervisor,
     ) -> None:
         self._peer = peer
         self._on_report = on_report
@@ -38,13 +41,14 @@ class EgressProcess:
         self._ready = asyncio.Event()
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._seq = 0
-        self._keeper: asyncio.Task[None] | None = None
+        self._supervisor = supervisor
+        self._keeper: BackgroundLoop | None = None
         self.sandboxes: dict[str, str] = {}  # what the process had when it was found: id to digest
 
     async def start(self) -> None:
         """Reaches the process, and begins to watch over it. :raises HostError:"""
         self._take(await self._peer.reach())
-        self._keeper = asyncio.create_task(self._keep(), name="egress-keeper")
+        self._keeper = self._supervisor.start("egress-link", self._keep, _BACKOFF)
 
     def _take(self, reached: Reached) -> None:
         self._link, self.sandboxes = reached.link, reached.sandboxes
@@ -52,39 +56,42 @@ class EgressProcess:
     async def aclose(self, *, stop: bool) -> None:
         """Ends the watch; with `stop`, the process as well."""
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+            await self._keeper.stop()
         if self._link is not None:
             self._link.close()
         await self._peer.aclose(stop=stop)
 
     async def _keep(self) -> None:
-        """Reaches the process anew whenever it ends; while it is away, nothing passes."""
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            began = time.monotonic()
-            await self._serve()
-            if time.monotonic() - began > _HEALTHY_S:
-                pause_s = _FIRST_PAUSE_S
-            log.error("egress process ended; reaching for it again", said=self._peer.said())
-            while True:
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, _LAST_PAUSE_S)
-                try:
-                    self._take(await self._peer.reach())
-                    break
-                except HostError as error:
-                    log.error("egress process cannot be reached", error=error.message)
+        """Reach the process if its link is gone, and serve it until it ends; while it is away, nothing passes.
 
-    async def _serve(self) -> None:
-        """Returns when the process is gone, or its link: then it is ended."""
+        :raises HostError: always: it ended, or cannot be reached.
+        """
+        if self._link is None:
+            self._take(await self._peer.reach())
         assert self._link is not None
-        receiving = asyncio.create_task(self._receive(self._link))
+        try:
+            await self._serve(self._link)
+        except asyncio.CancelledError:  # `aclose` decides whether the process goes on
+            raise
+        except BaseException:
+            await self._give_up(self._link)
+            raise
+        await self._give_up(self._link)
+        raise HostError(f"egress process ended: {self._peer.said()}", reason="EGRESS_NOT_RUNNING")
+
+    async def _give_up(self, link: Link) -> None:
+        self._link = None  # first: the next attempt reaches for the process even if this one cannot be ended
+        link.close()
+        await self._peer.give_up()
+
+    async def _serve(self, link: Link) -> None:
+        """Return when the process or its link is gone; raise what the tasks that notice it raised."""
+        receiving = asyncio.create_task(self._receive(link))
         ending = asyncio.create_task(self._peer.ended())
         # Handing over needs the link to be read, and must not delay the notice that the process died.
         handing = asyncio.create_task(self._hand_over())
         try:
-            await asyncio.wait({receiving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({receiving, ending}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._ready.clear()
             for task in (receiving, ending, handing):
@@ -93,8 +100,8 @@ class EgressProcess:
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(LinkClosed("the egress process ended"))
-        self._link.close()
-        await self._peer.give_up()
+        for task in done:
+            task.result()
 
     async def _hand_over(self) -> None:
         try:
@@ -126,17 +133,18 @@ class EgressProcess:
 
     async def call(self, op: str, fds: Sequence[int] = (), /, **fields: Any) -> dict[str, Any]:
         """Has the process do something and returns its result. :raises HostError: it failed, or is gone."""
-        if self._link is None:
+        link = self._link
+        if link is None:
             raise HostError("the egress process does not run", reason="EGRESS_NOT_RUNNING")
         self._seq += 1
         seq = self._seq
         answer = self._waiting[seq] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                await self._link.send({"seq": seq, "op": op, **fields}, fds)
+                await link.send({"seq": seq, "op": op, **fields}, fds)
                 message = await answer
         except (LinkClosed, TimeoutError) as error:
-            self._link.hang_up()  # what does not answer is given up, and reached for again
+            link.hang_up()  # what does not answer is given up, and reached for again
             raise HostError(f"the egress process did not answer: {error}", reason="EGRESS_NOT_RUNNING") from error
         finally:
             del self._waiting[seq]

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from agent.common.background import QUICK, BackgroundLoop, Supervisor
 from agent.common.errors import AgentError
 from agent.common.telemetry import DRAINING, log
 from agent.daemon.sandbox.capacity.node import Node
@@ -33,14 +34,20 @@ class Drain:
     """
 
     def __init__(
-        self, node: Node, store: Store, left: Callable[[], int], evict: Callable[[], Coroutine[Any, Any, None]]
+        self,
+        node: Node,
+        store: Store,
+        left: Callable[[], int],
+        evict: Callable[[], Coroutine[Any, Any, None]],
+        supervisor: Supervisor,
     ) -> None:
         self._node = node
         self._store = store
         self._left = left
         self._evict = evict
         self._evict_at: float | None = None  # by `uptime`
-        self._eviction: asyncio.Task[None] | None = None
+        self._supervisor = supervisor
+        self._eviction: BackgroundLoop | None = None
 
     async def begin(self, evict_after_s: float | None, *, why: str = "it is drained", keep: bool = True) -> None:
         """Begins, or changes the deadline of, a drain. :param keep: also for the next agent. :raises HostError:"""
@@ -52,7 +59,7 @@ class Drain:
     async def end(self) -> None:
         """Takes sandboxes again. Idempotent. :raises HostError:"""
         await self._store.set_fact(_FACT, "")
-        await self.aclose()
+        self._evict_at = None
         self._node.set_draining("")
         DRAINING.set(0)
         log.info("not draining")
@@ -67,18 +74,17 @@ class Drain:
         self._node.set_draining(why)
         DRAINING.set(1)
         self._evict_at = evict_at
-        if self._eviction is not None:
-            self._eviction.cancel()
-        self._eviction = None if evict_at is None else asyncio.create_task(self._at_deadline(evict_at), name="eviction")
+        if evict_at is not None and self._eviction is None:
+            self._eviction = self._supervisor.start("eviction", self._evict_when_due, QUICK)
 
-    async def _at_deadline(self, evict_at: float) -> None:
-        while (wait_s := evict_at - uptime()) > 0:  # noqa: ASYNC110  sleep's own clock stands still while the host sleeps
-            await asyncio.sleep(min(wait_s, 1.0))
-        while self._left():
-            try:
-                await self._evict()
-            except AgentError as error:
-                log.error("cannot evict", error=error.message)
+    async def _evict_when_due(self) -> None:
+        """Evict from the deadline on until no sandbox is left; a deadline that is changed or lifted counts at once."""
+        while True:
+            if self._evict_at is not None and uptime() >= self._evict_at and self._left():
+                try:
+                    await self._evict()
+                except AgentError as error:
+                    log.error("cannot evict", error=error.message)
             await asyncio.sleep(_LOOK_S)
 
     async def progress(self) -> AsyncIterator[Progress]:
@@ -98,6 +104,5 @@ class Drain:
         """Stops waiting for the deadline. Idempotent."""
         self._evict_at = None
         if self._eviction is not None:
-            self._eviction.cancel()
-            await asyncio.gather(self._eviction, return_exceptions=True)
+            await self._eviction.stop()
             self._eviction = None

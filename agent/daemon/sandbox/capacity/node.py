@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from agent.common.background import Supervisor
 from agent.common.config.settings import Settings
 from agent.common.model import SandboxSpec
 from agent.daemon.vmm.driver import VmmInfo
@@ -43,30 +44,37 @@ class NodeInfo:
     kernel: str
     cpu_model: str
     draining: str  # why it takes no sandboxes, "" if it does
-    degraded: tuple[str, ...]  # what this host lacks, a sentence each
+    degraded: tuple[str, ...]  # what this host lacks, and which background loops fail, a sentence each
 
 
 class Node:
     """Facts. `specs` are those of all sandboxes that hold resources. :param degraded: what this host lacks."""
 
-    def __init__(self, settings: Settings, vmm: VmmInfo, degraded: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, settings: Settings, vmm: VmmInfo, supervisor: Supervisor, degraded: tuple[str, ...] = ()
+    ) -> None:
         self._degraded = degraded
+        self._supervisor = supervisor
+        supervisor.on_change.add(self._notify)
         self._settings = settings
         self._vmm = vmm
         self._start_time = time.time()
         self._cpu_model = _cpu_model()
         self.draining = ""
-        self.on_change: set[Callable[[], None]] = set()  # called when it begins or ends to take sandboxes
+        # Called when it begins or ends to take sandboxes, and when a background loop fails or recovers.
+        self.on_change: set[Callable[[], None]] = set()
 
     def reconfigure(self, settings: Settings) -> None:
         """Takes other limits and labels from now on."""
         self._settings = settings
-        for notify in self.on_change:
-            notify()
+        self._notify()
 
     def set_draining(self, why: str) -> None:
         """Takes no more sandboxes; "" takes them again."""
         self.draining = why
+        self._notify()
+
+    def _notify(self) -> None:
         for notify in self.on_change:
             notify()
 
@@ -114,7 +122,7 @@ class Node:
             kernel=platform.release(),
             cpu_model=self._cpu_model,
             draining=self.draining,
-            degraded=self._degraded,
+            degraded=(*self._degraded, *self._supervisor.sentences()),
         )  # fmt: skip
 
     def _disk(self, promised: int) -> Resource:

@@ -65,26 +65,42 @@ async def keep(
     end: Callable[[Entry, str], object],
     moved: Callable[[Entry], Awaitable[None]],
 ) -> None:
-    """Ends sandboxes when it is time, until it is cancelled.
+    """End sandboxes when it is time, until cancelled. Keeps no state, so that it can be started again.
 
     :param moved: called when a sandbox's time of day changed because the host's clock was set.
+    :raises ExceptionGroup: unexpected errors of some sandboxes; all others were looked at.
     """
-    offset = time.time() - uptime()
     while True:
         await asyncio.sleep(_SWEEP_S)
-        now = time.time() - uptime()
-        jumped = abs(now - offset) > _JUMP_S
-        if jumped:
-            log.warning("the host's clock was set", seconds=round(now - offset, 3))
-            offset = now
+        failures = []
+        jump_s = 0.0
         for entry in list(entries()):
             if entry.deleting is not None:
                 continue
-            if jumped and entry.record.expire_uptime is not None:
-                entry.record.expire_time = entry.record.expire_uptime + now
-                try:
-                    await moved(entry)
-                except AgentError as error:
-                    log.error("cannot keep when a sandbox ends", sandbox_id=entry.record.id, error=error.message)
-            if why := why_over(entry):
-                end(entry, why)
+            try:
+                jump_s = await _follow_clock(entry, moved) or jump_s
+                if entry.deleting is None and (why := why_over(entry)):
+                    end(entry, why)
+            except Exception as error:  # noqa: BLE001  raised below
+                failures.append(error)
+        if jump_s:
+            log.warning("the host's clock was set", seconds=round(jump_s, 3))
+        if failures:
+            raise ExceptionGroup("sandboxes cannot be ended", failures)
+
+
+async def _follow_clock(entry: Entry, moved: Callable[[Entry], Awaitable[None]]) -> float:
+    """Adapt the time of day at which a sandbox ends to a host's clock that was set; return by how many seconds."""
+    record = entry.record
+    if record.expire_uptime is None or record.expire_time is None:
+        return 0.0
+    expire_time = record.expire_uptime + time.time() - uptime()
+    jump_s = expire_time - record.expire_time
+    if abs(jump_s) <= _JUMP_S:
+        return 0.0
+    record.expire_time = expire_time
+    try:
+        await moved(entry)
+    except AgentError as error:
+        log.error("cannot keep when a sandbox ends", sandbox_id=record.id, error=error.message)
+    return jump_s

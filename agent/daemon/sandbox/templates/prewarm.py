@@ -20,6 +20,8 @@ async def keep_prepared(settings: Settings, images: ImageStore, templates: Templ
 
     Returns only if there is nothing to prepare. What fails is logged and left to the first sandbox that needs it: to
     try again and again would wear out a host that is short of something.
+
+    :raises ExceptionGroup: unexpected errors of some templates; all others were made.
     """
     last = ""
     while settings.templates.prepare:
@@ -38,8 +40,13 @@ async def keep_prepared(settings: Settings, images: ImageStore, templates: Templ
 
 async def _prepare(settings: Settings, image: Image, templates: Templates) -> None:
     """One after another: each takes all the CPUs that its guest has."""
+    failures = []
     for memory_bytes in settings.templates.prepare:
         try:
             await templates.get(image, settings.sandbox.default_vcpus, memory_bytes)
         except AgentError as error:
             log.error("cannot prepare a template", memory_bytes=memory_bytes, error=error.message)
+        except Exception as error:  # noqa: BLE001  raised below
+            failures.append(error)
+    if failures:
+        raise ExceptionGroup("templates cannot be prepared", failures)

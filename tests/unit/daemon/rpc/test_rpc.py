@@ -19,6 +19,7 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from agent.common.background import Backoff
 from agent.common.config.settings import ApiSettings, ConfigError
 from agent.common.errors import GuestError, GuestUnreachable, NotFound
 from agent.common.telemetry import ERRORS
@@ -57,7 +58,7 @@ def directory() -> Iterator[Path]:
 @pytest.fixture
 async def api(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     async with bench(directory, monkeypatch) as node:
-        server = ApiServer(node.host.settings, node.manager)
+        server = ApiServer(node.host.settings, node.manager, node.supervisor)
         await server.start()
         async with grpc.aio.insecure_channel(f"unix:{server.socket_path}") as channel:
             yield Api(node, server, Client(channel), channel)
@@ -345,6 +346,36 @@ async def test_the_node_and_its_changes(api: Api) -> None:
     call.cancel()
 
 
+async def test_health_and_the_node_tell_of_a_loop_that_fails_until_it_has_recovered(api: Api) -> None:
+    healed = asyncio.Event()
+
+    async def loop() -> None:
+        if not healed.is_set():
+            raise RuntimeError("can't start new thread")
+        await asyncio.Event().wait()
+
+    status = health_pb2.HealthCheckResponse
+    health = health_pb2_grpc.HealthStub(api.channel)
+    watch = health.Watch(health_pb2.HealthCheckRequest(service="sandboxd.background"))
+    nodes: Any = api.client.nodes.WatchNode(node_pb2.WatchNodeRequest(interval_seconds=3600))
+    async with asyncio.timeout(10):
+        assert (await watch.read()).status == status.SERVING
+        assert (await nodes.read()).degraded == []
+        failing = api.node.supervisor.start("drop-counters", loop, Backoff(0.01, 0.01, settle_s=0.3))
+        assert (await watch.read()).status == status.NOT_SERVING
+        (sentence,) = (await nodes.read()).degraded
+        assert "drop-counters fails" in sentence
+        assert "can't start new thread" in sentence
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == status.SERVING
+        healed.set()
+        assert (await watch.read()).status == status.SERVING
+        while (await nodes.read()).degraded:
+            pass
+    await failing.stop()
+    watch.cancel()
+    nodes.cancel()
+
+
 async def test_health_and_reflection(api: Api) -> None:
     health = health_pb2_grpc.HealthStub(api.channel)
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
@@ -398,7 +429,7 @@ async def test_plain_tcp_only_on_loopback(directory: Path, monkeypatch: pytest.M
         settings = dataclasses.replace(
             node.host.settings, api=ApiSettings(tcp_address="0.0.0.0:0", allow_insecure_loopback=True)
         )
-        server = ApiServer(settings, node.manager)
+        server = ApiServer(settings, node.manager, node.supervisor)
         with pytest.raises(ConfigError, match="not loopback"):
             await server.start()
         await server.stop(0)
@@ -414,7 +445,7 @@ async def test_tcp_asks_for_a_clients_certificate(directory: Path, monkeypatch: 
     )  # fmt: skip
     tls = ApiSettings(tcp_address="127.0.0.1:0", tls_cert=str(cert), tls_key=str(key), tls_client_ca=str(cert))
     async with bench(directory, monkeypatch) as node:
-        server = ApiServer(dataclasses.replace(node.host.settings, api=tls), node.manager)
+        server = ApiServer(dataclasses.replace(node.host.settings, api=tls), node.manager, node.supervisor)
         await server.start()
         known = grpc.ssl_channel_credentials(cert.read_bytes(), key.read_bytes(), cert.read_bytes())
         unknown = grpc.ssl_channel_credentials(cert.read_bytes())

@@ -6,16 +6,21 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from agent.common.background import QUICK, Backoff, Supervisor
 from agent.common.errors import AgentError, HostError, InvalidState, NodeDraining, VmmError
 from agent.common.model import Lifetime, State
+from agent.daemon.network import drop_counters
 from agent.daemon.sandbox.capacity.drain import Drain, Progress
 from agent.daemon.sandbox.lifecycle import expiry
+from agent.daemon.sandbox.lifecycle.entry import Entry
 from agent.daemon.sandbox.recovery import reconcile
 from agent.daemon.sandbox.state.events import EventType
-from tests.support.daemon_fakes import Bench, bench, record, spec
+from agent.daemon.sandbox.state.record import Record
+from tests.support.daemon_fakes import Bench, SilentObserver, bench, record, spec
 
 
 @pytest.fixture
@@ -112,6 +117,58 @@ async def test_who_is_not_used_ends(node: Bench) -> None:
     assert event.reason == "idle"
 
 
+async def test_an_entry_that_cannot_be_ended_keeps_no_other_alive() -> None:
+    faults = [RuntimeError("no luck")]
+    entries = [Entry(record(id=f"sbx-000000000000000{number}", expire_time=1.0), None) for number in range(3)]
+    ended: list[str] = []
+
+    def end(entry: Entry, reason: str) -> None:
+        if entry is entries[0] and faults:
+            raise faults[0]
+        ended.append(entry.record.id)
+
+    async def moved(_: Entry) -> None:
+        raise AssertionError
+
+    async with Supervisor(SilentObserver()) as supervisor:
+        supervisor.start("x", lambda: expiry.keep(lambda: entries, end, moved), QUICK)
+        await until(lambda: "x" in supervisor.failing)
+        assert ended[:2] == [entry.record.id for entry in entries[1:]]
+        faults.clear()
+        await until(lambda: entries[0].record.id in ended)
+
+
+async def test_a_clock_set_while_nothing_looked_is_followed(node: Bench, jump: Callable[[float], None]) -> None:
+    made = await node.manager.create(spec(lifetime=Lifetime(duration_s=3600)))
+    was = made.expire_time
+    assert was is not None
+    jump(500)
+    async with Supervisor(SilentObserver()) as supervisor:
+        supervisor.start("another expiry", node.manager.keep_lifetimes, QUICK)
+        await until(lambda: abs((node.manager.get(made.id).expire_time or 0) - was - 500) < 0.1)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("can't start new thread"), HostError("no luck")])
+async def test_drops_are_counted_of_others_and_again_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    monkeypatch.setattr(drop_counters, "_COUNT_EVERY_S", 0.001)
+    records = [record(), record()]
+    faults = [fault]
+
+    class Network:
+        async def count_drops(self, counted: Record) -> None:
+            if faults:
+                raise faults.pop()
+            counted.denials["spoofed"] = counted.denials.get("spoofed", 0) + 1
+
+    async with Supervisor(SilentObserver()) as supervisor:
+        supervisor.start(
+            "x", lambda: drop_counters.keep_counting(cast(Any, Network()), lambda: records), Backoff(0.001)
+        )
+        await until(lambda: all(one.denials.get("spoofed", 0) >= 3 for one in records))
+
+
 # -- drains ------------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +205,32 @@ async def test_what_is_left_at_the_deadline_is_evicted(node: Bench) -> None:
     assert node.left() == []
 
 
+async def test_an_eviction_goes_on_after_an_unexpected_error(node: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    await node.manager.create(spec())
+    real, faults = node.manager._start_delete, [RuntimeError("no luck")]
+
+    def start_delete(entry: Entry, reason: str) -> object:
+        if faults:
+            raise faults.pop()
+        return real(entry, reason)
+
+    monkeypatch.setattr(node.manager, "_start_delete", start_delete)
+    await node.manager.drain.begin(0.1)
+    await until(lambda: not node.manager.list())
+    assert faults == []
+
+
+async def test_a_drain_that_is_ended_or_prolonged_evicts_nobody(node: Bench) -> None:
+    await node.manager.create(spec())
+    await node.manager.drain.begin(0.5)
+    await node.manager.drain.begin(3600)
+    await asyncio.sleep(0.8)
+    await node.manager.drain.begin(0.3)
+    await node.manager.drain.end()
+    await asyncio.sleep(0.8)
+    assert len(node.manager.list()) == 1
+
+
 async def _first(drain: Drain) -> AsyncIterator[Progress]:
     async for progress in drain.progress():
         yield progress
@@ -156,13 +239,14 @@ async def _first(drain: Drain) -> AsyncIterator[Progress]:
 
 async def test_a_drain_outlives_the_agent(node: Bench) -> None:
     await node.manager.drain.begin(3600)
-    another = Drain(node.manager.node, node.store, lambda: 0, node.manager._evict)
-    node.manager.node.set_draining("")
-    another.restore()
-    assert node.manager.node.draining == "it is drained"
-    await another.end()
-    another.restore()
-    assert node.manager.node.draining == ""
+    async with Supervisor(SilentObserver()) as supervisor:
+        another = Drain(node.manager.node, node.store, lambda: 0, node.manager._evict, supervisor)
+        node.manager.node.set_draining("")
+        another.restore()
+        assert node.manager.node.draining == "it is drained"
+        await another.end()
+        another.restore()
+        assert node.manager.node.draining == ""
 
 
 # -- standing still ----------------------------------------------------------------------------------------------------

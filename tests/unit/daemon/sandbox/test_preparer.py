@@ -11,12 +11,14 @@ from typing import Any, cast
 
 import pytest
 
+from agent.common.background import Backoff, Supervisor
 from agent.common.config.settings import Settings, TemplateSettings
 from agent.common.errors import AgentError, NotFound
 from agent.daemon.sandbox.templates import prewarm
 from agent.daemon.sandbox.templates.catalog import Templates
 from agent.daemon.sandbox.templates.prewarm import keep_prepared
 from agent.daemon.storage.images import ImageStore
+from tests.support.daemon_fakes import SilentObserver
 
 SIZES = (128 << 20, 256 << 20)
 SETTINGS = dataclasses.replace(Settings(), templates=TemplateSettings(prepare=SIZES))
@@ -29,6 +31,7 @@ class World:
         self.digest = "first"
         self.made: list[tuple[str, int]] = []
         self.broken = False
+        self.unexpected: list[Exception] = []
         self.looks = 0
 
     def get_image(self, _name: str) -> Any:
@@ -39,6 +42,8 @@ class World:
 
     async def get_template(self, image: Any, _vcpus: int, memory_bytes: int) -> None:
         self.made.append((image.digest, memory_bytes))
+        if self.unexpected:
+            raise self.unexpected.pop(0)
         if self.broken:
             raise AgentError("out of order")
 
@@ -95,6 +100,17 @@ async def test_what_fails_is_left_to_the_first_create(world: World) -> None:
     async with keeping(world):
         await world.looked()
         assert world.made == all_of("first")
+
+
+async def test_an_unexpected_error_costs_no_other_size_and_reaches_the_supervisor(world: World) -> None:
+    world.unexpected = [RuntimeError("can't start new thread")]
+    images = cast(ImageStore, SimpleNamespace(get=world.get_image))
+    templates = cast(Templates, SimpleNamespace(get=world.get_template))
+    async with asyncio.timeout(5), Supervisor(SilentObserver()) as supervisor:
+        supervisor.start("x", lambda: keep_prepared(SETTINGS, images, templates), Backoff(0.001))
+        await world.looked()
+        await world.looked()
+    assert world.made == all_of("first") + all_of("first")
 
 
 async def test_nothing_to_do(world: World) -> None:
