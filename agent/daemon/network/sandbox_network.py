@@ -127,12 +127,14 @@ class SandboxNetwork:
     async def update(self, record: Record) -> None:
         """Puts `record.net` and `record.secrets` into force. What they no longer allow ends. :raises AgentError:"""
         policy = policy_of(self._settings, record)
-        await self._egress.wait_ready()
-        await self._assign(record, policy, ())
         record.rules = ""  # unknown, should what follows fail
+        # The kernel first: its rules can be put back while the egress process is gone, which gets the record's policy
+        # once it is there again.
         await self._networks.update(record.id, policy, secrets=bool(record.secrets))
         record.slot = self._networks.slot(record.id)
         record.rules = self._networks.digest(policy, secrets=bool(record.secrets))
+        await self._egress.wait_ready()
+        await self._assign(record, policy, ())
 
     async def remove(self, sandbox_id: str) -> None:
         """Removes all of a sandbox's network. Idempotent. :raises HostError:"""

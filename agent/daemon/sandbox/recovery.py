@@ -14,6 +14,7 @@ from pathlib import Path
 from agent.common.errors import AgentError
 from agent.common.model import State, is_sandbox_id
 from agent.common.telemetry import RECONCILED, log
+from agent.daemon.sandbox.lifecycle import expiry
 from agent.daemon.sandbox.machine import machine, resources
 from agent.daemon.sandbox.machine.resources import Host
 from agent.daemon.sandbox.service import Manager
@@ -21,6 +22,7 @@ from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
 
 _AT_ONCE = 16
+_KEPT = frozenset({"adopted", "suspended", "ended before"})
 
 
 async def reconcile(host: Host, manager: Manager, store: Store, records: list[Record]) -> None:
@@ -55,6 +57,16 @@ async def _remove_orphan(host: Host, sandbox_id: str) -> str:
 
 async def _settle(host: Host, manager: Manager, store: Store, record: Record) -> str:
     """Returns what became of a recorded sandbox; one that is gone loses its record only after its resources."""
+    before = record.copy()
+    if store.rebooted:
+        expiry.after_reboot(record)
+    kind = await _settle_by_state(host, manager, store, record)
+    if kind in _KEPT and record != before:  # the settings or the clock of this boot have changed it
+        await store.put(record)
+    return kind
+
+
+async def _settle_by_state(host: Host, manager: Manager, store: Store, record: Record) -> str:
     await asyncio.to_thread(resources.remove_tree, host.paths.forks(record.id))
     if record.state in (State.RUNNING, State.PAUSED):
         # Of a resume that an agent did not live to finish: the disk has gone on since.

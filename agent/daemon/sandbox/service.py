@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from agent.common.background import Supervisor
 from agent.common.config.settings import Settings
-from agent.common.errors import InvalidState
+from agent.common.errors import AgentError, InvalidState
 from agent.common.model import Lifetime, State
 from agent.common.telemetry import log
 from agent.daemon.sandbox.capacity.drain import Drain
@@ -75,35 +75,45 @@ class Manager(Standing):
         :raises InvalidState: it has a lease, or is being deleted, or its policy is to be changed and it does not run.
         """
         entry = self._entry(sandbox_id)
-        record = entry.record
-        if entry.deleting is not None:
-            raise InvalidState(f"sandbox {sandbox_id} is being deleted", reason="SANDBOX_DELETING")
-        leased = record.spec.lifetime.lease_s is not None
-        check_lease_change(expire_time, leased=leased, clear=clear_expire_time, end_lease=end_lease)
-        check_expire_time(expire_time, time.time())
-        labels = changed_labels(record.labels, set_labels, remove_labels)
+        new_labels, old_labels = dict(set_labels), tuple(remove_labels)
+
+        def edit(draft: Record) -> None:
+            leased = draft.spec.lifetime.lease_s is not None
+            check_lease_change(expire_time, leased=leased, clear=clear_expire_time, end_lease=end_lease)
+            check_expire_time(expire_time, time.time())
+            draft.labels = changed_labels(draft.labels, new_labels, old_labels)
+            if end_lease:
+                draft.spec = dataclasses.replace(draft.spec, lifetime=Lifetime(idle_s=draft.spec.lifetime.idle_s))
+            if expire_time is not None or clear_expire_time:
+                expiry.live_until(draft, expire_time)
+
+        # Labels and times can change during a pause or fork, however long it takes; a policy cannot.
+        await self._operations.run(entry, "update", lambda: self._update(entry, edit, policy), exclusive=bool(policy))
+        return entry.record.copy()
+
+    async def _update(self, entry: Entry, edit: Callable[[Record], None], policy: PolicyChange) -> None:
         if policy:
-            async with entry.changing:
-                await policy_change.apply(self._host, record, policy, self.running(sandbox_id).channel)
-        record.labels = labels
-        if end_lease:
-            record.spec = dataclasses.replace(record.spec, lifetime=Lifetime(idle_s=record.spec.lifetime.idle_s))
-        if expire_time is not None or clear_expire_time:
-            expiry.live_until(record, expire_time)
-        await self._store.put(record)
+            edit(entry.record.copy())  # what it refuses, it refuses before the network changes
+            channel = self.running(entry.record.id).channel
+            async with policy_change.in_force(self._host, self._store, entry.record, policy, channel):
+                await self._store.change(entry.record, edit)
+        else:
+            await self._store.change(entry.record, edit)
         self._publish(EventType.UPDATED, entry)
-        return record.copy()
 
     async def renew_lease(self, sandbox_id: str) -> float:
         """Renews a lease and returns when it lapses. :raises NotFound: :raises InvalidState: it has none."""
         entry = self._entry(sandbox_id)
-        lease = entry.record.spec.lifetime.lease_s
-        if lease is None:
-            raise InvalidState(f"sandbox {sandbox_id} was created without a lease", reason="NO_LEASE")
-        if entry.deleting is not None:
-            raise InvalidState(f"sandbox {sandbox_id} is being deleted", reason="SANDBOX_DELETING")
-        expiry.live_for(entry.record, lease)
-        await self._store.put(entry.record)
+
+        def renew(draft: Record) -> None:
+            if draft.spec.lifetime.lease_s is None:
+                raise InvalidState(f"sandbox {sandbox_id} was created without a lease", reason="NO_LEASE")
+            expiry.live_for(draft, draft.spec.lifetime.lease_s)
+
+        # Not exclusive: a pause or fork that takes longer than the lease must not let it lapse.
+        await self._operations.run(
+            entry, "lease renewal", lambda: self._store.change(entry.record, renew), exclusive=False
+        )
         assert entry.record.expire_time is not None
         return entry.record.expire_time
 
@@ -146,7 +156,10 @@ class Manager(Standing):
         retention_s = self._host.settings.sandbox.lost_retention_s
         if record.expire_time is None or record.expire_time > time.time() + retention_s:
             expiry.live_for(record, retention_s)
-        await self._store.put(record)
+        try:
+            await self._store.put(record)
+        except AgentError as error:  # the next agent finds it lost once more
+            log.error("cannot store that a sandbox is lost", sandbox_id=record.id, error=error.message)
         self._take_over(record, None)
         log.warning("sandbox lost", sandbox_id=record.id, why=why)
 
@@ -155,8 +168,6 @@ class Manager(Standing):
         self._take_over(record, None)
 
     def _take_over(self, record: Record, adopted: Machine | None) -> Entry:
-        if self._store.rebooted:
-            expiry.after_reboot(record)
         self._host.uids.reserve(record.uid)
         entry = Entry(record, adopted)
         self._add(entry)
@@ -174,6 +185,7 @@ class Manager(Standing):
             await self.templates.aclose()
         left, self._entries = self._entries, {}
         for entry in left.values():
+            await self._operations.cancel(entry)  # which undoes what is half done, or the next agent would find it
             await self._stop_watch(entry)
             if entry.machine is not None:
                 await entry.machine.detach()

@@ -217,9 +217,11 @@ class Volumes:
             self._busy.add(source)
         try:
             with step("volume.make"):
-                await to_the_end(asyncio.to_thread(self._write, volume, source))
-            self._known[volume.id] = volume
+                writing = asyncio.ensure_future(asyncio.to_thread(self._write, volume, source))
+                await to_the_end(writing)
         finally:
+            if writing.done() and not writing.cancelled() and writing.exception() is None:
+                self._known[volume.id] = volume  # for a caller that was cancelled, too: the disk is there
             self._making.discard(key)
             self._busy.discard(source)
         log.info("volume made", volume=volume.id, slug=volume.slug, bytes=volume.capacity_bytes)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.common.background import QUICK, BackgroundLoop, Supervisor
+from agent.common.aio import to_the_end
 from agent.common.errors import AgentError
 from agent.common.telemetry import DRAINING, log
 from agent.daemon.sandbox.capacity.node import Node
@@ -48,20 +49,37 @@ class Drain:
         self._evict_at: float | None = None  # by `uptime`
         self._supervisor = supervisor
         self._eviction: BackgroundLoop | None = None
+        self._changing = asyncio.Lock()
 
     async def begin(self, evict_after_s: float | None, *, why: str = "it is drained", keep: bool = True) -> None:
-        """Begins, or changes the deadline of, a drain. :param keep: also for the next agent. :raises HostError:"""
-        self._set(why, None if evict_after_s is None else uptime() + evict_after_s)
+        """Begin a drain, or change its deadline; a caller that leaves does not stop it half-way.
+
+        :param keep: also for the next agent.
+        :raises HostError: it cannot be stored; the node drains no more than before.
+        """
+        await to_the_end(self._begin(evict_after_s, why, keep=keep))
+
+    async def _begin(self, evict_after_s: float | None, why: str, *, keep: bool) -> None:
+        async with self._changing:
+            evict_at = None if evict_after_s is None else uptime() + evict_after_s
+            if keep:
+                await self._store.set_fact(_FACT, json.dumps({"evict_at": evict_at}))
+            self._set(why, evict_at)
         log.info("draining", sandboxes=self._left(), evict_after_s=evict_after_s)
-        if keep:
-            await self._store.set_fact(_FACT, json.dumps({"evict_at": self._evict_at}))
 
     async def end(self) -> None:
-        """Takes sandboxes again. Idempotent. :raises HostError:"""
-        await self._store.set_fact(_FACT, "")
-        self._evict_at = None
-        self._node.set_draining("")
-        DRAINING.set(0)
+        """Take sandboxes again; a caller that leaves does not stop it half-way. Idempotent.
+
+        :raises HostError: it cannot be stored; the node drains on.
+        """
+        await to_the_end(self._end())
+
+    async def _end(self) -> None:
+        async with self._changing:
+            await self._store.set_fact(_FACT, "")
+            self._evict_at = None
+            self._node.set_draining("")
+            DRAINING.set(0)
         log.info("not draining")
 
     def restore(self) -> None:

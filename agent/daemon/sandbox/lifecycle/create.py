@@ -13,13 +13,14 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 
-from agent.common.errors import AgentError, AlreadyExists, InvalidSpec, InvalidState, ResourceExhausted, VmmError
+from agent.common.errors import AgentError, AlreadyExists, InvalidSpec, ResourceExhausted, VmmError
 from agent.common.model import SandboxSpec, State, new_sandbox_id
 from agent.common.telemetry import CREATES, DELETES, VMM_OUT_OF_MEMORY, collect_phases, log, step
 from agent.daemon.sandbox.capacity.node import Node
 from agent.daemon.sandbox.lifecycle import expiry
 from agent.daemon.sandbox.lifecycle.entry import Entry
 from agent.daemon.sandbox.lifecycle.launch import Boot
+from agent.daemon.sandbox.lifecycle.operations import Operations
 from agent.daemon.sandbox.lifecycle.registry import Registry
 from agent.daemon.sandbox.lifecycle.watch import until_lost
 from agent.daemon.sandbox.machine import guest_setup, resources
@@ -44,6 +45,7 @@ class Lifecycle(Registry):
         self.images = images
         self.templates = templates
         self._store = store
+        self._operations = Operations()
         self._oom = OomWatcher()
 
     # -- creating ------------------------------------------------------------------------------------------------------
@@ -68,19 +70,8 @@ class Lifecycle(Registry):
                 reason="REQUEST_ID_REUSED",
             )
         if entry.creating is not None:
-            await self._ended(entry, entry.creating, "created")
+            await self._operations.join(entry, "create", entry.creating)
         return entry.record.copy()
-
-    async def _ended(self, entry: Entry, task: asyncio.Task[None], what: str) -> None:
-        """Awaits a task of a sandbox; the caller's own cancellation leaves it alone, a delete is told to the caller."""
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if not task.cancelled():
-                raise
-            raise InvalidState(
-                f"sandbox {entry.record.id} was deleted while it was being {what}", reason="SANDBOX_DELETED"
-            ) from None
 
     def fitting_image(self, spec: SandboxSpec) -> Image:
         """Returns the image of a sandbox. :raises NotFound: :raises InvalidSpec: it needs more memory."""
@@ -123,7 +114,7 @@ class Lifecycle(Registry):
         entry = Entry(record)
         self._add(entry)
         self._publish(EventType.CREATED, entry)
-        entry.creating = asyncio.create_task(self._create(entry, hold, make), name=f"create-{record.id}")
+        entry.creating = self._operations.start(entry, "create", lambda: self._create(entry, hold, make))
         return entry
 
     async def _create(
@@ -236,10 +227,8 @@ class Lifecycle(Registry):
 
     async def _delete(self, entry: Entry, reason: str) -> None:
         with step("delete"):
-            for task in (entry.creating, entry.monitor, *entry.working):
-                if task is not None and not task.done():
-                    task.cancel()
-                    await asyncio.wait({task})
+            await self._stop_watch(entry)
+            await self._operations.cancel(entry)
             await self._stop_watch(entry)  # which a change may have begun anew
             entry.record.state = State.DELETING
             self._publish(EventType.UPDATED, entry, reason)

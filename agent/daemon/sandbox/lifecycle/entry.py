@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass, field
+from typing import Any
 
 from agent.common.model import State
 from agent.daemon.sandbox.machine.machine import Machine
@@ -15,7 +16,9 @@ from agent.daemon.sandbox.state.record import Record
 class Entry:
     """A sandbox in memory. `creating` and `deleting` are the tasks that do so, for everyone to await.
 
-    :param working: the tasks that change it.
+    :param working: tasks that change it, `creating` among them; see `agent.daemon.sandbox.lifecycle.operations`.
+
+    :param changing: held by the one operation that changes it.
 
     :param sweep: what it has on the host must be looked for by its name: no machine knows all of it.
     """
@@ -25,7 +28,7 @@ class Entry:
     creating: asyncio.Task[None] | None = None
     deleting: asyncio.Task[None] | None = None
     monitor: asyncio.Task[None] | None = None
-    working: set[asyncio.Task[None]] = field(default_factory=set)
+    working: set[asyncio.Task[Any]] = field(default_factory=set)
     sweep: bool = False
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the template of an adopted one

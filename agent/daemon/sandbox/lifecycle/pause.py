@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
+from typing import Any
 
 from agent.common.aio import to_the_end
 from agent.common.errors import AgentError, AlreadyExists, InvalidState
@@ -33,30 +34,18 @@ class Standing(Lifecycle):
         :raises NotFound: :raises InvalidState: it neither runs nor stands still.
         :raises AgentError: it failed; the sandbox is as it was.
         """
-        return await self._change(sandbox_id, self._suspend if to_disk else self._pause)
+        return await self._change(sandbox_id, "pause", self._suspend if to_disk else self._pause)
 
     async def resume(self, sandbox_id: str) -> Record:
         """Lets a sandbox go on. Idempotent. :raises NotFound: :raises InvalidState: :raises ResourceExhausted: no room.
 
         :raises AgentError: it failed; what is on the disk alone stays so.
         """
-        return await self._change(sandbox_id, self._resume)
+        return await self._change(sandbox_id, "resume", self._resume)
 
-    async def _change(self, sandbox_id: str, work: Callable[[Entry], Awaitable[None]]) -> Record:
-        """Changes a sandbox in a task of ours, one change at a time; a delete ends it."""
+    async def _change(self, sandbox_id: str, name: str, work: Callable[[Entry], Coroutine[Any, Any, None]]) -> Record:
         entry = self._entry(sandbox_id)
-
-        async def run() -> None:
-            async with entry.changing:
-                if entry.deleting is None:
-                    await work(entry)
-
-        task = asyncio.create_task(run(), name=f"change-{sandbox_id}")
-        entry.working.add(task)
-        task.add_done_callback(entry.working.discard)
-        await self._ended(entry, task, "changed")
-        if entry.deleting is not None:
-            raise InvalidState(f"sandbox {sandbox_id} is being deleted", reason="SANDBOX_DELETING")
+        await self._operations.run(entry, name, lambda: work(entry))
         return entry.record.copy()
 
     async def _pause(self, entry: Entry) -> None:
@@ -79,14 +68,12 @@ class Standing(Lifecycle):
         async with self._still(entry, machine):
             saved = self._host.paths.memory(record.id)
             await snapshot.save(machine, saved)
-            token, record.token = record.token, {}
             try:
                 with step("pause.record"):
-                    await self._moved(entry, State.SUSPENDED, durable=True)
-            except BaseException:
-                record.token = token
-                await to_the_end(asyncio.to_thread(resources.remove_tree, saved))
-                raise
+                    await self._moved(entry, State.SUSPENDED, lambda draft: draft.token.clear(), durable=True)
+            finally:
+                if entry.record.state is not State.SUSPENDED:  # a write may succeed although it is cancelled
+                    await to_the_end(asyncio.to_thread(resources.remove_tree, saved))
         entry.machine, entry.sweep = None, True
         entry.held.close()
         with step("pause.machine"):
@@ -123,18 +110,19 @@ class Standing(Lifecycle):
 
     async def _note_standing(self, entry: Entry, *, standing: bool) -> None:
         """Keeps whether the CPUs of a sandbox that is RUNNING may stand still: the next agent lets them go on."""
-        entry.record.standing = standing
         with step("pause.note"):
-            await self._store.put(entry.record)
+            await self._store.change(entry.record, lambda draft: setattr(draft, "standing", standing))
 
-    async def _moved(self, entry: Entry, state: State, *, durable: bool = False) -> None:
-        before = entry.record.state
-        entry.record.move(state)
-        try:
-            await self._store.put(entry.record, durable=durable)
-        except BaseException:
-            entry.record.state = before
-            raise
+    async def _moved(
+        self, entry: Entry, state: State, also: Callable[[Record], None] = lambda _: None, *, durable: bool = False
+    ) -> None:
+        """Change the state, and what `also` changes in the same write, once the database has it."""
+
+        def edit(draft: Record) -> None:
+            draft.move(state)
+            also(draft)
+
+        await self._store.change(entry.record, edit, durable=durable)
         self._publish(EventType.UPDATED, entry)
         log.info("sandbox", sandbox_id=entry.record.id, state=state.value)
 
@@ -151,22 +139,39 @@ class Standing(Lifecycle):
             self.admission.check([record.spec])
             image = self.images.get_build(record.spec.image, record.image_digest)
             entry.sweep = True
-            machine = await snapshot.restore(self._host, record, image, saved)
-            record.standing = True  # until it goes on
-            try:
-                with step("resume.record"):
-                    await self._moved(entry, State.RUNNING, durable=True)
-            except BaseException:
-                record.standing = False
-                await machine.vanish()
-                raise
-            entry.machine, entry.sweep = machine, False
+            entry.machine = await self._restored(entry, image, saved)
+            entry.sweep = False
+            machine = entry.machine
             await self._going_on(entry, machine, timeout_s)
             await self._note_standing(entry, standing=False)
             with step("resume.saved"):
                 await to_the_end(asyncio.to_thread(resources.remove_tree, saved))
         else:
             self.running(record.id)  # says why not
+
+    async def _restored(self, entry: Entry, image: Image, saved: Path) -> Machine:
+        """Return the machine of a suspended sandbox, its CPUs stopped and its record RUNNING; undo all on failure."""
+        record = entry.record
+        volatile = record.token, record.slot, record.rules  # of the machine that is made
+        try:
+            machine = await snapshot.restore(self._host, record, image, saved)
+            try:
+                with step("resume.record"):
+                    # The next agent resumes the CPUs if this one dies first.
+                    await self._moved(
+                        entry, State.RUNNING, lambda draft: setattr(draft, "standing", True), durable=True
+                    )
+            except BaseException:
+                if record.state is State.SUSPENDED:
+                    await machine.vanish()
+                else:  # the write was done before its cancellation: the record needs this machine
+                    entry.machine, entry.sweep = machine, False
+                raise
+        except BaseException:
+            if record.state is State.SUSPENDED:
+                record.token, record.slot, record.rules = volatile
+            raise
+        return machine
 
     async def _going_on(self, entry: Entry, machine: Machine, timeout_s: float) -> None:
         """Lets a machine go on; a guest that does not come back has failed."""
@@ -199,7 +204,7 @@ class Standing(Lifecycle):
             fork.check(parent.record, count)
             entries = self._begin_fork(parent, count, labels, lifetime, request_id)
         results = await asyncio.gather(
-            *(self._ended(entry, entry.creating, "forked") for entry in entries if entry.creating is not None),
+            *(self._operations.join(entry, "fork", entry.creating) for entry in entries if entry.creating is not None),
             return_exceptions=True,
         )
         failed = [result for result in results if isinstance(result, BaseException)]
@@ -231,20 +236,23 @@ class Standing(Lifecycle):
         directory = self._host.paths.forks(record.id) / new_sandbox_id()
         frozen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         frozen.add_done_callback(lambda done: done.exception())  # every child may be gone before it fails
-        entries, ready = [], []
-        for number in range(count):
-            child = Record(
-                new_sandbox_id(),
-                dataclasses.replace(spec, request_id=f"{request_id}.{number}" if request_id else ""),
-                State.CREATING, time.time(), labels=dict(labels), image_digest=record.image_digest, net=record.net,
-                secrets=record.secrets, shape=dict(record.shape), parent=record.id,
-            )  # fmt: skip
-            entry, its_turn = self._enter_child(child, image, directory, frozen)
-            entries.append(entry)
-            ready.append(its_turn)
-        task = asyncio.create_task(self._fork(parent, entries, ready, directory, frozen), name=f"fork-{record.id}")
-        parent.working.add(task)
-        task.add_done_callback(parent.working.discard)
+        entries: list[Entry] = []
+        ready: list[asyncio.Event] = []
+        try:
+            for number in range(count):
+                child = Record(
+                    new_sandbox_id(),
+                    dataclasses.replace(spec, request_id=f"{request_id}.{number}" if request_id else ""),
+                    State.CREATING, time.time(), labels=dict(labels), image_digest=record.image_digest,
+                    net=record.net, secrets=record.secrets, shape=dict(record.shape), parent=record.id,
+                )  # fmt: skip
+                entry, its_turn = self._enter_child(child, image, directory, frozen)
+                entries.append(entry)
+                ready.append(its_turn)
+            self._operations.start(parent, "fork", lambda: self._fork(parent, entries, ready, directory, frozen))
+        except AgentError as error:  # no uid is left, or the parent is being deleted: the children wait for nothing
+            frozen.set_exception(error)
+            raise
         return entries
 
     def _enter_child(
@@ -285,7 +293,7 @@ class Standing(Lifecycle):
         try:
             try:
                 await asyncio.gather(*(event.wait() for event in ready))
-                async with parent.changing:
+                async with self._operations.exclusive(parent):
                     await self._freeze(parent, [child.record for child in children], directory)
             except BaseException as error:
                 known = isinstance(error, AgentError)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import os
 import sqlite3
@@ -19,8 +20,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from agent.common.atomic_file import write_atomically
+from agent.common.aio import to_the_end
 from agent.common.errors import HostError, InvalidState
 from agent.common.telemetry import STATE_REBUILT, log
 from agent.daemon.sandbox.state.record import Record
@@ -64,6 +67,7 @@ class Store:
         self._copies = copies
         self.rebooted = False  # whether the host was started anew since the last agent
         self.facts: dict[str, str] = {}
+        self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._db: sqlite3.Connection | None = None
 
@@ -124,27 +128,59 @@ class Store:
         return records
 
     async def put(self, record: Record, *, durable: bool = False) -> None:
-        """Writes a record. :raises HostError: the disk is full or gone.
+        """Write a record as it is in memory.
 
         :param durable: it outlives a crash of the host.
+        :raises HostError: the disk is full or gone.
         """
-        text = record.to_json()
+        async with self._lock(record.id):
+            await self._run(self._writer(record, durable=durable))
 
-        def put() -> None:
+    async def change(self, record: Record, edit: Callable[[Record], None], *, durable: bool = False) -> None:
+        """Change a record on disk, then in memory: readers see the change once it is stored, or never.
+
+        `edit` changes a copy. Only the fields that it changed are taken over, since others may change meanwhile. A
+        caller that is cancelled gets that after the write, when memory and database agree.
+
+        :param durable: the change outlives a crash of the host.
+        :raises HostError: the disk is full or gone; nothing has changed.
+        """
+        async with self._lock(record.id):
+            before, draft = record.copy(), record.copy()
+            edit(draft)
+            writing = asyncio.ensure_future(self._run(self._writer(draft, durable=durable)))
+            try:
+                await to_the_end(writing)
+            finally:
+                if writing.done() and not writing.cancelled() and writing.exception() is None:
+                    for name in (field.name for field in dataclasses.fields(Record)):
+                        if (value := getattr(draft, name)) != getattr(before, name):
+                            setattr(record, name, value)
+
+    def _lock(self, sandbox_id: str) -> asyncio.Lock:
+        """Return the lock for writes of one record: the last write has all changes that are in force."""
+        return self._writing.setdefault(sandbox_id, asyncio.Lock())
+
+    def _writer(self, record: Record, *, durable: bool) -> Callable[[], None]:
+        sandbox_id, text = record.id, record.to_json()
+
+        def write() -> None:
             if durable:
                 self._write("PRAGMA synchronous=FULL")
             try:
-                self._write("INSERT OR REPLACE INTO sandboxes VALUES (?, ?)", record.id, text)
+                self._write("INSERT OR REPLACE INTO sandboxes VALUES (?, ?)", sandbox_id, text)
             finally:
                 if durable:
-                    self._write("PRAGMA synchronous=NORMAL")
-            _copy(self._copies / record.id, text)
+                    with contextlib.suppress(HostError):  # later writes are slower then; this one is done
+                        self._write("PRAGMA synchronous=NORMAL")
+            _copy(self._copies / sandbox_id, text)
 
-        await self._run(put)
+        return write
 
     async def delete(self, sandbox_id: str) -> None:
         """Removes a record. Idempotent."""
-        await self._run(lambda: self._write("DELETE FROM sandboxes WHERE id = ?", sandbox_id))
+        async with self._lock(sandbox_id):
+            await self._run(lambda: self._write("DELETE FROM sandboxes WHERE id = ?", sandbox_id))
 
     async def set_fact(self, name: str, value: str) -> None:
         """Keeps a fact about the node; "" removes it. :raises HostError: the disk is full or gone."""
