@@ -1,7 +1,9 @@
-"""HTTP/1.1 over a unix socket, as much as Cloud Hypervisor's server speaks: one request a connection.
+"""HTTP/1.1 over a unix socket to Cloud Hypervisor's API server: one request per connection, read with h11.
 
-Its server (micro-http) has one thread, accepts bodies of at most 51,200 bytes in v53, and takes file descriptors that
-come with the first bytes of a request (SCM_RIGHTS, unix(7)). Of an answer only status, Content-Length and body matter.
+The server (micro-http) has one thread, accepts bodies of at most 51,200 bytes in v53, and takes file descriptors that
+come with the first bytes of a request (SCM_RIGHTS, unix(7)). It keeps the connection open after an answer, and sends
+one without a body without Content-Length, too: such an answer has no body here, where RFC 9112 says "until the
+connection closes".
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import h11
 
 from agent.common.errors import GuestUnreachable, VmmError
 from agent.daemon.vmm import sockets
@@ -65,8 +69,9 @@ async def request(
         async with asyncio.timeout(timeout_s):
             sock = await sockets.connect(path)
             try:
-                await _send(sock, _head(method, name, body) + body, fds)
-                return await _receive(sock)
+                connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
+                await _send(sock, _request(connection, method, name, body), fds)
+                return await _receive(sock, connection)
             finally:
                 sock.close()
     except TimeoutError as error:
@@ -77,11 +82,14 @@ async def request(
         raise VmmError(f"Cloud Hypervisor is gone: {error}", reason="VMM_API_FAILED") from error
 
 
-def _head(method: str, name: str, body: bytes) -> bytes:
-    lines = [f"{method} /api/v1/{name} HTTP/1.1", "Host: localhost", "Accept: application/json"]
+def _request(connection: h11.Connection, method: str, name: str, body: bytes) -> bytes:
+    headers = [("Host", "localhost"), ("Accept", "application/json")]
     if body:
-        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-    return "\r\n".join([*lines, "", ""]).encode()
+        headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+    data = connection.send(h11.Request(method=method, target=f"/api/v1/{name}", headers=headers)) or b""
+    if body:
+        data += connection.send(h11.Data(data=body)) or b""
+    return data + (connection.send(h11.EndOfMessage()) or b"")
 
 
 async def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
@@ -93,41 +101,35 @@ async def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
     await asyncio.get_running_loop().sock_sendall(sock, data[sent:])
 
 
-async def _receive(sock: socket.socket) -> Answer:
-    loop = asyncio.get_running_loop()
-    data = bytearray()
-    while (end := data.find(b"\r\n\r\n")) < 0:
-        if len(data) > _MAX_HEAD_BYTES:
-            raise _garbage("an endless head")
-        data += await _some(loop, sock)
-    status, length = _parse_head(bytes(data[:end]))
-    del data[: end + 4]
-    while len(data) < length:
-        data += await _some(loop, sock)
-    return Answer(status, bytes(data[:length]))
+async def _receive(sock: socket.socket, connection: h11.Connection) -> Answer:
+    try:
+        response = await _next_event(sock, connection)
+        while isinstance(response, h11.InformationalResponse):
+            response = await _next_event(sock, connection)
+        if not isinstance(response, h11.Response):
+            raise _garbage(f"{type(response).__name__} for a response")
+        headers = dict(response.headers)
+        if b"content-length" not in headers and b"transfer-encoding" not in headers:
+            return Answer(response.status_code, b"")
+        if int(headers.get(b"content-length", b"0")) > _MAX_ANSWER_BYTES:
+            raise _garbage(f"a Content-Length of {headers[b'content-length'].decode()}")
+        body = bytearray()
+        while isinstance(event := await _next_event(sock, connection), h11.Data):
+            body += event.data
+            if len(body) > _MAX_ANSWER_BYTES:
+                raise _garbage("an endless body")
+    except h11.RemoteProtocolError as error:
+        raise _garbage(str(error)) from error
+    return Answer(response.status_code, bytes(body))
 
 
-async def _some(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:
-    data = await loop.sock_recv(sock, _READ_BYTES)
-    if not data:
-        raise VmmError("Cloud Hypervisor closed its control socket", reason="VMM_API_FAILED")
-    return data
-
-
-def _parse_head(head: bytes) -> tuple[int, int]:
-    first, *lines = head.decode("latin-1").split("\r\n")
-    words = first.split()
-    if len(words) < 2 or not words[0].startswith("HTTP/1.") or not (words[1].isdecimal() and len(words[1]) == 3):
-        raise _garbage(repr(first[:80]))
-    length = 0
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip().lower() == "content-length":
-            text = value.strip()
-            if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) > _MAX_ANSWER_BYTES:
-                raise _garbage(f"a Content-Length of {text[:20]!r}")
-            length = int(text)
-    return int(words[1]), length
+async def _next_event(sock: socket.socket, connection: h11.Connection) -> object:
+    while (event := connection.next_event()) is h11.NEED_DATA:
+        data = await asyncio.get_running_loop().sock_recv(sock, _READ_BYTES)
+        if not data:
+            raise VmmError("Cloud Hypervisor closed its control socket", reason="VMM_API_FAILED")
+        connection.receive_data(data)
+    return event
 
 
 def _garbage(what: str) -> VmmError:

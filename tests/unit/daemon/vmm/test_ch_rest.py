@@ -199,6 +199,29 @@ async def test_refusals(path: Path, answer: bytes, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n" + ok({"state": "Paused"}),
+        b"HTTP/1.0 200 OK\r\ncontent-length: 18\r\n\r\n" + b'{"state":"Paused"}',
+        b'HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"sta\r\nd\r\nte":"Paused"}\r\n0\r\n\r\n',
+    ],
+)
+async def test_other_forms_of_an_answer(path: Path, answer: bytes) -> None:
+    async with serving(path, answer) as (server, client):
+        server.pieces = 3
+        assert await client.state() == "Paused"
+
+
+async def test_an_answer_may_have_4_mib(path: Path) -> None:
+    value = {"state": "x" * ((4 << 20) - len('{"state": ""}'))}
+    async with serving(path, lambda name: ok(value)) as (_, client):
+        assert len(await client.state()) > 4_000_000
+        value["state"] += "x"
+        with pytest.raises(VmmError, match="a Content-Length of 4194305"):
+            await client.state()
+
+
+@pytest.mark.parametrize(
     ("answer", "text"),
     [
         (b"", "closed"), (b"HTTP/1.1 200 \r\n", "closed"), (b"HTTP/1.1 200 \r\nContent-Length: 9\r\n\r\n{}", "closed"),
@@ -209,6 +232,12 @@ async def test_refusals(path: Path, answer: bytes, text: str) -> None:
         (b"HTTP/1.1 200 \r\nContent-Length: 9999999999999\r\n\r\n", "garbage"),
         (b"HTTP/1.1 200 \r\nContent-Length: \xb2\r\n\r\n", "garbage"),
         (b"HTTP/1.1 200 \r\nContent-Length: 1\r\n\r\n{", "garbage"),
+        (b"HTTP/1.1 200 \r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", "garbage"),
+        (b"HTTP/1.1 200 \r\nA: \0\r\nContent-Length: 2\r\n\r\n{}", "garbage"),
+        (b"HTTP/1.1 100 \r\n\r\n", "closed"), (b"HTTP/1.1 101 \r\n\r\n", "garbage"),
+        (b"HTTP/1.1 200 \r\nTransfer-Encoding: gzip\r\n\r\n{}", "garbage"),
+        (b"HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\nz\r\n", "garbage"),
+        (b"HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\n" + b"ffff\r\n%s\r\n" % (b"x" * 65535) * 65, "endless"),
         (ok([1]), "garbage"), (ok(None), "garbage"), (NO_CONTENT, "garbage"),
         (b"HTTP/1.1 200 \r\nContent-Length: 20000\r\n\r\n" + b"[" * 20000, "garbage"),
     ],
