@@ -78,7 +78,11 @@ class End:
 
 
 def stay_open(connection: h2.connection.H2Connection) -> None:
-    """Has h2 go on after a GOAWAY, by which it takes a connection for closed; the protocol does not."""
+    """Keep the streams of `connection` alive after a received GOAWAY (RFC 9113, 6.8), at which h2 closes all of it.
+
+    h2 has no setting for that, so this rewrites its private transition table, for one connection. It is the only place
+    that does; pyproject.toml pins the versions of h2 whose table was tested (tests/unit/egress/test_egress_h2_table.py).
+    """
     machine = connection.state_machine
     goaway = h2.connection.ConnectionInputs.RECV_GOAWAY
     states = (h2.connection.ConnectionState.CLIENT_OPEN, h2.connection.ConnectionState.SERVER_OPEN)
