@@ -1,14 +1,20 @@
-"""Sizes and times as people write them, and settings' values of any type from text or TOML."""
+"""Sizes and times as people write them; values of settings from text or TOML, by the type of their field.
+
+`Bytes` and `Seconds` are the types of fields that take text with a unit.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
 
 _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE_NAMES = ("_bytes", "bytes_per_s")
 
 
 def parse_size(text: str) -> int:
@@ -27,49 +33,62 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _TIMES[match[2]]
 
 
-def converted(name: str, kind: Any, value: Any) -> Any:
-    """Returns the value of the setting `name` as its type. :raises ValueError, TypeError: it is none of that type."""
-    text = isinstance(value, str)
-    if kind is bool:
-        if text and value.lower() in ("true", "false", "1", "0"):
-            return value.lower() in ("true", "1")
-        if isinstance(value, bool):
+Bytes = Annotated[int, msgspec.Meta(extra={"parse": parse_size})]
+Seconds = Annotated[float, msgspec.Meta(extra={"parse": parse_duration})]
+
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+_PARSERS: dict[Any, Callable[[str], object]] = {
+    bool: lambda text: _TRUTH.get(text.lower(), text),
+    int: int,
+    float: float,
+}
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "text"}
+
+
+def converted(kind: Any, value: Any) -> Any:
+    """Return the value of a setting as the type of its field, from TOML's types or from text.
+
+    :param kind: bool, int, float, str, Path, `Bytes`, `Seconds`, a Literal of texts, a tuple of one of these (in text
+        with commas between the items), or a Mapping from text to text.
+    :raises ValueError: `value` is not of that type; the message says what it must be.
+    """
+    try:
+        return msgspec.convert(_parsed(kind, value), kind, dec_hook=_from_plain)
+    except msgspec.ValidationError:
+        wrong = "must not be true or false" if isinstance(value, bool) else f"must be {_expected(kind)}"
+        raise ValueError(wrong if get_origin(kind) is not Literal else f"{wrong}, not {value!r}") from None
+
+
+def _parsed(kind: Any, value: Any) -> Any:
+    """Return `value` with text in it parsed where `kind` is not text; what cannot be parsed stays for msgspec."""
+    if get_origin(kind) is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list):
             return value
-        raise ValueError("must be true or false")
-    if isinstance(value, bool):
-        raise ValueError("must not be true or false")
-    if kind is int:
-        return (parse_size(value) if name.endswith(_SIZE_NAMES) else int(value)) if text else _whole(value)
-    if kind is float:
-        return (parse_duration(value) if name.endswith("_s") else float(value)) if text else float(value)
-    if kind is Path:
-        return Path(value)
-    if kind is str:
-        if not text:
-            raise ValueError("must be text")
+        words = [item.strip() if isinstance(item, str) else item for item in items]
+        return [_parsed(get_args(kind)[0], word) for word in words if word != ""]
+    if not isinstance(value, str):
         return value
-    if kind == tuple[int, ...]:
-        return tuple(_number(item) for item in (value.split(",") if text else value))
-    if kind == tuple[str, ...]:
-        return _words(value)
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise ValueError("must be a table of text")
-    return dict(value)
-
-
-def _words(value: Any) -> tuple[str, ...]:
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise ValueError("must be a list of text")
-    return tuple(item.strip() for item in items if item.strip())
-
-
-def _number(value: Any) -> int:
-    """A number, or a size such as "512MiB"; ids of users are numbers, too."""
-    return parse_size(value) if isinstance(value, str) else _whole(value)
-
-
-def _whole(value: Any) -> int:
-    if not isinstance(value, int):
-        raise TypeError("must be a whole number")
+    if get_origin(kind) is Annotated:
+        (meta,) = kind.__metadata__
+        return meta.extra["parse"](value)  # its error says which units there are
+    with contextlib.suppress(ValueError):
+        return _PARSERS.get(kind, str)(value)
     return value
+
+
+def _from_plain(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"not a {kind.__name__}")  # msgspec makes a ValidationError of it
+
+
+def _expected(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _expected(arguments[0])
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    if origin is tuple:
+        return "a list of text" if arguments[0] is str else "a list of whole numbers"
+    return _EXPECTED.get(kind, "a table of text")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from agent.common.errors import InvalidSpec
 from agent.common.policy.addresses import parse_network, parse_server
 from agent.common.policy.rules import parse_rules
+from agent.common.quantities import Bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class EgressSettings:
     pool_ipv6: str = "fd73:6279::/48"
     connections: int = 1024
     connections_per_s: int = 0
-    bytes_per_s: int = 0
+    bytes_per_s: Bytes = 0
 
     def check(self) -> None:
         """:raises ValueError: a value is of no use; the message names it."""

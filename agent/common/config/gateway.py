@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.common.quantities import Bytes, Seconds
+
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
@@ -40,9 +42,9 @@ class GatewaySettings:
     ssh_address: str = "127.0.0.1:8622"
     ssh_hostname: str = "localhost"
     metrics_address: str = ""
-    max_message_bytes: int = 512 << 20
-    spool_bytes: int = 4 << 30
-    idle_timeout_s: float = 120.0
+    max_message_bytes: Bytes = 512 << 20
+    spool_bytes: Bytes = 4 << 30
+    idle_timeout_s: Seconds = 120.0
 
     @property
     def tokens_file(self) -> Path:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agent.common.model import SandboxSpec
-from agent.common.quantities import parse_size
+from agent.common.quantities import Bytes, converted
+
+_LIMITS = {"sandboxes": ("sandboxes", int), "cpus": ("cpus", int), "memory": ("memory_bytes", Bytes)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +24,11 @@ class Quota:
         """Returns the quota of a text such as "sandboxes=10, cpus=16, memory=8GiB". :raises ValueError:"""
         values: dict[str, int] = {}
         for word in filter(None, (word.strip() for word in text.split(","))):
-            key, separator, value = (part.strip() for part in word.partition("="))
+            key, _, value = (part.strip() for part in word.partition("="))
             try:
-                if not separator or key not in ("sandboxes", "cpus", "memory"):
-                    raise ValueError
-                values["memory_bytes" if key == "memory" else key] = (
-                    parse_size(value) if key == "memory" else int(value)
-                )
-            except ValueError:
+                name, kind = _LIMITS[key]
+                values[name] = converted(kind, value)
+            except (KeyError, ValueError):
                 raise ValueError(f"{word!r} is no limit; write sandboxes=10, cpus=16, memory=8GiB") from None
         return cls(**values)
 

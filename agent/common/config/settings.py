@@ -16,13 +16,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from agent.common.config.egress import EgressSettings
 from agent.common.config.gateway import GatewaySettings
 from agent.common.config.quota import Quota
 from agent.common.errors import InvalidSpec
-from agent.common.quantities import converted
+from agent.common.quantities import Bytes, Seconds, converted
 
 ENV_PREFIX = "SANDBOXD_"
 DEFAULT_CONFIG = Path("/etc/sandboxd/config.toml")
@@ -50,11 +50,11 @@ class NodeSettings:
     max_sandboxes: int = 1000
     cpu_overcommit: float = 8.0
     memory_overcommit: float = 1.0
-    reserved_memory_bytes: int = 512 << 20
-    reserved_disk_bytes: int = 1 << 30
+    reserved_memory_bytes: Bytes = 512 << 20
+    reserved_disk_bytes: Bytes = 1 << 30
     quotas: Mapping[str, str] = field(default_factory=dict)
     queue_length: int = 0
-    queue_timeout_s: float = 10.0
+    queue_timeout_s: Seconds = 10.0
     max_memory_pressure: float = 25.0
 
 
@@ -119,14 +119,14 @@ class VmmSettings:
     files alone; 0: VMMs run as the agent's own user, which they do anyway if that is not root.
     """
 
-    driver: str = "auto"
+    driver: Literal["auto", "qemu", "cloud-hypervisor"] = "auto"
     binary: str = ""
-    accelerator: str = "auto"
-    link: str = "auto"
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    link: Literal["auto", "serial", "vsock"] = "auto"
     download_url: str = ""
     download_sha256: str = ""
     uid_base: int = 1_900_000_000
-    console_limit_bytes: int = 1 << 20
+    console_limit_bytes: Bytes = 1 << 20
     extra_kernel_args: str = ""
 
 
@@ -140,7 +140,7 @@ class CgroupSettings:
 
     parent: str = "/sandboxd"
     cpu_headroom: float = 1.0
-    memory_headroom_bytes: int = 0
+    memory_headroom_bytes: Bytes = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +154,9 @@ class TemplateSettings:
     """
 
     enabled: bool = True
-    prepare: tuple[int, ...] = ()
-    budget_bytes: int = 20 << 30
-    clone_timeout_s: float = 20.0
+    prepare: tuple[Bytes, ...] = ()
+    budget_bytes: Bytes = 20 << 30
+    clone_timeout_s: Seconds = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,19 +170,19 @@ class SandboxSettings:
 
     default_vcpus: int = 1
     max_vcpus: int = 32
-    default_memory_bytes: int = 512 << 20
-    max_memory_bytes: int = 64 << 30
-    default_disk_bytes: int = 4 << 30
-    max_disk_bytes: int = 1 << 40
-    boot_timeout_s: float = 60.0
-    delete_timeout_s: float = 30.0
-    relink_timeout_s: float = 15.0
-    disk_bytes_per_s: int = 0
+    default_memory_bytes: Bytes = 512 << 20
+    max_memory_bytes: Bytes = 64 << 30
+    default_disk_bytes: Bytes = 4 << 30
+    max_disk_bytes: Bytes = 1 << 40
+    boot_timeout_s: Seconds = 60.0
+    delete_timeout_s: Seconds = 30.0
+    relink_timeout_s: Seconds = 15.0
+    disk_bytes_per_s: Bytes = 0
     disk_operations_per_s: int = 0
-    net_bytes_per_s: int = 0
-    on_stop: str = "delete"
-    drain_timeout_s: float = 300.0
-    lost_retention_s: float = 3600.0
+    net_bytes_per_s: Bytes = 0
+    on_stop: Literal["delete", "keep", "drain"] = "delete"
+    drain_timeout_s: Seconds = 300.0
+    lost_retention_s: Seconds = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +206,8 @@ class LogSettings:
     With `audit`, each call of the API is a line "audit": who, what, which sandbox, outcome.
     """
 
-    level: str = "info"
-    format: str = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
     audit: bool = True
 
 
@@ -231,14 +231,6 @@ class Settings:
 
 
 _FIRST_UID, _LAST_UID = 100_000, (1 << 32) - 2  # below are users of the system; the last is no user (setresuid(2))
-_CHOICES = {
-    "vmm.accelerator": ("auto", "kvm", "tcg"),
-    "vmm.driver": ("auto", "qemu", "cloud-hypervisor"),
-    "vmm.link": ("auto", "serial", "vsock"),
-    "sandbox.on_stop": ("delete", "keep", "drain"),
-    "log.level": ("debug", "info", "warning", "error"),
-    "log.format": ("auto", "json", "console"),
-}
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -276,7 +268,7 @@ def _build(raw: dict[str, Any]) -> Settings:
         values = raw.get(name, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{name} must be a table: write [{name}]")
-        hints = get_type_hints(kind)
+        hints = get_type_hints(kind, include_extras=True)
         _refuse_unknown(values, hints, "key", f"{name}.")
         built[name] = kind(**{key: _convert(f"{name}.{key}", hints[key], value) for key, value in values.items()})
     settings = Settings(**built)
@@ -294,17 +286,12 @@ def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], what: st
 
 def _convert(name: str, kind: Any, value: Any) -> Any:
     try:
-        return converted(name, kind, value)
-    except (TypeError, ValueError) as error:
+        return converted(kind, value)
+    except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
 
 
 def _check(settings: Settings) -> None:
-    for name, choices in _CHOICES.items():
-        section, _, key = name.partition(".")
-        value = getattr(getattr(settings, section), key)
-        if value not in choices:
-            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
     for table in dataclasses.fields(settings):
         values = getattr(settings, table.name)
         for entry in dataclasses.fields(values):

@@ -12,7 +12,7 @@ from agent.daemon.storage.images import ImageStore
 from agent.daemon.vmm.accelerator import AcceleratorProbe, Trial, qemu_trial
 from agent.daemon.vmm.cloud_hypervisor import binary
 from agent.daemon.vmm.cloud_hypervisor.cloud_hypervisor import CloudHypervisorDriver, trial
-from agent.daemon.vmm.driver import Driver, LinkKind, VmmOptions
+from agent.daemon.vmm.driver import Driver, VmmOptions
 from agent.daemon.vmm.qemu.qemu import QemuDriver
 
 QEMU, CLOUD_HYPERVISOR = "qemu", binary.NAME
@@ -51,7 +51,7 @@ def _unsuitable(settings: Settings) -> str:
         return f"vmm.binary is {vmm.binary}"
     if vmm.accelerator == "tcg":
         return "vmm.accelerator is tcg"
-    if vmm.link == LinkKind.SERIAL:
+    if vmm.link == "serial":
         return "vmm.link is serial"
     return ""
 

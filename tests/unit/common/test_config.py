@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal, get_type_hints
 
 import pytest
 
-from agent.common.config.settings import ConfigError, load, split_address
+from agent.common.config.settings import ConfigError, Settings, load, split_address
 from agent.common.policy.addresses import parse_server
-from agent.common.quantities import parse_duration, parse_size
+from agent.common.quantities import Bytes, Seconds, converted, parse_duration, parse_size
 
 
 def write(directory: Path, text: str) -> Path:
@@ -40,7 +43,21 @@ def test_file_and_environment_the_environment_wins(tmp_path: Path) -> None:
         ("[sandbox]\nmax_vcpus = -1\n", r"sandbox.max_vcpus must not be negative"),
         ("[sandbox]\nmax_vcpus = true\n", r"must not be true or false"),
         ("[sandbox]\nmax_vcpus = 1.5\n", r"must be a whole number"),
-        ('[vmm]\nlink = "carrier pigeon"\n', r"must be one of auto, serial, vsock"),
+        ("[sandbox]\nmax_vcpus = 2.0\n", r"must be a whole number"),
+        ('[sandbox]\nmax_vcpus = "two"\n', r"must be a whole number"),
+        ('[sandbox]\nboot_timeout_s = "soon"\n', r"boot_timeout_s: 'soon' is not a duration; write seconds"),
+        ('[node]\ncpu_overcommit = "4x"\n', r"must be a number"),
+        ('[node]\nmax_sandboxes = "1GiB"\n', r"must be a whole number"),  # no size
+        ('[log]\naudit = "maybe"\n', r"must be true or false"),
+        ("[log]\naudit = 1\n", r"must be true or false"),
+        ("[paths]\nrun_dir = 3\n", r"must be text"),
+        ("[api]\nunix_allow_uids = [1.5]\n", r"must be a list of whole numbers"),
+        ("[api]\nunix_allow_uids = [true]\n", r"must be a list of whole numbers"),
+        ("[templates]\nprepare = 3\n", r"must be a list of whole numbers"),
+        ('[templates]\nprepare = ["some"]\n', r"'some' is not a size"),
+        ('[vmm]\nlink = "carrier pigeon"\n', r"vmm.link: must be one of auto, serial, vsock, not 'carrier pigeon'"),
+        ("[vmm]\nlink = 3\n", r"must be one of auto, serial, vsock, not 3"),
+        ('[node]\nlabels = "a=b"\n', r"must be a table of text"),
         ('[node.quotas]\nacme = "sandboxes=ten"\n', r"node.quotas.acme: 'sandboxes=ten' is no limit; write"),
         ('[node.quotas]\nacme = "disks=1"\n', r"'disks=1' is no limit"),
         ("[vmm]\nuid_base = 1000\n", r"vmm.uid_base is 1000; it must be 0, or from 100000 on"),
@@ -64,6 +81,39 @@ def test_file_and_environment_the_environment_wins(tmp_path: Path) -> None:
 def test_wrong_settings_are_refused_with_advice(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(write(tmp_path, text), {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        (bool, True, True), (bool, "TRUE", True), (bool, "0", False),
+        (int, 7, 7), (int, " 1_000 ", 1000), (int, 1 << 70, 1 << 70),
+        (float, 2, 2.0), (float, "1.5", 1.5),
+        (str, "512MiB", "512MiB"), (str, "", ""), (Path, "/a", Path("/a")),
+        (Bytes, 512, 512), (Bytes, "1GiB", 1 << 30), (Seconds, 3, 3.0), (Seconds, "250ms", 0.25),
+        (Literal["a", "b"], "b", "b"),
+        (tuple[int, ...], "1, 2,", (1, 2)), (tuple[int, ...], [1, "2"], (1, 2)), (tuple[int, ...], "", ()),
+        (tuple[str, ...], " a , b ", ("a", "b")), (tuple[str, ...], ["a ", ""], ("a",)),
+        (tuple[Bytes, ...], "512MiB,1GiB", (512 << 20, 1 << 30)), (tuple[Bytes, ...], [1024, "1k"], (1024, 1024)),
+        (Mapping[str, str], {"a": "512MiB"}, {"a": "512MiB"}),
+    ],
+)  # fmt: skip
+def test_values_by_the_type_of_their_field(kind: Any, value: object, expected: object) -> None:
+    found = converted(kind, value)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_the_unit_in_a_name_is_the_unit_of_its_type() -> None:
+    seen = set()
+    for section in dataclasses.fields(Settings):
+        kinds = get_type_hints(type(getattr(Settings(), section.name)), include_extras=True)
+        for name, kind in kinds.items():
+            size = name.endswith(("_bytes", "bytes_per_s"))
+            assert (kind == Bytes) == size, name
+            assert (kind == Seconds) == (name.endswith("_s") and not name.endswith("_per_s")), name
+            seen.add(name)
+    assert {"bytes_per_s", "boot_timeout_s", "spool_bytes", "connections_per_s"} <= seen
 
 
 def test_unknown_keys_of_the_environment_are_refused() -> None:
