@@ -17,14 +17,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Literal
+
+import msgspec
 
 from agent.common.errors import HostError, ImageDamaged, InvalidSpec, InvalidState, NotFound
 
 _SCHEMA = 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _ENTRY_SUFFIX = "-" + "[0-9a-f]" * 12
 
 
@@ -67,6 +67,43 @@ class Image:
     def size_bytes(self) -> int:
         """What the image takes on the disk."""
         return self.kernel.size_bytes + self.initramfs.size_bytes + self.root.size_bytes
+
+
+_Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Versioned(msgspec.Struct):
+    schema: int
+
+
+class _File(msgspec.Struct):
+    file: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z")]  # never out of the image's directory
+    sha256: _Sha256
+    size_bytes: _Count
+
+
+class _Kernel(_File):
+    version: str
+
+
+class _Root(_File):
+    format: Literal["erofs", "squashfs"]
+
+
+class _Manifest(msgspec.Struct):
+    """The builder's manifest, schema 1 (rootfs/README.md)."""
+
+    name: Annotated[str, msgspec.Meta(pattern=rf"\A{_NAME.pattern}\Z")]
+    digest: _Sha256
+    input_digest: _Sha256
+    created: str
+    kernel: _Kernel
+    initramfs: _File
+    root: _Root
+    min_memory_bytes: _Count
+    packages: tuple[Package, ...]
+    inputs: dict[str, object]
 
 
 class ImageStore:
@@ -200,27 +237,28 @@ def parse_manifest(data: bytes, path: Path) -> Image:
     :raises HostError: not a manifest of a known schema, or a file is missing or has another size.
     """
     try:
-        manifest = json.loads(data)
-        if manifest["schema"] != _SCHEMA:
-            raise _damaged(path, f"its manifest has schema {manifest['schema']!r}, this agent knows {_SCHEMA}")
-        kernel, initramfs, root = (_artefact(manifest[part], path) for part in ("kernel", "initramfs", "root"))
-        image = Image(
-            name=_text(manifest["name"], _NAME),
-            digest=_text(manifest["digest"], _SHA256),
-            input_digest=_text(manifest["input_digest"], _SHA256),
-            created=_text(manifest["created"]),
-            path=path,
-            kernel=kernel,
-            kernel_version=_text(manifest["kernel"]["version"]),
-            initramfs=initramfs,
-            root=root,
-            root_format=_text(manifest["root"]["format"], re.compile("erofs|squashfs")),
-            min_memory_bytes=_count(manifest["min_memory_bytes"]),
-            packages=tuple(Package(_text(p["name"]), _text(p["version"])) for p in manifest["packages"]),
-            inputs=cast("Mapping[str, object]", dict(manifest["inputs"])),
-        )
-    except (KeyError, TypeError, ValueError) as e:
-        raise _damaged(path, f"its manifest is not valid ({type(e).__name__}: {e})") from e
+        values = msgspec.json.decode(data)
+        schema = msgspec.convert(values, _Versioned).schema
+        if schema != _SCHEMA:
+            raise _damaged(path, f"its manifest has schema {schema}, this agent knows {_SCHEMA}")
+        manifest = msgspec.convert(values, _Manifest)
+    except (ValueError, RecursionError) as e:
+        raise _damaged(path, f"its manifest is not valid: {e}") from e
+    image = Image(
+        name=manifest.name,
+        digest=manifest.digest,
+        input_digest=manifest.input_digest,
+        created=manifest.created,
+        path=path,
+        kernel=_artefact(manifest.kernel, path),
+        kernel_version=manifest.kernel.version,
+        initramfs=_artefact(manifest.initramfs, path),
+        root=_artefact(manifest.root, path),
+        root_format=manifest.root.format,
+        min_memory_bytes=manifest.min_memory_bytes,
+        packages=manifest.packages,
+        inputs=manifest.inputs,
+    )
     _check_digest(image)
     return image
 
@@ -233,28 +271,15 @@ def _check_digest(image: Image) -> None:
         raise _damaged(image.path, "its manifest's digest is not that of its files")
 
 
-def _artefact(values: dict[str, Any], folder: Path) -> Artefact:
-    path = folder / _text(values["file"], _FILE_NAME)
-    size = _count(values["size_bytes"])
+def _artefact(facts: _File, folder: Path) -> Artefact:
+    path = folder / facts.file
     try:
         found = path.stat().st_size
     except OSError as e:
         raise _damaged(folder, f"{path.name} is missing") from e
-    if found != size:
-        raise _damaged(folder, f"{path.name} has {found} bytes, its manifest states {size}")
-    return Artefact(path, _text(values["sha256"], _SHA256), size)
-
-
-def _text(value: object, pattern: re.Pattern[str] | None = None) -> str:
-    if not isinstance(value, str) or (pattern is not None and not pattern.fullmatch(value)):
-        raise ValueError(f"unexpected value {str(value)[:80]!r}")
-    return value
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"unexpected value {str(value)[:80]!r}")
-    return value
+    if found != facts.size_bytes:
+        raise _damaged(folder, f"{path.name} has {found} bytes, its manifest states {facts.size_bytes}")
+    return Artefact(path, facts.sha256, facts.size_bytes)
 
 
 def _damaged(path: Path, why: str) -> ImageDamaged:

@@ -6,8 +6,6 @@ loss of everything else.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
 import re
 import secrets
 import shutil
@@ -17,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.common import stored_json
 from agent.common.aio import to_the_end
 from agent.common.atomic_file import publish_directory, write_atomically
 from agent.common.errors import AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound, ResourceExhausted
@@ -90,12 +89,10 @@ class Volumes:
 
     def _load(self, path: Path) -> None:
         try:
-            values = json.loads((path / _FACTS).read_text())
-            origin = values.pop("origin", None)
-            volume = Volume(**values, origin=tuple(origin) if origin else None)
+            volume = stored_json.decode((path / _FACTS).read_bytes(), Volume)
             if volume.id != path.name or not (path / _DISK).is_file():
                 raise ValueError("its facts are not of this directory")
-        except (OSError, ValueError, TypeError) as error:  # left where it is: somebody may be able to mend it
+        except (OSError, ValueError) as error:  # left where it is: somebody may be able to mend it
             log.error("a volume is damaged", path=str(path), error=str(error))
             return
         self._known[volume.id] = volume
@@ -242,7 +239,7 @@ class Volumes:
                 if not source:
                     format_volume(disk, 0 if volume.image else _OWNER)
             with step("volume.publish"):
-                facts = (json.dumps(dataclasses.asdict(volume)) + "\n").encode()
+                facts = (stored_json.encode(volume) + "\n").encode()
                 write_atomically(draft / _FACTS, facts, mode=0o600, durable=False)
                 publish_directory(draft, self._dir / volume.id)  # all of it is durable before it has its name
         except OSError as error:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from agent.common.atomic_file import write_atomically
+from agent.common import stored_json
 from agent.common.errors import VmmError
 from agent.daemon.host.capture import stdout_of
 
@@ -34,6 +36,14 @@ def qemu_trial(binary: str, kernel: Path, initramfs: Path, cmdline: str) -> list
         "-cpu", "host", "-m", "256M", "-kernel", str(kernel), "-initrd", str(initramfs),
         "-append", cmdline, "-serial", "stdio",
     ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What a trial has found, as it is kept."""
+
+    accelerator: Literal["kvm", "tcg"]
+    reason: str
 
 
 class AcceleratorProbe:
@@ -66,22 +76,17 @@ class AcceleratorProbe:
 
     async def _tried(self, binary: str, version: str) -> tuple[str, str]:
         cache = self._cache_dir / f"kvm-{self._key(version)}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(cache.read_text())
-            return str(kept["accelerator"]), str(kept["reason"])
-        reached = await self._boots(binary)
-        if reached:
-            accelerator, reason = "kvm", "a guest kernel boots on this host's KVM"
+        with contextlib.suppress(OSError, ValueError):
+            verdict = stored_json.decode(cache.read_bytes(), _Verdict)
+            return verdict.accelerator, verdict.reason
+        if await self._boots(binary):
+            verdict = _Verdict("kvm", "a guest kernel boots on this host's KVM")
         else:
-            accelerator = "tcg"
-            reason = (
-                f"{_KVM} opens, but a guest kernel does not reach its first program on it "
-                f"(tried for up to {_DEADLINE_S:g} s)"
-            )
+            reason = "opens, but a guest kernel does not reach its first program on it"
+            verdict = _Verdict("tcg", f"{_KVM} {reason} (tried for up to {_DEADLINE_S:g} s)")
         self._cache_dir.mkdir(parents=True, exist_ok=True)
-        verdict = json.dumps({"accelerator": accelerator, "reason": reason})
-        write_atomically(cache, verdict.encode(), mode=0o600, durable=False)
-        return accelerator, reason
+        write_atomically(cache, stored_json.encode(verdict).encode(), mode=0o600, durable=False)
+        return verdict.accelerator, verdict.reason
 
     def _key(self, version: str) -> str:
         assert self._kernel is not None

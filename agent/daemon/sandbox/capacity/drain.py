@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from agent.common.background import QUICK, BackgroundLoop, Supervisor
 from agent.common.aio import to_the_end
+from agent.common import stored_json
 from agent.common.errors import AgentError
 from agent.common.telemetry import DRAINING, log
 from agent.daemon.sandbox.capacity.node import Node
@@ -26,6 +26,13 @@ class Progress:
 
     remaining: int
     evict_in_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What the next agent is told of a drain; `evict_at` is by `uptime`, None: never."""
+
+    evict_at: float | None
 
 
 class Drain:
@@ -63,7 +70,7 @@ class Drain:
         async with self._changing:
             evict_at = None if evict_after_s is None else uptime() + evict_after_s
             if keep:
-                await self._store.set_fact(_FACT, json.dumps({"evict_at": evict_at}))
+                await self._store.set_fact(_FACT, stored_json.encode(_Kept(evict_at)))
             self._set(why, evict_at)
         log.info("draining", sandboxes=self._left(), evict_after_s=evict_after_s)
 
@@ -85,7 +92,11 @@ class Drain:
     def restore(self) -> None:
         """Goes on with what an earlier agent was told; on another boot of the host, without its deadline."""
         if text := self._store.facts.get(_FACT):
-            evict_at = json.loads(text)["evict_at"]
+            try:
+                evict_at = stored_json.decode(text, _Kept).evict_at
+            except ValueError as error:
+                log.error("the drain's deadline is damaged: it goes on without one", error=str(error))
+                evict_at = None
             self._set("it is drained", None if self._store.rebooted else evict_at)
 
     def _set(self, why: str, evict_at: float | None) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from agent.common import stored_json
 from agent.common.errors import InvalidState
-from agent.common.model import TRANSITIONS, Lifetime, NetSpec, SandboxSpec, SecretSpec, State
+from agent.common.model import TRANSITIONS, NetSpec, SandboxSpec, SecretSpec, State
 
 
 @dataclass(slots=True)
@@ -62,30 +62,13 @@ class Record:
         )
 
     def to_json(self) -> str:
-        """Returns the record as it is kept."""
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        """Return the record as it is kept."""
+        return stored_json.encode(self)
 
     @classmethod
     def from_json(cls, text: str) -> Record:
-        """Returns a record that `to_json` gave. :raises ValueError, KeyError, TypeError: it is not one."""
-        values: dict[str, Any] = json.loads(text)
-        spec = values.pop("spec")
-        lifetime = Lifetime(**spec.pop("lifetime"))
-        net = _net(spec.pop("net", {}))
-        secrets = tuple(_secret(secret) for secret in spec.pop("secrets", ()))
-        phases = [(str(name), float(seconds)) for name, seconds in values.pop("phases")]
-        state = State(values.pop("state"))
-        values["net"] = _net(values.get("net", {}))
-        values["secrets"] = tuple(_secret(secret) for secret in values.get("secrets", ()))
-        volumes = tuple((str(path), str(volume)) for path, volume in spec.pop("volumes", ()))
-        asked = SandboxSpec(lifetime=lifetime, net=net, secrets=secrets, volumes=volumes, **spec)
-        return cls(spec=asked, state=state, phases=phases, **values)
+        """Return the record that `to_json` wrote.
 
-
-def _net(value: dict[str, Any]) -> NetSpec:
-    allow = value.pop("allow", None)
-    return NetSpec(allow=None if allow is None else tuple(allow), **value)
-
-
-def _secret(value: dict[str, Any]) -> SecretSpec:
-    return SecretSpec(hosts=tuple(value.pop("hosts")), **value)
+        :raises ValueError: not JSON, or a field is missing or of another type.
+        """
+        return stored_json.decode(text, cls)

@@ -81,7 +81,7 @@ class Store:
     def _open(self) -> list[Record]:
         try:
             records = self._load()
-        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
+        except (sqlite3.DatabaseError, ValueError) as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise HostError(f"cannot open {self._path}: {error}", reason="STATE_UNAVAILABLE") from error
             records = self._rebuild(error)
@@ -230,7 +230,7 @@ def _copied_records(copies: Path) -> list[Record]:
     for path in sorted(copies.glob(f"*/{_COPY}")):
         try:
             record = Record.from_json(path.read_text())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             log.error("a copy of a record is damaged, too", path=str(path), error=str(error))
             continue
         if record.id == path.parent.name:

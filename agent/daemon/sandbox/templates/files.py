@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from agent.common.errors import HostError
 from agent.daemon.sandbox.machine.vm_shape import Shape
@@ -55,17 +55,27 @@ class Template:
         return self.path / VMM
 
 
+class _File(msgspec.Struct, frozen=True):
+    sha256: str
+    size_bytes: int
+
+
+class _Manifest(msgspec.Struct, kw_only=True):
+    """What is known of the files of a template, as it is kept; `files` by path below the template's directory."""
+
+    schema: int = _SCHEMA
+    shape: Shape
+    image: str
+    create_time: float
+    files: dict[str, _File]
+
+
 def write_manifest(path: Path, shape: Shape, image: str, create_time: float) -> None:
     """Writes the manifest of the files in `path`, makes all of them read-only, and brings them to the disk. Blocks."""
     files = {name: _facts(path / name) for name in _names(path)}
-    manifest = {
-        "schema": _SCHEMA,
-        "shape": dataclasses.asdict(shape),
-        "image": image,
-        "create_time": create_time,
-        "files": files,
-    }
-    (path / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    manifest = _Manifest(shape=shape, image=image, create_time=create_time, files=files)
+    data = msgspec.json.encode(manifest, order="sorted")
+    (path / MANIFEST).write_bytes(msgspec.json.format(data, indent=1) + b"\n")
     for name in (*files, MANIFEST):
         fd = os.open(path / name, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -81,9 +91,9 @@ def _names(path: Path) -> list[str]:
     return sorted(name for name in found if name != MANIFEST)
 
 
-def _facts(path: Path) -> dict[str, object]:
+def _facts(path: Path) -> _File:
     with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size_bytes": path.stat().st_size}
+        return _File(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
 
 
 def publish(draft: Path, path: Path) -> Template:
@@ -101,24 +111,29 @@ def read(path: Path) -> Template:
     return _parse(path, _manifest(path))
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> _Manifest:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        values = msgspec.json.decode((path / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise TemplateDamaged(f"its manifest cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA:
+    if not isinstance(values, dict) or values.get("schema") != _SCHEMA:
         raise TemplateDamaged("its manifest is of another version")
+    try:
+        manifest = msgspec.convert(values, _Manifest)
+    except msgspec.ValidationError as error:
+        raise TemplateDamaged(f"its manifest does not fit: {error}") from error
+    if unknown := set(values["shape"]) - {field.name for field in dataclasses.fields(Shape)}:
+        raise TemplateDamaged(f"its manifest does not fit: a shape has no {', '.join(sorted(unknown))}")
     return manifest
 
 
-def _parse(path: Path, manifest: dict[str, Any]) -> Template:
+def _parse(path: Path, manifest: _Manifest) -> Template:
     try:
-        shape = Shape(**manifest["shape"])
-        size = sum((path / name).stat().st_blocks * 512 for name in manifest["files"])
+        size = sum((path / name).stat().st_blocks * 512 for name in manifest.files)
         last_used = (path / MANIFEST).stat().st_atime
-        return Template(path, shape, str(manifest["image"]), size, float(manifest["create_time"]), last_used)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no path, with a NUL in it say
         raise TemplateDamaged(f"its manifest does not fit: {error}") from error
+    return Template(path, manifest.shape, manifest.image, size, manifest.create_time, last_used)
 
 
 def verified(path: Path, shape: Shape) -> Template:
@@ -130,7 +145,7 @@ def verified(path: Path, shape: Shape) -> Template:
     template = _parse(path, manifest)
     if template.shape != shape:
         raise TemplateDamaged("it is of another VMM, CPU, image or size")
-    for name, expected in manifest["files"].items():
+    for name, expected in manifest.files.items():
         try:
             found = _facts(path / name)
         except OSError as error:

@@ -18,6 +18,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from agent.common.atomic_file import write_atomically
+from agent.common import stored_json
 from agent.common.errors import HostError
 
 _KEY_BYTES, _NONCE_BYTES = 32, 12
@@ -93,9 +94,8 @@ class Vault:
             raise HostError(f"cannot read {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
         try:
             text = AESGCM(self._key).decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], sandbox_id.encode())
-            value = json.loads(text)
-            return Held(value["values"], CaPair(**value["ca"]) if value["ca"] else None)
-        except (InvalidTag, ValueError, KeyError, TypeError):
+            return stored_json.decode(text, Held)
+        except (InvalidTag, ValueError):
             raise HostError(
                 f"{path} cannot be decrypted; delete sandbox {sandbox_id}, or set its secrets anew",
                 reason="STATE_DAMAGED",
@@ -107,8 +107,7 @@ class Vault:
             if not held.values and held.ca is None:
                 path.unlink(missing_ok=True)
                 return
-            ca = None if held.ca is None else {"certificate_pem": held.ca.certificate_pem, "key_pem": held.ca.key_pem}
-            text = json.dumps({"values": dict(held.values), "ca": ca}).encode()
+            text = stored_json.encode(held).encode()
             nonce = os.urandom(_NONCE_BYTES)
             data = nonce + AESGCM(self._key).encrypt(nonce, text, sandbox_id.encode())
             write_atomically(path, data, mode=0o600, durable=True)

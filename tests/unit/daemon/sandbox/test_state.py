@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import os
 import sqlite3
@@ -9,12 +11,90 @@ from pathlib import Path
 
 import pytest
 
+from agent.common.config.settings import Settings
 from agent.common.errors import HostError, InvalidState
-from agent.common.model import TRANSITIONS, Lifetime, State
+from agent.common.model import TRANSITIONS, Lifetime, NetSpec, SandboxSpec, SecretSpec, State
+from agent.daemon.sandbox.capacity.drain import Drain
+from agent.daemon.sandbox.capacity.node import Node
+from agent.daemon.sandbox.machine.vm_shape import Shape
 from agent.daemon.sandbox.state.events import Events, EventType, WatcherTooSlowError
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store, lock_directory
-from tests.support.daemon_fakes import record, spec
+from tests.support.daemon_fakes import VMM, record, spec
+
+# As 0.1.0 wrote it, no field of its default.
+RECORD_OF_0_1_0 = (
+    r'{"id":"sbx-0123456789abcdef","spec":{"image":"default","vcpu_count":2,"memory_bytes":1073741824,'
+    r'"disk_bytes":4294967296,"env":{"A":"\u00e9 \udc80\n"},"labels":{"team":"a"},"lifetime":{"duration_s":60.0,'
+    r'"lease_s":null,"idle_s":30.5},"request_id":"r-1","net":{"allow":["a.example","10.1.0.0/16"],"tenant":"acme",'
+    r'"inspect":true},"secrets":[{"name":"TOKEN","hosts":["api.example","*.b.example:443"],'
+    r'"placeholder":"sbx_secret_0011","in_body":true,"redact":false}],"root":"vol-0123456789abcdef",'
+    r'"volumes":[["/data","vol-fedcba9876543210"]]},"state":"suspended","create_time":1790000000.25,'
+    r'"labels":{"team":"b"},"image_digest":"abababababababababababababababababababababababababababababababab",'
+    r'"expire_time":1790000060.25,"expire_uptime":12345.5,"error":"why","vmm":"qemu 8.2","phases":[["disk",0.5],'
+    r'["boot",1.0]],"token":{"pid":"12","started":"34"},"template":"0f0f0f0f0f0f0f0f","shape":{"image_digest":"ab",'
+    r'"vcpu_count":2,"memory_bytes":1124073472,"cmdline":"quiet","snapshot_key":"k","link":"vsock","slots":2},'
+    r'"parent":"sbx-aaaaaaaaaaaaaaaa","slot":7,"uid":1900000003,"rules":"00ff00ff00ff00ff","net":{"allow":null,'
+    r'"tenant":"acme","inspect":false},"secrets":[{"name":"TOKEN","hosts":["api.example","*.b.example:443"],'
+    r'"placeholder":"sbx_secret_0011","in_body":true,"redact":false},{"name":"B","hosts":[],"placeholder":"p",'
+    r'"in_body":false,"redact":true}],"denials":{"not_allowed":3},'
+    r'"fingerprint":"cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd","standing":true}'
+)
+
+
+def test_a_record_of_0_1_0_is_read_and_written_as_it_was() -> None:
+    kept = Record.from_json(RECORD_OF_0_1_0)
+    secret = SecretSpec("TOKEN", ("api.example", "*.b.example:443"), "sbx_secret_0011", in_body=True, redact=False)
+    assert kept == Record(
+        id="sbx-0123456789abcdef",
+        spec=SandboxSpec(
+            "default", 2, 1 << 30, 4 << 30, env={"A": "\u00e9 \udc80\n"}, labels={"team": "a"},
+            lifetime=Lifetime(duration_s=60.0, idle_s=30.5), request_id="r-1",
+            net=NetSpec(("a.example", "10.1.0.0/16"), "acme", inspect=True), secrets=(secret,),
+            root="vol-0123456789abcdef", volumes=(("/data", "vol-fedcba9876543210"),),
+        ),
+        state=State.SUSPENDED, create_time=1790000000.25, labels={"team": "b"}, image_digest="ab" * 32,
+        expire_time=1790000060.25, expire_uptime=12345.5, error="why", vmm="qemu 8.2",
+        phases=[("disk", 0.5), ("boot", 1.0)], token={"pid": "12", "started": "34"}, template="0f" * 8,
+        shape=dataclasses.asdict(Shape("ab", 2, 1124073472, "quiet", "k", "vsock", 2)), parent="sbx-aaaaaaaaaaaaaaaa",
+        slot=7, uid=1900000003, rules="00ff" * 4, net=NetSpec(None, "acme"),
+        secrets=(secret, SecretSpec("B", (), "p")), denials={"not_allowed": 3}, fingerprint="cd" * 32, standing=True,
+    )  # fmt: skip
+    assert kept.to_json() == RECORD_OF_0_1_0
+    assert set(json.loads(RECORD_OF_0_1_0)) == {field.name for field in dataclasses.fields(Record)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "null", "{}", "[" * 100_000, RECORD_OF_0_1_0[:-1],
+        RECORD_OF_0_1_0.replace('"suspended"', '"asleep"'), RECORD_OF_0_1_0.replace('"vcpu_count":2,', "", 1),
+        RECORD_OF_0_1_0.replace('"vcpu_count":2', '"vcpu_count":"2"'),
+        RECORD_OF_0_1_0.replace('"slot":7', '"slot":"7"'),
+        RECORD_OF_0_1_0.replace('"pid":"12"', '"pid":12'), RECORD_OF_0_1_0.replace("0.5]", '"half"]'),
+        RECORD_OF_0_1_0.replace('"standing":true', '"standing":1'), RECORD_OF_0_1_0.replace('"state"', '"status"'),
+    ],
+)  # fmt: skip
+def test_what_is_no_record(text: str) -> None:
+    assert text != RECORD_OF_0_1_0
+    with pytest.raises(ValueError, match=r"."):
+        Record.from_json(text)
+
+
+async def test_a_damaged_deadline_does_not_end_a_drain(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state.db", tmp_path / "sandboxes")
+    await store.open()
+    for text, expected in (
+        ('{"evict_at": 1e15}', True), ('{"evict_at":null}', False), ("{", False), ('{"evict_at": "soon"}', False),
+    ):  # fmt: skip
+        await store.set_fact("drain", text)
+        draining = Node(Settings(), VMM)
+        drain = Drain(draining, store, lambda: 1, lambda: asyncio.sleep(0))
+        drain.restore()
+        assert draining.draining == "it is drained"
+        assert (drain._eviction is not None) == expected
+        await drain.aclose()
+    await store.aclose()
 
 
 def test_a_record_survives_its_json() -> None:

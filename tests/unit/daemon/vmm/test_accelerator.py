@@ -102,7 +102,9 @@ async def test_another_kernel_or_version_is_tried_again(bench: Bench) -> None:
     assert len(bench.caches()) == 3
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "7", "null", '"x"'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "{}", "[]", "7", "null", '"x"', '{"accelerator": "tgc", "reason": ""}', '{"accelerator": "tcg"}']
+)
 async def test_a_broken_verdict_is_tried_again(bench: Bench, text: str) -> None:
     bench.qemu(BOOTS)
     await bench.choose()
