@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from agent.common.errors import HostError
 
@@ -146,18 +147,14 @@ class Cgroups:
     def remove(self, sandbox_id: str) -> None:
         """Ends what is left in the group of a sandbox, and removes it; absence is success. :raises HostError:"""
         group = self.path(sandbox_id)
-        deadline = time.monotonic() + _END_S
-        while group is not None:
-            try:
-                group.rmdir()
-            except FileNotFoundError:
-                return
-            except OSError as error:
-                if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                    raise HostError(f"cannot remove {group}: {error.strerror}", reason="REMOVE_FAILED") from error
-            with contextlib.suppress(OSError):  # gone, or a kernel before 5.14: what is left is found by its arguments
-                (group / "cgroup.kill").write_text("1")
-            time.sleep(_LOOK_S)
+        if group is None:
+            return
+        busy = retry_if_exception(lambda error: isinstance(error, OSError) and error.errno == errno.EBUSY)
+        removing = Retrying(retry=busy, wait=wait_fixed(_LOOK_S), stop=stop_after_delay(_END_S), reraise=True)
+        try:
+            removing(_remove, group)
+        except OSError as error:
+            raise HostError(f"cannot remove {group}: {error.strerror}", reason="REMOVE_FAILED") from error
 
     def out_of_memory(self, sandbox_id: str) -> bool:
         """Whether the kernel has ended a process of the sandbox for lack of memory; False where that is not counted."""
@@ -175,6 +172,18 @@ class Cgroups:
         if self.directory is not None:
             with contextlib.suppress(OSError):
                 self.directory.rmdir()
+
+
+def _remove(group: Path) -> None:
+    """Remove a group, or end the processes that keep it busy. :raises OSError: it is still there."""
+    try:
+        group.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError:
+        with contextlib.suppress(OSError):  # gone, or a kernel before 5.14: what is left is found by its arguments
+            (group / "cgroup.kill").write_text("1")
+        raise
 
 
 def _hand_on(root: Path, directory: Path) -> Iterable[str]:

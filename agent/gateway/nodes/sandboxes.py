@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
+from tenacity import AsyncRetrying, retry_if_exception, wait_fixed
 
 from agent.common.aio import quietly
 from agent.common.api_client import opened
@@ -24,6 +25,7 @@ from agent.gateway.nodes.nodes import NodeLink, Nodes
 from sandboxd.v1 import sandbox_pb2 as pb
 
 _RENEW_S = LEASE_S / 4
+_RETRY_S = 1.0
 _TRY_ANOTHER = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 _MAX_EXTENSION_S = 30 * 60
 
@@ -209,23 +211,19 @@ class Sandboxes:
             log.warning("sandbox not deleted", sandbox_id=sandbox_id, code=error.code().name)
 
     async def keep_alive(self, attachment: Attachment, max_lifetime_s: int) -> None:
-        """Renews the lease of a session's sandbox until cancelled, or until it has none any more."""
-        deadline = time.monotonic() + max_lifetime_s if max_lifetime_s else None
-        while deadline is None or time.monotonic() < deadline:
-            call = opened(attachment.api.sandboxes.KeepAlive)
-            try:
-                while deadline is None or time.monotonic() < deadline:
-                    await call.write(pb.KeepAliveRequest(id=attachment.id))
-                    await call.read()
-                    await asyncio.sleep(_RENEW_S)
-            except grpc.aio.AioRpcError as error:
-                if error.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND):
-                    return
-                await asyncio.sleep(1)  # the node is being restarted
-            finally:
-                call.cancel()
-        log.info("session is over by its token", sandbox_id=attachment.id)
-        await self._delete(attachment.link, attachment.id)
+        """Renew the lease of a session's sandbox until cancelled, or until it has none any more.
+
+        :param max_lifetime_s: of the session, after which the sandbox is deleted; 0: no limit.
+        """
+        again = AsyncRetrying(retry=retry_if_exception(_may_come_back), wait=wait_fixed(_RETRY_S), reraise=True)
+        try:
+            async with asyncio.timeout(max_lifetime_s or None):
+                await again(_renew, attachment)
+        except grpc.aio.AioRpcError:
+            return
+        except TimeoutError:
+            log.info("session is over by its token", sandbox_id=attachment.id)
+            await self._delete(attachment.link, attachment.id)
 
     def end_session(self, attachment: Attachment) -> None:
         """Ends the sandbox of a session whose client has left, unless it was given another lifetime meanwhile."""
@@ -242,3 +240,21 @@ class Sandboxes:
     def abandon(self, attachment: Attachment) -> None:
         """Ends a sandbox that its creator never got to know."""
         self._spawn(self._delete(attachment.link, attachment.id))
+
+
+async def _renew(attachment: Attachment) -> None:
+    """Renew a lease over one stream for ever. :raises grpc.aio.AioRpcError: the stream has ended."""
+    call = opened(attachment.api.sandboxes.KeepAlive)
+    try:
+        while True:
+            await call.write(pb.KeepAliveRequest(id=attachment.id))
+            await call.read()
+            await asyncio.sleep(_RENEW_S)
+    finally:
+        call.cancel()
+
+
+def _may_come_back(error: BaseException) -> bool:
+    """Whether a lease can be renewed again later: its node is being restarted."""
+    gone = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND)
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() not in gone
