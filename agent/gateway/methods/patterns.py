@@ -1,6 +1,10 @@
 """Patterns of clients: JavaScript regular expressions and globs, as compiled `regex` patterns.
 
 Patterns are searched in `_TIMEOUT_S` at most each, since a hostile one can take for ever.
+
+Globs are those of Deno's @std/path (globToRegExp), and wcmatch 12 cannot replace this module: a differential test
+found 1 to 3 % of random pairs that differ. In wcmatch, `a/` does not match "a", `*` matches neither "." nor "", `{}`
+stands for itself, and a backslash at the end for nothing. Nor has it a time limit for a match.
 """
 
 from __future__ import annotations
