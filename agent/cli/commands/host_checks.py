@@ -18,6 +18,7 @@ from agent.daemon.host import cgroup
 if TYPE_CHECKING:
     from agent.common.config.settings import Settings
 
+_SHOWN_USERS = 5
 _SBIN = f"{os.defpath}:/usr/sbin:/sbin"
 
 
@@ -52,7 +53,7 @@ def host_checks(settings: Settings) -> list[Check]:
     """Returns the checks that need no more than a look, in the order of the report."""
     return [
         _kernel(), _cpus(), _memory(settings), _root(), _kvm(settings), _tun(), _nftables(), _uplink(settings),
-        *_vsock(settings), _ext4(),
+        _pools(settings), *_vsock(settings), _ext4(),
         _builder("mkfs.erofs", "erofs-utils"), _builder("mmdebstrap", "mmdebstrap"), _cgroup(),
     ]  # fmt: skip
 
@@ -146,6 +147,21 @@ def _uplink(settings: Settings) -> Check:
     if Path("/run/netns", name).exists():
         return Check("uplink", Status.OK, f"sandboxes leave through the network namespace {name}")
     return Check("uplink", Status.MISSING, f"egress.uplink: there is no namespace {name}", f"ip netns add {name}")
+
+
+def _pools(settings: Settings) -> Check:
+    from agent.daemon.network.kernel import pool_users
+    from agent.daemon.network.kernel.pool import Pool
+
+    ranges = f"{settings.egress.pool_ipv4} and {settings.egress.pool_ipv6}"
+    try:
+        found = pool_users.find(settings.egress.uplink, Pool(settings.egress.pool_ipv4, settings.egress.pool_ipv6))
+    except AgentError as error:
+        return Check("address pools", Status.WARN, error.message, "run as root" if os.geteuid() else "")
+    if found:
+        detail = f"sandboxes get addresses of {ranges}, which others use: {', '.join(found[:_SHOWN_USERS])}"
+        return Check("address pools", Status.WARN, detail, "set egress.pool_ipv4 and egress.pool_ipv6 to free ranges")
+    return Check("address pools", Status.OK, f"nothing else uses {ranges}")
 
 
 def _vsock(settings: Settings) -> list[Check]:

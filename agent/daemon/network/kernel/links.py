@@ -10,11 +10,12 @@ from agent.daemon.network.kernel.pool import Pair
 from agent.daemon.network.kernel.ruleset import MARK, ROUTE_TABLE, UPLINK
 
 PREFIX4, PREFIX6 = 31, 127
+OUTER_PREFIX = "sbx"  # of the names of links in the uplink namespace
 
 
 def outer_name(slot: int) -> str:
     """Returns the name of a slot's link in the uplink namespace."""
-    return f"sbx{slot}"
+    return f"{OUTER_PREFIX}{slot}"
 
 
 def _families() -> list[int]:
