@@ -131,7 +131,7 @@ def _setup_logs(logs: LogSettings) -> None:
 
 
 class LoopTelemetry:
-    """Log and metrics of background loops; see `agent.common.background.Observer`. Both metrics have the label `loop`."""
+    """Log and metrics of background loops, with the label `loop`; see `agent.common.background.Observer`."""
 
     def __init__(self, failures: Counter, failing: Gauge) -> None:
         self._failures = failures

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from agent.common.atomic_file import write_atomically
 from agent.common import stored_json
+from agent.common.atomic_file import write_atomically
 from agent.common.errors import VmmError
 from agent.daemon.host.capture import stdout_of
 

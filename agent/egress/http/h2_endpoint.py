@@ -81,7 +81,8 @@ def stay_open(connection: h2.connection.H2Connection) -> None:
     """Keep the streams of `connection` alive after a received GOAWAY (RFC 9113, 6.8), at which h2 closes all of it.
 
     h2 has no setting for that, so this rewrites its private transition table, for one connection. It is the only place
-    that does; pyproject.toml pins the versions of h2 whose table was tested (tests/unit/egress/test_egress_h2_table.py).
+    that does; pyproject.toml pins the versions of h2 whose table was tested
+    (tests/unit/egress/test_egress_h2_table.py).
     """
     machine = connection.state_machine
     goaway = h2.connection.ConnectionInputs.RECV_GOAWAY

@@ -1,7 +1,8 @@
 """Who else uses the addresses of egress.pool_ipv4 and egress.pool_ipv6: a look at the uplink's addresses and routes.
 
 Read with pyroute2, which takes half a second to load and 17 MB: for commands, not for the daemon, which makes its own
-messages (`agent.daemon.network.kernel.rtnetlink`). Its functions for namespaces fork, so a thread of our own enters the uplink.
+messages (`agent.daemon.network.kernel.rtnetlink`). Its functions for namespaces fork, so a thread of our own enters the
+uplink.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from agent.common.background import QUICK, BackgroundLoop, Supervisor
-from agent.common.aio import to_the_end
 from agent.common import stored_json
+from agent.common.aio import to_the_end
+from agent.common.background import QUICK, BackgroundLoop, Supervisor
 from agent.common.errors import AgentError
 from agent.common.telemetry import DRAINING, log
 from agent.daemon.sandbox.capacity.node import Node

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from agent.common.atomic_file import write_atomically
 from agent.common.aio import to_the_end
+from agent.common.atomic_file import write_atomically
 from agent.common.errors import HostError, InvalidState
 from agent.common.telemetry import STATE_REBUILT, log
 from agent.daemon.sandbox.state.record import Record

@@ -17,8 +17,8 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from agent.common.atomic_file import write_atomically
 from agent.common import stored_json
+from agent.common.atomic_file import write_atomically
 from agent.common.errors import HostError
 
 _KEY_BYTES, _NONCE_BYTES = 32, 12

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 
+from agent.common.background import Supervisor
 from agent.common.config.paths import Paths
 from agent.common.errors import AgentError, HostError, InvalidState, ResourceExhausted
 from agent.common.model import Lifetime, NetSpec, SecretSpec, State
@@ -26,7 +27,7 @@ from agent.daemon.sandbox.recovery import reconcile
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
 from agent.daemon.storage.secrets.vault import Vault
-from tests.support.daemon_fakes import Bench, FakeChannel, FakeVm, bench, record, settings, spec
+from tests.support.daemon_fakes import Bench, FakeChannel, FakeVm, SilentObserver, bench, record, settings, spec
 
 CLOSED = NetSpec(allow=())
 OPEN = NetSpec(allow=("b.example",))
@@ -251,7 +252,7 @@ async def test_rules_of_the_kernel_are_put_back_while_no_egress_process_runs(tmp
             raise HostError("the egress process does not run")
 
     chosen = settings(tmp_path)
-    network, kernel = SandboxNetwork(chosen, Paths.of(chosen), Vault(tmp_path)), Kernel()
+    network, kernel = SandboxNetwork(chosen, Paths.of(chosen), Vault(tmp_path), Supervisor(SilentObserver())), Kernel()
     vars(network).update(_networks=kernel, _egress=Gone())
     kernel.loaded = ("the rules of another policy",)
     kept = record(net=CLOSED)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.common.background import Supervisor
 from agent.common.config.settings import Settings
 from agent.common.errors import HostError, InvalidState
 from agent.common.model import TRANSITIONS, Lifetime, NetSpec, SandboxSpec, SecretSpec, State
@@ -20,7 +21,7 @@ from agent.daemon.sandbox.machine.vm_shape import Shape
 from agent.daemon.sandbox.state.events import Events, EventType, WatcherTooSlowError
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store, lock_directory
-from tests.support.daemon_fakes import VMM, record, spec
+from tests.support.daemon_fakes import VMM, SilentObserver, record, spec
 
 # As 0.1.0 wrote it, no field of its default.
 RECORD_OF_0_1_0 = (
@@ -88,11 +89,12 @@ async def test_a_damaged_deadline_does_not_end_a_drain(tmp_path: Path) -> None:
         ('{"evict_at": 1e15}', True), ('{"evict_at":null}', False), ("{", False), ('{"evict_at": "soon"}', False),
     ):  # fmt: skip
         await store.set_fact("drain", text)
-        draining = Node(Settings(), VMM)
-        drain = Drain(draining, store, lambda: 1, lambda: asyncio.sleep(0))
-        drain.restore()
-        assert draining.draining == "it is drained"
-        assert (drain._eviction is not None) == expected
+        async with Supervisor(SilentObserver()) as supervisor:
+            draining = Node(Settings(), VMM, supervisor)
+            drain = Drain(draining, store, lambda: 1, lambda: asyncio.sleep(0), supervisor)
+            drain.restore()
+            assert draining.draining == "it is drained"
+            assert (drain._eviction is not None) == expected
         await drain.aclose()
     await store.aclose()
 
