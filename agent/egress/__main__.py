@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib
 import os
 import socket
 import sys
@@ -16,8 +15,10 @@ from pathlib import Path
 
 from agent.common import systemd
 from agent.common.background import QUICK, Supervisor
+from agent.common.ca import LocalCa
 from agent.common.config.settings import load
 from agent.common.errors import AgentError
+from agent.common.policy.hosts import normalise
 from agent.egress import privileges
 from agent.egress.control import Control
 from agent.egress.dns.resolver import Resolver, load_all, system_resolvers
@@ -81,10 +82,14 @@ async def _run(arguments: argparse.Namespace, interceptor: Interceptor) -> None:
 
 
 def _load_all() -> None:
-    """Loads the code that would be loaded by its first use: another user may not be allowed to read it."""
+    """Load the code that its first use would load: the user that the process becomes may not be allowed to read it.
+
+    What a library loads at its first use is a detail of the library, so each such use is made once, and not listed.
+    """
     load_all()
-    "example".encode("idna")
-    importlib.import_module("idna")
+    "example".encode("idna")  # the codec of socket and ssl
+    normalise("bücher.example")  # the tables of idna
+    LocalCa.generate("none").context("example", ("h2",))  # keys, signatures and certificates
 
 
 def main() -> int:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shlex
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
+from agent.common.model import SecretSpec
+from agent.daemon.network.egress import supervisor
 from sandboxd.v1 import sandbox_pb2 as pb
 from tests.support.daemon import AGENT, Daemon, connected, daemon_with, refused, start_daemon
 from tests.support.egress import Box, policy
 from tests.support.internet import zone
 from tests.support.internet.internet import Internet
 from tests.support.internet.zone import EVIL, WEB
+from tests.support.netguest import guest_net
 from tests.tools.reliability import Reliability
 
 pytestmark = pytest.mark.vm
@@ -26,8 +33,6 @@ ECHO = f"web.example:{zone.ECHO_PORT}"
 
 
 def egress_pid(daemon: Daemon) -> int:
-    import json
-
     return int(json.loads((daemon.run_dir / "egress.json").read_text())["pid"])
 
 
@@ -100,6 +105,45 @@ async def test_it_is_nobody_and_may_do_nothing(net_daemon: Daemon) -> None:
     assert status["Groups"].strip() == ""
     assert all(int(status[name], 16) == 0 for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"))
     assert status["NoNewPrivs"] == "1"
+
+
+@pytest.fixture
+def unreadable_code(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the egress process run from a checkout below a directory of mode 0700, as /root is on Debian.
+
+    The mounts are in a namespace of the process's own, and end with it.
+    """
+    closed = directory / "closed"
+    closed.mkdir(mode=0o700)
+    mounts = {Path(__file__).parents[2]: closed / "code", Path(sys.prefix): closed / "venv"}
+    lines = ["#!/bin/sh -e", 'test -n "$IN_OWN_NAMESPACE" || IN_OWN_NAMESPACE=1 exec unshare --mount "$0" "$@"']
+    for source, target in mounts.items():
+        target.mkdir()
+        lines.append(shlex.join(["mount", "--bind", str(source), str(target)]))
+    lines += [f"cd {shlex.quote(str(closed / 'code'))}", f'exec {shlex.quote(str(closed / "venv/bin/python"))} "$@"']
+    script = directory / "python"
+    script.write_text("\n".join(lines) + "\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(script)))
+
+
+@pytest.mark.usefixtures("unreadable_code")
+async def test_it_needs_no_code_once_it_is_nobody(internet: Internet) -> None:
+    """A lookup, an opened connection, and a name that is not ASCII each use code of a library's own choice."""
+    secret = SecretSpec("KEY", ("web.example",), "sbx_secret_0123456789", redact=False)
+    async with guest_net(internet) as net:
+        guest = await net.guest(["web.example", "bücher.example"], secrets={"KEY": (secret, "v" * 20)})
+        pid = int(json.loads((net.directory / "run" / "egress.json").read_text())["pid"])
+        assert os.readlink(f"/proc/{pid}/cwd").endswith("/closed/code")
+        assert await guest.resolve("web.example") == [WEB]
+        assert await guest.resolve("xn--bcher-kva.example") == ["45.0.0.13"]
+        order = await net.network.trust(guest.record)
+        assert order is not None
+        trusted = guest.trust(internet, str(order["certificate"]))
+        reader, writer = await guest.open("web.example", 443, tls=trusted)
+        writer.write(b"GET / HTTP/1.1\r\nHost: web.example\r\nConnection: close\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        writer.close()
 
 
 async def test_a_change_of_policy_ends_what_it_does_not_allow(box: Box) -> None:

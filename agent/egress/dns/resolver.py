@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import cast
 
+import dns.asyncbackend
 import dns.asyncquery
 import dns.exception
 import dns.flags
@@ -35,6 +36,8 @@ _MAX_TTL_S = 3600.0
 _NEGATIVE_TTL_S = 5.0
 _MAX_ADDRESSES = 64  # of one name and family; more only cost
 _MAX_IN_FLIGHT = 512
+# Chosen here: dnspython would look for the event loop's library at each query, and load its code at the first one.
+_BACKEND = dns.asyncbackend.get_backend("asyncio")
 
 
 class ResolveError(Exception):
@@ -171,7 +174,7 @@ class Resolver:
             question = dns.message.make_query(dns.name.from_text(name), kind, use_edns=0, payload=1232)
             try:
                 message, _ = await dns.asyncquery.udp_with_fallback(
-                    question, host, self._timeout_s, port, ignore_unexpected=True, ignore_errors=True
+                    question, host, self._timeout_s, port, ignore_unexpected=True, ignore_errors=True, backend=_BACKEND
                 )
             except dns.exception.Timeout:
                 why = "timeout"
