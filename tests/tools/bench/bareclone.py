@@ -10,7 +10,6 @@ import asyncio
 import base64
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import socket
@@ -21,7 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from agent.common.config.paths import Paths
 from agent.common.config.settings import load
@@ -41,30 +39,11 @@ from guest.wire import Frame, FrameReader
 from guest.yamux import Session
 from tests.support import leaks
 from tests.support.daemon import Daemon
+from tests.tools.bench.qmp import Qmp
 
 _NAMES = ("link", "console", "qmp")
 _DISK_BYTES = 1 << 30
 _TIMEOUT_S = 60.0
-
-
-class _Qmp:
-    """The control socket, a command at a time (QEMU's docs/interop/qmp-spec)."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._lines = sock.makefile("rwb")
-        self._lines.readline()  # the greeting
-        self.execute("qmp_capabilities")
-
-    def execute(self, command: str, **arguments: object) -> dict[str, Any]:
-        arguments = {name.replace("_", "-"): value for name, value in arguments.items()}
-        self._lines.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        self._lines.flush()
-        while True:
-            answer: dict[str, Any] = json.loads(self._lines.readline())
-            if "return" in answer:
-                return dict(answer["return"])
-            if "error" in answer:
-                raise SystemExit(f"QEMU refuses {command}: {answer['error']}")
 
 
 class _Guest:
@@ -127,7 +106,7 @@ class BareClone:
     def _run(self, spec: VmSpec, directory: Path) -> dict[str, float]:
         times = [time.perf_counter()]
         with _vmm(spec, directory) as sockets:
-            self._restore(_Qmp(sockets["qmp"]), spec)
+            self._restore(Qmp(sockets["qmp"]), spec)
             times.append(time.perf_counter())
             guest = _Guest(sockets["link"])
             times.append(time.perf_counter())
@@ -139,7 +118,7 @@ class BareClone:
         steps = [(after - before) * 1000 for before, after in itertools.pairwise(times)]
         return {**dict(zip(("vmm", "answer", "configure", "echo"), steps, strict=True)), "total": sum(steps)}
 
-    def _restore(self, qmp: _Qmp, spec: VmSpec) -> None:
+    def _restore(self, qmp: Qmp, spec: VmSpec) -> None:
         capabilities = [{"capability": "x-ignore-shared", "state": True}]
         qmp.execute("migrate-set-capabilities", capabilities=capabilities)
         qmp.execute("migrate-incoming", uri=f"file:{self._template.vmm / 'state'}")

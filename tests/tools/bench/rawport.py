@@ -1,6 +1,7 @@
 """The raw rate of a running VM's link: one more port on its virtio-serial device, with nothing but bytes on it.
 
-The port is plugged in through the VMM's control socket. In the guest a Python loop, like the guest's init but without
+The port is plugged in through the VMM's control socket, and so is the descriptor of its host's end: a VMM sees no
+directory in which it could make a socket. In the guest a Python loop, like the guest's init but without
 processes, calls and frames, reads or writes it; on the host a Python loop does the other half.
 """
 
@@ -12,11 +13,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from agent.daemon.vmm.qemu.qmp import Qmp
 from tests.tools.bench.harness import Target
+from tests.tools.bench.qmp import Qmp
 
 _NAME = "bench"
 _BLOCK_BYTES = 256 << 10
+_TIMEOUT_S = 60.0
 _FIND = f"""
 import os
 ports = "/sys/class/virtio-ports"
@@ -130,19 +132,23 @@ class RawPort:
             raise SystemExit("the guest's end of the raw port failed")
 
 
+def _plug_in(qmp_path: str, guests_end: int) -> None:
+    with socket.socket(socket.AF_UNIX) as control:
+        control.settimeout(_TIMEOUT_S)
+        control.connect(qmp_path)
+        qmp = Qmp(control)
+        qmp.pass_fd(_NAME, guests_end)
+        address = {"type": "fd", "data": {"str": _NAME}}
+        qmp.execute("chardev-add", id=_NAME, backend={"type": "socket", "data": {"addr": address, "server": False}})
+        qmp.execute("device_add", driver="virtserialport", chardev=_NAME, name=_NAME, id=_NAME)
+
+
 @asynccontextmanager
 async def raw_port(target: Target) -> AsyncIterator[RawPort]:
-    """Plugs the port in; it goes with the VM."""
-    path = str(target.run_dir / f"{_NAME}.sock")
-    address = {"type": "unix", "data": {"path": path}}
-    qmp = await Qmp.connect(str(target.run_dir / "qmp.sock"))
-    try:
-        backend = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
-        await qmp.execute("chardev-add", id=_NAME, backend=backend)
-        await qmp.execute("device_add", driver="virtserialport", chardev=_NAME, name=_NAME, id=_NAME)
-    finally:
-        qmp.close()
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(60)
-        sock.connect(path)
-        yield RawPort(target, sock)
+    """Plug the port in; it goes with the VM."""
+    ours, guests = socket.socketpair()
+    with ours:
+        with guests:
+            await asyncio.to_thread(_plug_in, str(target.run_dir / "qmp.sock"), guests.fileno())
+        ours.settimeout(_TIMEOUT_S)
+        yield RawPort(target, ours)
