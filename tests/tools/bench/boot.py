@@ -10,18 +10,40 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import psutil
 
 from sandboxd.v1 import node_pb2, process_pb2, sandbox_pb2
 from tests.support.client import MIB, Client
 from tests.tools.bench import bareclone
+from tests.tools.bench.figures import Figure, Range
 from tests.tools.bench.harness import Report, delete, describe_machine, own_daemon, percentile
 
+FIGURES: tuple[Figure, ...] = (
+    Figure("create_ms_p50", "ms", "CreateSandbox to the first byte of echo, one CPU, median"),
+    Figure("create_ms_p95", "ms", "CreateSandbox to the first byte of echo, one CPU, 95th percentile"),
+    Figure("create_2cpu_ms_p50", "ms", "CreateSandbox to the first byte of echo, two CPUs, median"),
+    Figure("create_vs_bare", "ratio", "a create, over a script that restores the same template without an agent"),
+    Figure("agent_share_ms_p50", "ms", "of a create, what neither VMM nor guest took, median", range=Range.DIFFERENCE),
+    Figure("agent_share_ms_p99", "ms", "of a create, what neither VMM nor guest took, 99th percentile",
+           range=Range.DIFFERENCE),
+    Figure("cold_boot_ms_p50", "ms", "a create without a template to the first byte of echo, median"),
+    Figure("clone_pss_mib", "MiB", "proportional memory of a clone, of 30"),
+    Figure("burst32_failed", "sandboxes", "creates that failed, of 32 at once", range=Range.COUNT),
+)  # fmt: skip
 MEMORY_BYTES = 256 * MIB
-_TIMES_AT_ONCE = (1, 8, 32)
-_CLONES = (1, 10, 30)
-_BURST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """:param at_once: how many creates at one time, the burst last. :param clones: how many clones share memory."""
+
+    at_once: tuple[int, ...]
+    clones: tuple[int, ...]
+
+
+_SIZES, _SMALL_SIZES = _Sizes((1, 8, 32), (1, 10, 30)), _Sizes((1, 2), (1, 2))
 _ECHO = ("/bin/echo", "hi")
 _ROOM = {"node__cpu_overcommit": "64", "node__memory_overcommit": "4"}
 # The phases of a create in which the VMM or the guest is at work; all else is the agent's own share.
@@ -87,7 +109,7 @@ async def _many(client: Client, count: int) -> AsyncIterator[list[sandbox_pb2.Sa
         await asyncio.gather(*(delete(client, sandbox_id) for sandbox_id in ids))
 
 
-async def _series(report: Report, rounds: int) -> None:
+async def _series(report: Report) -> None:
     """Cold boots, bare clones, and creates, in turns."""
     async with (
         own_daemon(**_ROOM) as (daemon, client),
@@ -97,7 +119,7 @@ async def _series(report: Report, rounds: int) -> None:
         await _warm(client, 1)
         await _warm(client, 2)
         bare = bareclone.BareClone(daemon)
-        for _ in range(rounds):
+        for _ in range(report.rounds):
             sandbox, _, seconds = await _create(cold_client)
             report.add("cold boot to first byte, ms", seconds * 1000)
             await delete(cold_client, sandbox.id)
@@ -116,21 +138,20 @@ async def _series(report: Report, rounds: int) -> None:
             await delete(client, sandbox.id)
 
 
-async def _at_once(report: Report) -> None:
+async def _at_once(report: Report, counts: tuple[int, ...]) -> None:
     async with own_daemon(**_ROOM) as (_, client):
         await _warm(client, 1)
-        for count in _TIMES_AT_ONCE:
+        for count in counts:
             begun = time.perf_counter()
             async with _many(client, count) as made:
                 report.add(f"{count} at once, all there, ms", (time.perf_counter() - begun) * 1000)
                 failed = sum(isinstance(one, BaseException) for one in made)
-            if count == _BURST:
-                report.figures["burst32_failed"] = failed
+        report.figures["burst32_failed"] = failed
 
 
-async def _memory(report: Report) -> None:
+async def _memory(report: Report, counts: tuple[int, ...]) -> None:
     """Proportional set sizes: shared pages count by their share."""
-    for count in _CLONES:
+    for count in counts:
         async with own_daemon(**_ROOM) as (daemon, client):
             await _warm(client, 1)
             async with _many(client, count) as made:
@@ -146,11 +167,12 @@ async def _memory(report: Report) -> None:
                 report.add(f"memory of the agent, {count} clones, MiB", agent.pss / MIB)
 
 
-async def measure(report: Report, rounds: int) -> None:
-    """Adds the figures of a create; see the module."""
-    await _series(report, rounds)
-    await _at_once(report)
-    await _memory(report)
+async def measure(report: Report) -> None:
+    """Measure creates; see FIGURES."""
+    sizes = _SMALL_SIZES if report.small else _SIZES
+    await _series(report)
+    await _at_once(report, sizes.at_once)
+    await _memory(report, sizes.clones)
     creates, shares = (report.series[name] for name in ("create to first byte, ms", "the agent's own share, ms"))
     report.figures |= {
         "create_ms_p50": percentile(creates, 50),
@@ -160,5 +182,5 @@ async def measure(report: Report, rounds: int) -> None:
         "agent_share_ms_p50": percentile(shares, 50),
         "agent_share_ms_p99": percentile(shares, 99),
         "cold_boot_ms_p50": report.median("cold boot to first byte, ms"),
-        "clone_pss_mib": report.median(f"memory of a clone, {_CLONES[-1]} there, MiB"),
+        "clone_pss_mib": report.median(f"memory of a clone, {sizes.clones[-1]} there, MiB"),
     }

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -26,15 +27,43 @@ from tests.support.internet import internet, zone
 from tests.support.internet.internet import Internet
 from tests.support.netguest import Guest, guest_net
 from tests.tools.bench.egress_ends import BYTE_PORT, STREAM_PORT, TLS_PORT
+from tests.tools.bench.figures import Better, Figure, Range
 from tests.tools.bench.harness import Report
 
 MITMPROXY = "mitmproxy==11.0.2"  # the last one for Python 3.11
 _MITM_PORT = 8080
-_STREAM_BYTES, _SLOW_STREAM_BYTES = 512 << 20, 64 << 20
-_TLS_BYTES, _SLOW_TLS_BYTES = 128 << 20, 32 << 20
-_CONNECTIONS, _SLOW_CONNECTIONS, _ROUND_TRIPS = 300, 60, 500
 _READY_S = 60.0
 NAME = "web.example"
+FIGURES: tuple[Figure, ...] = (
+    Figure("splice_vs_mitmproxy", "ratio", "rate of one spliced connection, over mitmproxy's", Better.HIGHER),
+    Figure("splice_vs_direct", "ratio", "rate of one spliced connection, over a routed one's", Better.HIGHER),
+    Figure("intercept_vs_mitmproxy", "ratio", "rate of an opened HTTPS connection, over mitmproxy's", Better.HIGHER),
+    Figure("intercept_vs_direct", "ratio", "rate of an opened HTTPS connection, over a routed one's", Better.HIGHER),
+    Figure("conns_vs_mitmproxy", "ratio", "new connections per second, over mitmproxy's", Better.HIGHER),
+    Figure(
+        "added_latency_ms", "ms", "a connection with one byte there and back, less a direct one",
+        range=Range.DIFFERENCE,
+    ),
+    Figure(
+        "added_round_trip_ms", "ms", "one byte there and back on an open connection, less a direct one",
+        range=Range.DIFFERENCE,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What one round moves through each way."""
+
+    stream_bytes: int
+    tls_bytes: int
+    connections: int
+    round_trips: int
+
+
+_SIZES = _Sizes(stream_bytes=512 << 20, tls_bytes=128 << 20, connections=300, round_trips=500)
+_SLOW_SIZES = _Sizes(stream_bytes=64 << 20, tls_bytes=32 << 20, connections=60, round_trips=500)  # for mitmproxy
+_SMALL_SIZES = _Sizes(stream_bytes=8 << 20, tls_bytes=4 << 20, connections=10, round_trips=20)
 
 
 def _measured(namespace: str, *words: str) -> dict[str, float]:
@@ -102,10 +131,8 @@ async def _until_it_answers(guest: Guest) -> None:
             await asyncio.sleep(0.5)
 
 
-async def measure(report: Report, rounds: int) -> None:
-    """Adds `splice_vs_mitmproxy`, `splice_vs_direct`, `intercept_vs_mitmproxy`, `conns_vs_mitmproxy` and
-    `added_latency_ms`: what a connection with one byte there and back takes more than a direct one.
-    """
+async def measure(report: Report) -> None:
+    """Measure the three ways in turns; see FIGURES."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     report.machine = {"cores": os.cpu_count(), "kernel": platform.release(), "mitmproxy": MITMPROXY[11:]}
     secret = SecretSpec("KEY", (f"{NAME}:{TLS_PORT}",), "sbx_secret_0123456789", redact=False)
@@ -122,7 +149,7 @@ async def measure(report: Report, rounds: int) -> None:
             with _mitmdump(theirs.record.id, net) as directory:
                 await _until_it_answers(theirs)
                 their_ca = directory / "mitmproxy-ca-cert.pem"
-                for _ in range(rounds):
+                for _ in range(report.rounds):
                     await asyncio.to_thread(
                         _round, report, {"direct": direct, "sandboxd": ours, "mitmproxy": theirs},
                         {"direct": net.ca_file, "sandboxd": str(our_ca), "mitmproxy": str(their_ca)},
@@ -132,17 +159,16 @@ async def measure(report: Report, rounds: int) -> None:
 
 def _round(report: Report, guests: dict[str, Guest], ca_files: dict[str, str]) -> None:
     for who, guest in guests.items():
-        slow = who == "mitmproxy"
+        sizes = _SMALL_SIZES if report.small else _SLOW_SIZES if who == "mitmproxy" else _SIZES
         address, namespace = zone.WEB, guest.namespace
-        conns = _measured(namespace, "connections", address, str(_SLOW_CONNECTIONS if slow else _CONNECTIONS))
+        conns = _measured(namespace, "connections", address, str(sizes.connections))
         report.add(f"connection and one byte, {who}, ms", conns["ms"])
         report.add(f"connections, {who}, per s", conns["per_s"])
-        trips = _measured(namespace, "round_trips", address, str(_ROUND_TRIPS))
+        trips = _measured(namespace, "round_trips", address, str(sizes.round_trips))
         report.add(f"round trip, {who}, ms", trips["ms"])
-        size = _SLOW_STREAM_BYTES if slow else _STREAM_BYTES
-        report.add(f"stream, {who}, MiB/s", _measured(namespace, "stream", address, str(size))["mib_s"])
-        size = _SLOW_TLS_BYTES if slow else _TLS_BYTES
-        opened = _measured(namespace, "web", address, NAME, ca_files[who], str(size))
+        streamed = _measured(namespace, "stream", address, str(sizes.stream_bytes))
+        report.add(f"stream, {who}, MiB/s", streamed["mib_s"])
+        opened = _measured(namespace, "web", address, NAME, ca_files[who], str(sizes.tls_bytes))
         report.add(f"HTTPS, {who}, MiB/s", opened["mib_s"])
 
 

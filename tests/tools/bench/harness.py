@@ -9,19 +9,20 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sandboxd.v1 import node_pb2, sandbox_pb2
 from tests.support import leaks
 from tests.support.client import MIB, Client
 from tests.support.daemon import Daemon, connected, start_daemon
+from tests.tools.bench.figures import Figure
 
 
 def percentile(samples: list[float], percent: float) -> float:
@@ -32,12 +33,19 @@ def percentile(samples: list[float], percent: float) -> float:
 
 @dataclass
 class Report:
-    """Figures by name. `series` are samples that the table shows with their spread; `figures` are what --json gives."""
+    """What a run is to measure, and what it measured.
+
+    :param series: samples by name, which the table shows with their spread.
+    :param figures: the results by name, as the bench modules declare them.
+    :param rounds: how often each thing is measured.
+    :param small: the sizes are those of a smoke test.
+    """
 
     series: dict[str, list[float]] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     machine: dict[str, object] = field(default_factory=dict)
     rounds: int = 0
+    small: bool = False
 
     def add(self, name: str, sample: float) -> None:
         """Adds one sample to a series."""
@@ -50,16 +58,18 @@ class Report:
     def print_json(self, bench: str) -> None:
         """Prints the one object that a program reads."""
         figures = {name: round(value, 4) for name, value in self.figures.items()}
-        print(json.dumps({"bench": bench, "rounds": self.rounds, "machine": self.machine, "figures": figures}))
+        facts = {"bench": bench, "rounds": self.rounds, "small": self.small, "machine": self.machine}
+        print(json.dumps({**facts, "figures": figures}))
 
-    def print_table(self, bench: str) -> None:
-        """Prints the figures, then the series behind them."""
+    def print_table(self, bench: str, declared: Iterable[Figure]) -> None:
+        """Print the figures, then the series behind them."""
         console = Console()
         facts = ", ".join(f"{name} {value}" for name, value in self.machine.items())
-        console.print(f"{bench}: {self.rounds} rounds; {facts}")
-        figures = Table("figure", "value")
-        for name, value in self.figures.items():
-            figures.add_row(name, f"{value:.3f}")
+        sizes = "small sizes, which say nothing about speed; " if self.small else ""
+        console.print(f"{bench}: {self.rounds} rounds; {sizes}{facts}")
+        figures = Table(Column("figure", no_wrap=True), "value", "unit", "meaning")
+        for one in declared:
+            figures.add_row(one.name, f"{self.figures[one.name]:.3f}", one.unit, one.meaning)
         console.print(figures)
         table = Table("measured", "median", "5 %", "95 %", "samples")
         for name, samples in self.series.items():
@@ -76,7 +86,6 @@ class Target:
     client: Client
     id: str
     report: Report
-    rounds: int
 
     @property
     def run_dir(self) -> Path:
@@ -101,11 +110,11 @@ async def own_daemon(**settings: str) -> AsyncIterator[tuple[Daemon, Client]]:
 
 
 @asynccontextmanager
-async def target(report: Report, rounds: int) -> AsyncIterator[Target]:
+async def target(report: Report) -> AsyncIterator[Target]:
     """A fresh sandbox of the minimal image on a daemon of its own."""
     async with own_daemon() as (daemon, client), client.sandbox(memory_bytes=512 * MIB) as sandbox:
         await describe_machine(report, client)
-        yield Target(daemon, client, sandbox.id, report, rounds)
+        yield Target(daemon, client, sandbox.id, report)
 
 
 async def describe_machine(report: Report, client: Client) -> None:

@@ -19,9 +19,17 @@ from sandboxd.v1 import process_pb2, sandbox_pb2
 from tests.support import leaks
 from tests.support.client import MIB, Client
 from tests.support.daemon import Daemon, connected, start_daemon
+from tests.tools.bench.figures import Better, Figure, Range
 from tests.tools.bench.harness import Report, describe_machine
 
-_SANDBOXES = 50
+FIGURES: tuple[Figure, ...] = (
+    Figure("adopted", "sandboxes", "sandboxes in which an exec works after each restart, of 50", Better.HIGHER,
+           Range.COUNT),
+    Figure("lost", "sandboxes", "sandboxes in which no exec works after a restart, of 50", range=Range.COUNT),
+    Figure("ready_s", "s", "start of the new agent to the answer to a first exec"),
+    Figure("all_ready_s", "s", "start of the new agent to the answers to an exec in every sandbox"),
+)  # fmt: skip
+_SANDBOXES, _SMALL_SANDBOXES = 50, 3
 _AT_ONCE = 4
 _SETTINGS = {
     "log__level": "warning", "sandbox__on_stop": "keep", "node__max_sandboxes": "100", "node__memory_overcommit": "8",
@@ -40,19 +48,17 @@ sys.exit(7)
 """
 
 
-async def measure(report: Report, rounds: int) -> None:
-    """Adds `adopted`, `lost`, `ready_s` (from the start of the new agent to the answer to a first exec), and
-    `all_ready_s` (to the answers of one in every sandbox).
-    """
+async def measure(report: Report) -> None:
+    """Kill the agent and start the next one, up to three times; see FIGURES."""
     directory = Path(tempfile.mkdtemp(prefix=leaks.PREFIX))
     daemon = start_daemon(directory, **_SETTINGS)
     try:
         async with connected(daemon) as client:
             await describe_machine(report, client)
-            ids = await _filled(client)
+            ids = await _filled(client, _SMALL_SANDBOXES if report.small else _SANDBOXES)
             processes = {sandbox_id: await _start(client, sandbox_id) for sandbox_id in ids}
         adopted = set(ids)
-        for _ in range(min(rounds, 3)):
+        for _ in range(min(report.rounds, 3)):
             daemon.kill()
             daemon, found = await _restarted(report, directory, ids)
             adopted &= found
@@ -70,7 +76,7 @@ async def measure(report: Report, rounds: int) -> None:
         shutil.rmtree(directory)
 
 
-async def _filled(client: Client) -> list[str]:
+async def _filled(client: Client, count: int) -> list[str]:
     room = asyncio.Semaphore(_AT_ONCE)
 
     async def create() -> str:
@@ -78,7 +84,7 @@ async def _filled(client: Client) -> list[str]:
             request = sandbox_pb2.CreateSandboxRequest(memory_bytes=128 * MIB, disk_bytes=16 * MIB)
             return str((await client.sandboxes.CreateSandbox(request)).id)
 
-    return list(await asyncio.gather(*(create() for _ in range(_SANDBOXES))))
+    return list(await asyncio.gather(*(create() for _ in range(count))))
 
 
 async def _start(client: Client, sandbox_id: str) -> int:
