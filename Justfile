@@ -53,7 +53,7 @@ test *ARGS: lint type image (image "default")
 # All checks but the VM tests
 check: lint type unit
 
-# Measure: just bench boot egress exec stream files sdk recover [--json]
+# Measure: just bench boot egress exec stream files sdk recover [--json] [--compare REV]
 bench *ARGS: proto image
     @{{ python }} -m tests.tools.bench {{ ARGS }}
 
