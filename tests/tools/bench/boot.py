@@ -43,7 +43,7 @@ class _Sizes:
     clones: tuple[int, ...]
 
 
-_SIZES, _SMALL_SIZES = _Sizes((1, 8, 32), (1, 10, 30)), _Sizes((1, 2), (1, 2))
+_SIZES, _SMALL_SIZES = _Sizes((1, 8, 32), (1, 10, 30)), _Sizes((2,), (2,))
 _ECHO = ("/bin/echo", "hi")
 _ROOM = {"node__cpu_overcommit": "64", "node__memory_overcommit": "4"}
 # The phases of a create in which the VMM or the guest is at work; all else is the agent's own share.
