@@ -36,6 +36,8 @@ lint: proto
     .venv/bin/ruff check .
     .venv/bin/ruff format --check --quiet .
     .venv/bin/lint-imports
+    .venv/bin/deptry agent guest rootfs systemd
+    .venv/bin/deptry tests --ignore DEP002,DEP004
 
 # Check types
 type: proto

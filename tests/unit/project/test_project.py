@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import tomllib
@@ -61,3 +64,33 @@ def test_ignored_rules_have_reasons() -> None:
     lines = block[block.index("ignore = [\n") + 11 : block.index("\n]\n")].splitlines()
     assert lines
     assert [line for line in lines if "#" not in line] == []
+
+
+def _imports_of_google() -> set[str]:
+    """Return the modules below the namespace package `google` that our programs import."""
+    modules = set()
+    for source in [path for package in ("agent", "guest", "rootfs") for path in (ROOT / package).rglob("*.py")]:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("google."):
+                spec = importlib.util.find_spec(node.module or "")
+                is_package = spec is not None and spec.submodule_search_locations is not None
+                modules |= {f"{node.module}.{name.name}" if is_package else str(node.module) for name in node.names}
+    return modules
+
+
+def test_packages_that_provide_google_modules_are_declared() -> None:
+    """deptry reads only the first part of a module's name, and several packages share the namespace `google`."""
+    owners: dict[Path, str] = {}
+    for distribution in importlib.metadata.distributions():
+        for path in distribution.files or []:
+            if path.parts[0] == "google":
+                owners[Path(str(distribution.locate_file(path)))] = distribution.name
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = {re.split(r"[<>=\[]", dependency)[0] for dependency in dependencies}
+    imported = _imports_of_google()
+    assert "google.rpc.error_details_pb2" in imported
+    for module in sorted(imported):
+        spec = importlib.util.find_spec(module)
+        assert spec is not None, module
+        assert spec.origin is not None, module
+        assert owners[Path(spec.origin)] in declared, module
