@@ -38,6 +38,7 @@ lint: proto
     .venv/bin/lint-imports
     .venv/bin/deptry agent guest rootfs systemd
     .venv/bin/deptry tests --ignore DEP002,DEP004
+    .venv/bin/towncrier build --draft --version next >/dev/null
 
 # Check types
 type: proto
@@ -82,6 +83,10 @@ doctor: proto
 # Remove what setup, proto and the tools made (images stay)
 clean:
     rm -rf .venv sandboxd build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+# Show the changelog of the next version; with a version, write it to CHANGELOG.md and delete the fragments
+changelog version="": setup
+    @.venv/bin/towncrier build {{ if version == "" { "--draft --version next" } else { "--yes --version " + version } }}
 
 # Build the Debian package into a directory
 deb directory="dist": proto

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,13 +106,18 @@ def write_control(tree: Path, version: str, python: str) -> None:
         (control / name).chmod(0o755)
 
 
+def debian_version(version: str) -> str:
+    """Return a PEP 440 version as dpkg orders it: a pre-release, after a tilde, comes before its release."""
+    return re.sub(r"\.?(dev|a|b|rc)(\d+)", r"~\1\2", version)
+
+
 def main() -> int:
     """Builds the package into a directory, and prints its path."""
     parser = argparse.ArgumentParser(prog="just deb", description=__doc__)
     parser.add_argument("directory", type=Path)
     directory: Path = parser.parse_args().directory
     python = "/usr/bin/python3"
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    version = debian_version(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
     date = os.environ.get("SOURCE_DATE_EPOCH") or run("git", "log", "-1", "--format=%ct").strip()
     directory.mkdir(parents=True, exist_ok=True)
     package = directory / f"sandboxd_{version}_amd64.deb"
