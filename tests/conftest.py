@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """A short path: unix sockets lie below it."""
-    path = Path(tempfile.mkdtemp(prefix=leaks.PREFIX))
+    path = leaks.make_directory()
     yield path
     shutil.rmtree(path)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from sandboxd.v1 import sandbox_pb2, sandbox_pb2_grpc
+from tests.support import leaks
 from tests.support.client import MIB, Client
 from tests.support.ctl import Ctl
 from tests.support.daemon import Daemon, connected, start_daemon
@@ -23,7 +22,7 @@ from tests.support.internet.internet import Internet
 
 @pytest.fixture(scope="session")
 def daemon() -> Iterator[Daemon]:
-    path = Path(tempfile.mkdtemp(prefix="sbx-"))
+    path = leaks.make_directory()
     running = start_daemon(path)
     yield running
     assert running.stop() == 0, running.log
@@ -59,7 +58,7 @@ def sandbox(daemon: Daemon, sandbox_fields: dict[str, Any]) -> Iterator[sandbox_
 @pytest.fixture(scope="session")
 def net_daemon(internet: Internet) -> Iterator[Daemon]:
     """A daemon whose sandboxes lead to the test internet."""
-    path = Path(tempfile.mkdtemp(prefix="sbx-"))
+    path = leaks.make_directory()
     running_daemon = start_daemon(path, **internet.settings())
     yield running_daemon
     assert running_daemon.stop() == 0, running_daemon.log

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from sandboxd.v1 import node_pb2
 from tests.conftest import IMAGES_DIR
 from tests.sdk.node_sdk import JS, install
 from tests.support import gateway as gateways
+from tests.support import leaks
 from tests.support.client import MIB
 from tests.support.daemon import Daemon, connected, start_daemon
 from tests.support.gateway import Gateway
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def sdk_daemon(internet: Internet) -> Iterator[Daemon]:
-    path = Path(tempfile.mkdtemp(prefix="sbx-"))
+    path = leaks.make_directory()
     daemon = start_daemon(
         path, images__default_image="default", sandbox__default_vcpus="2", node__memory_overcommit="4",
         node__cpu_overcommit="64",

@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import signal
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ from agent.daemon.host import cgroup
 PREFIX = "sbx-"
 NETNS_DIR = Path("/run/netns")
 NET_DIR = Path("/sys/class/net")
-TEMPORARY = Path("/tmp")
 CGROUP = "sandboxd"  # what the group above those of sandboxes is called, or begins with
 # The kernel keeps fifteen bytes of a process's name; a VMM carries that of its sandbox.
 COMMANDS = ("qemu-system", PREFIX, "vhost-device-v", "cloud-hyperviso", "sandboxd")
@@ -30,6 +30,7 @@ MARK = "TEST_RUN_PID"
 GRACE_S = 3.0
 _MNT_DETACH = 2
 _libc = ctypes.CDLL(None, use_errno=True)
+_made: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ class Snapshot:
         lines += [f"directory {path}" for path in sorted(self.directories)]
         lines += [f"cgroup {path}" for path in sorted(self.cgroups)]
         return lines
+
+
+def make_directory() -> Path:
+    """Make a directory with a short path, for unix sockets lie below it; it is a leak unless the test removes it.
+
+    Only directories made here are looked at: those of other test runs on this host are not ours to miss or remove.
+    """
+    path = Path(tempfile.mkdtemp(prefix=PREFIX))
+    _made.add(str(path))
+    return path
 
 
 def _names(directory: Path) -> frozenset[str]:
@@ -118,7 +129,7 @@ def snapshot() -> Snapshot:
         namespaces=frozenset(name for name in _names(NETNS_DIR) if name.startswith(PREFIX)),
         interfaces=frozenset(name for name in _names(NET_DIR) if name.startswith("tap")),
         mounts=_mounts(),
-        directories=frozenset(str(TEMPORARY / name) for name in _names(TEMPORARY) if name.startswith(PREFIX)),
+        directories=frozenset(path for path in _made if Path(path).exists()),
         cgroups=_cgroups(),
     )
 

@@ -151,7 +151,7 @@ class Machine:
 @contextmanager
 def machine(*binds: str) -> Iterator[Machine]:
     """Boots a machine with these directories of the host in it ("from:to"), and ends it."""
-    place = Path(tempfile.mkdtemp(prefix=leaks.PREFIX))
+    place = leaks.make_directory()
     root = place / "root"
     for name in ("root", "upper", "work"):
         (place / name).mkdir()

@@ -12,7 +12,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -45,6 +44,7 @@ from agent.daemon.network.sandbox_network import SandboxNetwork
 from agent.daemon.sandbox.state.events import Denial
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.storage.secrets.vault import Vault
+from tests.support import leaks
 from tests.support.internet.internet import Internet
 
 GATEWAY = GATEWAY_IPV4.partition("/")[0]
@@ -205,7 +205,7 @@ def _address(namespace: str) -> None:
 @asynccontextmanager
 async def guest_net(internet: Internet, **egress: Any) -> AsyncIterator[GuestNet]:
     """Runs a node's networks, egress process included, on this internet."""
-    directory = Path(tempfile.mkdtemp(prefix="sbx-"))
+    directory = leaks.make_directory()
     given = {name.removeprefix("egress__"): value for name, value in internet.settings().items()}
     values = {**given, "resolvers": (given["resolvers"],), **egress}
     settings = Settings(

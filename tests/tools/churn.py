@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -269,7 +268,7 @@ def end(churn: Churn) -> list[str]:
 async def run(minutes: float, seed: int) -> dict[str, object]:
     """Returns the figures of a run."""
     before = leaks.snapshot()
-    churn = Churn(Path(tempfile.mkdtemp(prefix=leaks.PREFIX)), random.Random(seed))
+    churn = Churn(leaks.make_directory(), random.Random(seed))
     churn.daemon = start_daemon(churn.directory, **SETTINGS)
     until = time.monotonic() + minutes * 60
     sizes: list[tuple[int, int]] = []

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 from sandboxd.v1 import node_pb2, sandbox_pb2
 from tests.support import leaks
@@ -62,7 +60,7 @@ async def _show(daemon: Daemon) -> None:
 def main() -> int:
     """Runs the demo; returns the exit status."""
     before = leaks.snapshot()
-    directory = Path(tempfile.mkdtemp(prefix=leaks.PREFIX))
+    directory = leaks.make_directory()
     try:
         _say("Starting sandboxd")
         daemon = start_daemon(directory)

@@ -14,7 +14,6 @@ import os
 import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -85,7 +84,7 @@ class BareClone:
     async def run(self) -> dict[str, float]:
         """Returns the milliseconds of each step, and their total, from the spawn to the program's first byte."""
         sandbox_id = new_sandbox_id()
-        directory = Path(tempfile.mkdtemp(prefix=leaks.PREFIX))
+        directory = leaks.make_directory()
         try:
             await namespaces.make(sandbox_id)
             await DiskMaker(directory).make_disk(directory / "disk", _DISK_BYTES)

@@ -8,7 +8,6 @@ import platform
 import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -96,7 +95,7 @@ class Target:
 @asynccontextmanager
 async def own_daemon(**settings: str) -> AsyncIterator[tuple[Daemon, Client]]:
     """A daemon that logs little, and a client to it; gone in the end."""
-    directory = Path(tempfile.mkdtemp(prefix=leaks.PREFIX))
+    directory = leaks.make_directory()
     try:
         daemon = start_daemon(directory, **{"log__level": "warning", **settings})
         try:

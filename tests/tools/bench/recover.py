@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -50,7 +49,7 @@ sys.exit(7)
 
 async def measure(report: Report) -> None:
     """Kill the agent and start the next one, up to three times; see FIGURES."""
-    directory = Path(tempfile.mkdtemp(prefix=leaks.PREFIX))
+    directory = leaks.make_directory()
     daemon = start_daemon(directory, **_SETTINGS)
     try:
         async with connected(daemon) as client:

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from agent.common.errors import GuestError
 from agent.daemon.rpc.server import ApiServer
 from agent.daemon.rpc.services.sandbox_service import SandboxService
 from guest.wire import Frame
+from tests.support import leaks
 from tests.support.daemon_fakes import Bench, SilentObserver, bench
 
 STARTED = (
@@ -88,7 +88,7 @@ class Ctl:
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """Short: unix sockets lie below it."""
-    path = Path(tempfile.mkdtemp(prefix="sbx-"))
+    path = leaks.make_directory()
     yield path
     shutil.rmtree(path)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from agent.cli.transfer.upload import local_entry, upload
 from agent.common.api_client import api_over
 from sandboxd.v1 import file_pb2 as pb
 from sandboxd.v1 import file_pb2_grpc
+from tests.support import leaks
 
 ID = "sbx-0123456789abcdef"
 FILE, FOLDER, LINK, OTHER = (
@@ -61,7 +61,7 @@ class HostileFiles(file_pb2_grpc.FileServiceServicer):
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="sbx-"))
+    path = leaks.make_directory()
     (path / "target").mkdir()
     (path / "outside").mkdir()
     yield path

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from agent.daemon.rpc.server import ApiServer
 from agent.daemon.sandbox.service import Manager
 from agent.daemon.storage.images import ImageStore
 from sandboxd.v1 import node_pb2
+from tests.support import leaks
 from tests.support.client import Client
 from tests.support.daemon_fakes import FakeDriver, World, settings
 
@@ -34,7 +34,7 @@ from tests.support.daemon_fakes import FakeDriver, World, settings
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """Short: unix sockets lie below it."""
-    path = Path(tempfile.mkdtemp(prefix="sbx-"))
+    path = leaks.make_directory()
     yield path
     shutil.rmtree(path)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -65,14 +66,24 @@ def test_waits_for_what_ends_by_itself() -> None:
     assert not leaks.wait_for_leaks(before).describe()
 
 
-def test_finds_and_removes_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaks, "TEMPORARY", tmp_path)
+def test_finds_and_removes_a_directory() -> None:
     before = leaks.snapshot()
-    (tmp_path / "sbx-left" / "deep").mkdir(parents=True)
+    path = leaks.make_directory()
+    (path / "deep").mkdir()
     left = leaks.wait_for_leaks(before, grace_s=0)
     leaks.clean(left)
-    assert left.describe() == [f"directory {tmp_path}/sbx-left"]
-    assert not (tmp_path / "sbx-left").exists()
+    assert left.describe() == [f"directory {path}"]
+    assert not path.exists()
+
+
+def test_a_directory_of_another_run_is_no_leak() -> None:
+    """Several runs share one host; each would remove what the others still use."""
+    before = leaks.snapshot()
+    path = Path(tempfile.mkdtemp(prefix=leaks.PREFIX))
+    try:
+        assert leaks.wait_for_leaks(before, grace_s=0).describe() == []
+    finally:
+        path.rmdir()
 
 
 @needs_root

@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from agent.daemon.rpc.convert import convert
 from agent.daemon.rpc.server import ApiServer
 from guest.wire import Frame
 from sandboxd.v1 import node_pb2, process_pb2, sandbox_pb2
+from tests.support import leaks
 from tests.support.client import MIB, Client, reason
 from tests.support.daemon_fakes import Bench, bench
 
@@ -50,7 +50,7 @@ class Api:
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """Short: unix sockets lie below it."""
-    path = Path(tempfile.mkdtemp(prefix="sbx-"))
+    path = leaks.make_directory()
     yield path
     shutil.rmtree(path)
 
