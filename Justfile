@@ -6,6 +6,7 @@ export UV_SYSTEM_CERTS := "1"
 
 python := ".venv/bin/python"
 images := "/var/lib/sandboxd/images"
+released_protos := "tests/protos/0.1.0"
 
 # Show the recipes
 default:
@@ -31,14 +32,19 @@ demo: proto image
 run *ARGS: proto image
     .venv/bin/sandboxd {{ ARGS }}
 
-# Check style and the direction of imports
-lint: proto
+# Check style, the direction of imports, dependencies, protos and changelog fragments
+lint: proto proto-lint
     .venv/bin/ruff check .
     .venv/bin/ruff format --check --quiet .
     .venv/bin/lint-imports
     .venv/bin/deptry agent guest rootfs systemd
     .venv/bin/deptry tests --ignore DEP002,DEP004
     .venv/bin/towncrier build --draft --version next >/dev/null
+
+# Check the protos' style, and that clients of the last release still work
+proto-lint: setup
+    .venv/bin/buf lint
+    .venv/bin/buf breaking --against {{ released_protos }}
 
 # Check types
 type: proto
