@@ -31,6 +31,9 @@ def generate(root: Path) -> None:
         raise SystemExit("protoc failed; see above")
     for package in ("sandboxd", "sandboxd/v1"):
         (root / package / "__init__.py").touch()
+    if any((root / "sandboxd/v1").glob("*.pyi")):
+        # PEP 561. Without the stubs, type checkers would find no message in the generated modules.
+        (root / "sandboxd/py.typed").touch()
 
 
 if __name__ == "__main__":
