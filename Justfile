@@ -92,6 +92,11 @@ doctor: proto
 clean:
     rm -rf .venv sandboxd build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
+# Install git's hooks (lint and type before a commit, unit before a push) and run those of a commit now
+hooks: setup
+    .venv/bin/prek install
+    .venv/bin/prek run --all-files
+
 # Show the changelog of the next version; with a version, write it to CHANGELOG.md and delete the fragments
 changelog version="": setup
     @.venv/bin/towncrier build {{ if version == "" { "--draft --version next" } else { "--yes --version " + version } }}

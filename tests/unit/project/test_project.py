@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 RECIPES = [
-    "bench", "changelog", "check", "clean", "demo", "doctor", "image", "lint", "proto", "run", "setup", "test", "type",
+    "bench", "changelog", "check", "clean", "demo", "doctor", "hooks", "image", "lint", "proto",
+    "proto-lint", "run", "setup", "test", "type",
 ]  # fmt: skip
 # Written in pieces so that this file does not contain what it looks for.
 REGISTRY_HOST = re.compile(
