@@ -90,12 +90,16 @@ doctor: proto
 
 # Remove what setup, proto and the tools made (images stay)
 clean:
-    rm -rf .venv sandboxd build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+    rm -rf .venv sandboxd build dist .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 # Install git's hooks (lint and type before a commit, unit before a push) and run those of a commit now
 hooks: setup
     .venv/bin/prek install
     .venv/bin/prek run --all-files
+
+# Measure the coverage of the tests that need no root and no VM, branches included
+cover *ARGS: proto
+    {{ python }} -m pytest -m "not vm" --cov --cov-report=term:skip-covered {{ ARGS }} tests/unit
 
 # Show the changelog of the next version; with a version, write it to CHANGELOG.md and delete the fragments
 changelog version="": setup

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 RECIPES = [
-    "bench", "changelog", "check", "clean", "demo", "doctor", "hooks", "image", "lint", "proto",
+    "bench", "changelog", "check", "clean", "cover", "demo", "doctor", "hooks", "image", "lint", "proto",
     "proto-lint", "run", "setup", "test", "type",
 ]  # fmt: skip
 # Written in pieces so that this file does not contain what it looks for.
