@@ -98,10 +98,10 @@ def test_finds_and_removes_a_namespace() -> None:
 
 def test_is_cheap() -> None:
     rounds = 20
-    start = time.perf_counter()
+    start = time.process_time()  # CPU time: on a busy host the wait for a CPU is not the check's cost
     for _ in range(rounds):
         leaks.snapshot()
-    assert (time.perf_counter() - start) / rounds < 0.02
+    assert (time.process_time() - start) / rounds < 0.02
 
 
 @needs_root

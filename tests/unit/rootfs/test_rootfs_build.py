@@ -270,8 +270,11 @@ def test_nothing_of_the_build_stays(root: Path) -> None:
     assert (root / "tmp").stat().st_mode & 0o7777 == 0o1777
 
 
-def test_the_user_has_a_home_and_no_password(root: Path) -> None:
+def test_the_user_has_a_home_and_no_password(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owners: dict[Path, tuple[int, int]] = {}
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid: owners.update({path: (uid, gid)}))  # only root may
     tree.add_user(root)
+    assert owners == {root / "app": (1000, 1000)}
     assert (root / "etc/passwd").read_text().splitlines()[-1] == "sandbox:x:1000:1000:sandbox:/home/sandbox:/bin/bash"
     assert (root / "etc/shadow").read_text().splitlines()[-1].startswith("sandbox:*:")
     assert (root / "home/app").readlink() == Path("sandbox")
