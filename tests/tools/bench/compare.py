@@ -95,7 +95,9 @@ def main(
 
 
 def _side(name: str, tree: Tree) -> Side:
-    return Side(name, tree, (str(tree.python), "-m", "tests.tools.bench"))
+    """Return how a tree is measured; its benchmarks were in tests/bench until 0.2.0."""
+    module = "tests.tools.bench" if (tree.directory / "tests" / "tools" / "bench").is_dir() else "tests.bench"
+    return Side(name, tree, (str(tree.python), "-m", module))
 
 
 def _say(line: str) -> None:

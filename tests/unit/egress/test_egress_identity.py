@@ -50,7 +50,7 @@ def identity(root: Path) -> str:
         "agent.common.errors",
         "agent.common.config.settings",
         "agent.egress.tcp.proxy",
-        "agent.policy",
+        "agent.common.policy",
     ],
 )
 def test_one_byte_of_a_loaded_module_changes_it(tree: Path, module: str) -> None:
@@ -79,13 +79,13 @@ def test_times_and_code_of_other_programs_do_not_change_it(tree: Path) -> None:
 
 def test_moved_module_changes_it(tree: Path) -> None:
     before = identity(tree)
-    inner = tree / "agent" / "common"
+    inner = tree / "agent" / "common" / "tls"
     inner.mkdir()
     (inner / "__init__.py").touch()
     (tree / "agent/common/ca.py").rename(inner / "ca.py")
     for path in tree.rglob("*.py"):
-        path.write_text(path.read_text().replace("from agent.common.ca import", "from agent.common.ca import"))
-    assert "agent.common.ca" in import_closure(PROGRAM, tree)[0]
+        path.write_text(path.read_text().replace("from agent.common.ca import", "from agent.common.tls.ca import"))
+    assert "agent.common.tls.ca" in import_closure(PROGRAM, tree)[0]
     assert identity(tree) != before
 
 

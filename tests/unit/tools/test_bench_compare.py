@@ -53,18 +53,22 @@ print(json.dumps({"bench": "recover", "machine": {"cores": 2}, "figures": figure
 
 
 class Repository:
-    """A git repository with a fake `tests.tools.bench`; its first commit is tagged `before`."""
+    """A git repository with a fake benchmark; its first commit, tagged `before`, has it where 0.1.0 had it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "repository"
         self.temporary = directory / "temporary"
         self.temporary.mkdir()
         self.log = directory / "log"
-        (self.directory / "tests" / "bench").mkdir(parents=True)
+        self.package = Path("tests") / "bench"
+        (self.directory / self.package).mkdir(parents=True)
         self.git("init", "--quiet", "--initial-branch=main")
         self.write()
         self.commit()
         self.git("tag", "before")
+        self.package = Path("tests") / "tools" / "bench"
+        (self.directory / "tests" / "tools").mkdir()
+        self.git("mv", "tests/bench", str(self.package))
 
     def git(self, *words: str) -> str:
         who = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
@@ -72,10 +76,10 @@ class Repository:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def write(self, speed: float = 1.0, how: str = "works") -> None:
-        for package in ("tests", "tests/tools/bench"):
+        for package in (self.package, *self.package.parents[:-1]):
             (self.directory / package / "__init__.py").touch()
         text = _FAKE.replace("SPEED = 1.0", f"SPEED = {speed}").replace('HOW = "works"', f'HOW = "{how}"')
-        (self.directory / "tests" / "bench" / "__main__.py").write_text(text)
+        (self.directory / self.package / "__main__.py").write_text(text)
 
     def commit(self) -> None:
         self.git("add", "--all")

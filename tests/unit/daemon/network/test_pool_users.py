@@ -21,8 +21,8 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes a network names
 SCRIPT = """
 import json, os, sys
 os.fork = os.forkpty = lambda: sys.exit("it forked")
-from agent.net import pool_users
-from agent.net.pool import Pool
+from agent.daemon.network.kernel import pool_users
+from agent.daemon.network.kernel.pool import Pool
 before = os.readlink("/proc/self/ns/net")
 found = pool_users.find(sys.argv[1], Pool("100.64.0.0/10", "fd73:6279::/48"))
 assert os.readlink("/proc/self/ns/net") == before
