@@ -18,11 +18,11 @@ from agent.common.config.reload import merged
 from agent.common.config.settings import ApiSettings, ConfigError, MetricsSettings, Settings, TracingSettings
 from agent.common.telemetry import BACKGROUND_FAILING, BACKGROUND_FAILURES, DEGRADED, LoopTelemetry, log
 from agent.daemon.host.cgroup import Cgroups
-from agent.daemon.host.uid_pool import Uids
+from agent.daemon.host.uid_pool import UidPool
 from agent.daemon.network.sandbox_network import SandboxNetwork
 from agent.daemon.rpc.server import ApiServer
 from agent.daemon.sandbox.capacity.node import Node
-from agent.daemon.sandbox.machine.resources import Host
+from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.recovery import reconcile
 from agent.daemon.sandbox.service import Manager
 from agent.daemon.sandbox.state.store import Store, lock_directory
@@ -40,7 +40,7 @@ _PREWARM_BACKOFF = Backoff(first_s=5.0, last_s=600.0, settle_s=120.0)
 _NOTICE_S = 5.0  # between two notices to systemd during a drain
 
 
-def _templates(host: Host, vmm: VmmInfo) -> Templates | None:
+def _templates(host: HostServices, vmm: VmmInfo) -> Templates | None:
     if not host.settings.templates.enabled or not vmm.can_snapshot:
         return None
     templates = Templates(host)
@@ -86,8 +86,8 @@ async def agent(settings: Settings, listener: socket.socket | None = None) -> As
             log.warning("degraded", why=sentence)
         DEGRADED.set(len(cgroups.degraded))
         started.callback(cgroups.close)
-        uids = Uids(settings.vmm.uid_base)
-        host = Host(settings, paths, driver, DiskMaker(paths.disk_templates), network, volumes, uids, cgroups)
+        uids = UidPool(settings.vmm.uid_base)
+        host = HostServices(settings, paths, driver, DiskMaker(paths.disk_templates), network, volumes, uids, cgroups)
         templates = _templates(host, vmm)
         node = Node(settings, vmm, supervisor, cgroups.degraded)
         manager = Manager(host, images, node, store, templates, supervisor=supervisor)

@@ -26,7 +26,8 @@ from agent.common.model import SandboxSpec, State
 from agent.daemon.guestlink.channel import Channel
 from agent.daemon.network.kernel import namespaces
 from agent.daemon.sandbox.machine import guest_setup
-from agent.daemon.sandbox.machine.vm_shape import TEMPLATE_DISK_BYTES, shape_of, vm_spec
+from agent.daemon.sandbox.machine.vm_plan import FreshMemory, VmPlan, vm_spec
+from agent.daemon.sandbox.machine.vm_shape import TEMPLATE_DISK_BYTES, shape_of
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.storage.disks import DiskMaker
 from agent.daemon.storage.images import ImageStore
@@ -100,7 +101,7 @@ class Linux:
     def spec(self, name: str) -> VmSpec:
         run_dir = self._directory / name
         run_dir.mkdir(mode=0o700)
-        spec = vm_spec(Settings(), Paths(self._directory, self._directory), name, self._shape, self._image)
+        spec = vm_spec(VmPlan(name, self._shape, self._image, FreshMemory()), Paths(self._directory, self._directory))
         return dataclasses.replace(spec, netns=None, nic=None, disks=spec.disks[:1], run_dir=run_dir)
 
     @asynccontextmanager
@@ -113,7 +114,7 @@ class Linux:
         run_dir = self._directory / "one"
         run_dir.mkdir(mode=0o700)
         async with namespaces.namespace(NAMESPACE) as namespace:
-            spec = vm_spec(Settings(), paths, "one", self._shape, self._image)
+            spec = vm_spec(VmPlan("one", self._shape, self._image, FreshMemory()), paths)
             yield dataclasses.replace(spec, netns=namespace, run_dir=run_dir)
 
     @asynccontextmanager

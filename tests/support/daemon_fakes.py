@@ -21,10 +21,10 @@ from agent.common.telemetry import step
 from agent.daemon.guestlink.channel import Channel
 from agent.daemon.host.cgroup import Cgroups
 from agent.daemon.host.process import ExitInfo
-from agent.daemon.host.uid_pool import Uids
+from agent.daemon.host.uid_pool import UidPool
 from agent.daemon.sandbox.capacity.node import Node
 from agent.daemon.sandbox.machine import guest_setup
-from agent.daemon.sandbox.machine.resources import Host
+from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.service import Manager
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
@@ -340,7 +340,7 @@ class Bench:
     """A manager over a fake host."""
 
     world: World
-    host: Host
+    host: HostServices
     manager: Manager
     store: Store
     network: FakeNetwork
@@ -389,14 +389,14 @@ async def bench(
     chosen = dataclasses.replace(settings(directory, **sandbox), templates=templates or TemplateSettings(enabled=False))
     chosen.paths.state_dir.mkdir(parents=True)
     network = FakeNetwork(world)
-    host = Host(
+    host = HostServices(
         chosen,
         Paths.of(chosen),
         FakeDriver(world),
         cast("DiskMaker", FakeDisks(world)),
         network,
         Volumes(chosen.paths.state_dir / "volumes"),
-        Uids(0),
+        UidPool(0),
         Cgroups(None),
     )
     store = Store(host.paths.database, host.paths.sandboxes_state)

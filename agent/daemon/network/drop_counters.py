@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 
 from agent.common.errors import AgentError
-from agent.daemon.sandbox.machine.resources import Network
+from agent.daemon.sandbox.machine.host_services import Network
 from agent.daemon.sandbox.state.record import Record
 
 _COUNT_EVERY_S = 2.0

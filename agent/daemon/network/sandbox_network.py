@@ -52,7 +52,7 @@ def _words(text: str) -> Iterable[str]:
 
 
 class SandboxNetwork:
-    """Makes, changes and removes the networks of sandboxes; see `agent.daemon.sandbox.machine.resources.Network`.
+    """Makes, changes and removes the networks of sandboxes; see `agent.daemon.sandbox.machine.host_services.Network`.
 
     `on_denial` takes every denial that is told in detail.
     """
@@ -150,7 +150,7 @@ class SandboxNetwork:
     # -- secrets -------------------------------------------------------------------------------------------------------
 
     async def hold(self, record: Record, values: Mapping[str, str]) -> dict[str, str]:
-        """See `agent.daemon.sandbox.machine.resources.Network`."""
+        """See `agent.daemon.sandbox.machine.host_services.Network`."""
         held = await self._vault.get(record.id)
         kept = {}
         for secret in record.secrets:
@@ -167,24 +167,24 @@ class SandboxNetwork:
         return dict(held.values)
 
     async def inherit(self, sandbox_id: str, parent: str) -> None:
-        """See `agent.daemon.sandbox.machine.resources.Network`."""
+        """See `agent.daemon.sandbox.machine.host_services.Network`."""
         await self._vault.put(sandbox_id, await self._vault.get(parent))
 
     def fingerprint(self, values: Mapping[str, str]) -> str:
-        """See `agent.daemon.sandbox.machine.resources.Network`."""
+        """See `agent.daemon.sandbox.machine.host_services.Network`."""
         return self._vault.fingerprint(values)
 
     async def release(self, sandbox_id: str) -> None:
-        """See `agent.daemon.sandbox.machine.resources.Network`."""
+        """See `agent.daemon.sandbox.machine.host_services.Network`."""
         await self._vault.forget(sandbox_id)
 
     async def ca_certificate(self, record: Record) -> str:
-        """See `agent.daemon.sandbox.machine.resources.Network`."""
+        """See `agent.daemon.sandbox.machine.host_services.Network`."""
         ca = (await self._vault.get(record.id)).ca
         return "" if ca is None else ca.certificate_pem
 
     async def trust(self, record: Record) -> dict[str, object] | None:
-        """See `agent.daemon.sandbox.machine.resources.Network`."""
+        """See `agent.daemon.sandbox.machine.host_services.Network`."""
         ca = (await self._vault.get(record.id)).ca
         if ca is None:
             return None

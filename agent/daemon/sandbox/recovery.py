@@ -16,7 +16,7 @@ from agent.common.model import State, is_sandbox_id
 from agent.common.telemetry import RECONCILED, log
 from agent.daemon.sandbox.lifecycle import expiry
 from agent.daemon.sandbox.machine import machine, resources
-from agent.daemon.sandbox.machine.resources import Host
+from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.service import Manager
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
@@ -25,7 +25,7 @@ _AT_ONCE = 16
 _KEPT = frozenset({"adopted", "suspended", "ended before"})
 
 
-async def reconcile(host: Host, manager: Manager, store: Store, records: list[Record]) -> None:
+async def reconcile(host: HostServices, manager: Manager, store: Store, records: list[Record]) -> None:
     """Brings host and records into agreement. Never fails for one sandbox's sake; counts are metrics and log."""
     room = asyncio.Semaphore(_AT_ONCE)
 
@@ -49,13 +49,13 @@ async def reconcile(host: Host, manager: Manager, store: Store, records: list[Re
         log.info("reconciled", **counts)
 
 
-async def _remove_orphan(host: Host, sandbox_id: str) -> str:
+async def _remove_orphan(host: HostServices, sandbox_id: str) -> str:
     await resources.remove(host, sandbox_id)
     await host.network.release(sandbox_id)
     return "orphaned"
 
 
-async def _settle(host: Host, manager: Manager, store: Store, record: Record) -> str:
+async def _settle(host: HostServices, manager: Manager, store: Store, record: Record) -> str:
     """Returns what became of a recorded sandbox; one that is gone loses its record only after its resources."""
     before = record.copy()
     if store.rebooted:
@@ -92,13 +92,13 @@ async def _settle_by_state(host: Host, manager: Manager, store: Store, record: R
     return "ended"
 
 
-async def _lose(host: Host, manager: Manager, store: Store, record: Record, why: str) -> str:
+async def _lose(host: HostServices, manager: Manager, store: Store, record: Record, why: str) -> str:
     await host.network.release(record.id)
     await manager.lose(record, "the node was restarted" if store.rebooted else why)
     return "lost"
 
 
-async def _end(host: Host, record: Record) -> None:
+async def _end(host: HostServices, record: Record) -> None:
     """Removes a sandbox that was never to run on: it was being made, had failed, or was being deleted."""
     async with AsyncExitStack() as stack:
         stack.push_async_callback(resources.remove, host, record.id)
@@ -107,7 +107,7 @@ async def _end(host: Host, record: Record) -> None:
             await vm.stop()
 
 
-def _found(host: Host) -> set[str]:
+def _found(host: HostServices) -> set[str]:
     """Returns the ids of all sandboxes that have a directory of this agent; namespaces alone may be another agent's."""
     return _names(host.paths.sandboxes_run) | _names(host.paths.sandboxes_state)
 

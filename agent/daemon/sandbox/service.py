@@ -21,8 +21,8 @@ from agent.daemon.sandbox.lifecycle import expiry, policy_change
 from agent.daemon.sandbox.lifecycle.entry import Entry
 from agent.daemon.sandbox.lifecycle.pause import Standing
 from agent.daemon.sandbox.lifecycle.policy_change import PolicyChange
+from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.machine import Machine
-from agent.daemon.sandbox.machine.resources import Host
 from agent.daemon.sandbox.state.events import EventType
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
@@ -40,7 +40,7 @@ class Manager(Standing):
 
     def __init__(
         self,
-        machines: Host,
+        machines: HostServices,
         images: ImageStore,
         node: Node,
         store: Store,
@@ -138,7 +138,7 @@ class Manager(Standing):
         entry = self._take_over(record, adopted)
         self._host.volumes.attach(record)
         if record.template and self.templates is not None:
-            entry.held.enter_context(self.templates.hold(record.template))
+            entry.held.enter_context(self.templates.pin(record.template))
         self._start_watch(entry)
 
     def keep_suspended(self, record: Record) -> None:
@@ -168,7 +168,7 @@ class Manager(Standing):
         self._take_over(record, None)
 
     def _take_over(self, record: Record, adopted: Machine | None) -> Entry:
-        self._host.uids.reserve(record.uid)
+        self._host.uids.reserve_existing(record.uid)
         entry = Entry(record, adopted)
         self._add(entry)
         self._publish(EventType.UPDATED, entry)

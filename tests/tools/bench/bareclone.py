@@ -27,11 +27,12 @@ from agent.daemon.host.syscalls import enter_netns
 from agent.daemon.host.tap import attach
 from agent.daemon.network.kernel import namespaces
 from agent.daemon.sandbox.machine import guest_setup
-from agent.daemon.sandbox.machine.vm_shape import DATA_DISK, vm_spec
+from agent.daemon.sandbox.machine.vm_plan import TemplateMemory, VmPlan, vm_spec
+from agent.daemon.sandbox.machine.vm_shape import DATA_DISK
 from agent.daemon.sandbox.templates import files
 from agent.daemon.storage.disks import DiskMaker
 from agent.daemon.storage.images import ImageStore
-from agent.daemon.vmm.driver import MemoryFile, VmSpec
+from agent.daemon.vmm.driver import VmSpec
 from agent.daemon.vmm.qemu.qemu_args import device_args, machine_args
 from guest import wire
 from guest.wire import Frame, FrameReader
@@ -96,8 +97,8 @@ class BareClone:
 
     def _spec(self, sandbox_id: str, directory: Path) -> VmSpec:
         template = self._template
-        memory = MemoryFile(template.ram, private=True)
-        spec = vm_spec(self._settings, self._paths, sandbox_id, template.shape, self._image, memory, template.vmm)
+        memory = TemplateMemory(template.ram, template.vmm)
+        spec = vm_spec(VmPlan(sandbox_id, template.shape, self._image, memory), self._paths)
         root, data = spec.disks
         data = dataclasses.replace(data, path=directory / "disk")
         return dataclasses.replace(spec, disks=(root, data), run_dir=directory)

@@ -211,7 +211,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         stats = await running.channel.call("sys.stats")
         load = stats.get("load")
         loads = {str(index): value for index, value in enumerate(load)} if isinstance(load, list) else {}
-        cost = await asyncio.to_thread(running.cost)
+        usage = await asyncio.to_thread(running.usage)
         return pb.SandboxStats(
             memory_total_bytes=convert.guest_int(stats, "memory_total"),
             memory_available_bytes=convert.guest_int(stats, "memory_available"),
@@ -222,12 +222,12 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             disk_available_bytes=convert.guest_int(stats, "disk_available"),
             process_count=convert.guest_int(stats, "processes", 0, 1 << 30),
             uptime=convert.duration(convert.guest_float(stats, "uptime_s")),
-            vmm_cpu=convert.duration(cost.cpu_s),
-            vmm_pss_bytes=cost.pss_bytes,
-            net_received_bytes=cost.net_received_bytes,
-            net_sent_bytes=cost.net_sent_bytes,
-            disk_read_bytes=cost.disk_read_bytes,
-            disk_written_bytes=cost.disk_written_bytes,
+            vmm_cpu=convert.duration(usage.cpu_s),
+            vmm_pss_bytes=usage.pss_bytes,
+            net_received_bytes=usage.net_received_bytes,
+            net_sent_bytes=usage.net_sent_bytes,
+            disk_read_bytes=usage.disk_read_bytes,
+            disk_written_bytes=usage.disk_written_bytes,
         )
 
 

@@ -19,13 +19,13 @@ from agent.common.telemetry import CREATES, DELETES, VMM_OUT_OF_MEMORY, collect_
 from agent.daemon.sandbox.capacity.node import Node
 from agent.daemon.sandbox.lifecycle import expiry
 from agent.daemon.sandbox.lifecycle.entry import Entry
-from agent.daemon.sandbox.lifecycle.launch import Boot
+from agent.daemon.sandbox.lifecycle.launch import Launch
 from agent.daemon.sandbox.lifecycle.operations import Operations
 from agent.daemon.sandbox.lifecycle.registry import Registry
 from agent.daemon.sandbox.lifecycle.watch import until_lost
 from agent.daemon.sandbox.machine import guest_setup, resources
+from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.machine import Machine
-from agent.daemon.sandbox.machine.resources import Host
 from agent.daemon.sandbox.state.events import EventType
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
@@ -39,7 +39,7 @@ class Lifecycle(Registry):
     """Makes and ends sandboxes."""
 
     def __init__(
-        self, machines: Host, images: ImageStore, node: Node, store: Store, templates: Templates | None
+        self, machines: HostServices, images: ImageStore, node: Node, store: Store, templates: Templates | None
     ) -> None:
         super().__init__(machines, node)
         self.images = images
@@ -97,9 +97,9 @@ class Lifecycle(Registry):
         async def hold() -> None:
             await self._host.network.hold(record, values)
 
-        boot = Boot(self._host, self.templates, record, image, lambda: self._store.put(record))
+        launch = Launch(self._host, self.templates, record, image, lambda: self._store.put(record))
         try:
-            return self._enter(record, hold, boot.run)
+            return self._enter(record, hold, launch.run)
         except ResourceExhausted:  # no user is left for it
             self._host.volumes.detach(record)
             raise
@@ -110,7 +110,7 @@ class Lifecycle(Registry):
         """Enters a new sandbox and starts to make it: `hold` keeps its secrets, `make` returns its machine."""
         if (duration := record.spec.lifetime.duration_s or record.spec.lifetime.lease_s) is not None:
             expiry.live_for(record, duration)
-        record.uid = self._host.uids.take()
+        record.uid = self._host.uids.reserve()
         entry = Entry(record)
         self._add(entry)
         self._publish(EventType.CREATED, entry)
@@ -151,7 +151,7 @@ class Lifecycle(Registry):
         """Removes what is left of a sandbox, then its record: the last step, so that a crash before it is repaired."""
         if entry.machine is not None:
             if (spec := entry.record.spec).root or spec.volumes:
-                await guest_setup.sync(entry.machine)
+                await entry.machine.sync()
             built, entry.machine = entry.machine, None
             entry.sweep = True  # unless what follows says otherwise
             with step("delete.machine"):
@@ -166,7 +166,7 @@ class Lifecycle(Registry):
         with step("delete.record"):
             await self._store.delete(entry.record.id)
         self._drop(entry)
-        self._host.uids.give_back(entry.record.uid)
+        self._host.uids.release(entry.record.uid)
         entry.record.state = State.DELETED
         self._publish(EventType.DELETED, entry, reason)
 

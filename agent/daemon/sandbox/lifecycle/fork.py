@@ -11,8 +11,9 @@ from agent.common.model import State
 from agent.common.telemetry import step
 from agent.daemon.host.sparse_copy import copy_sparse
 from agent.daemon.sandbox.machine import snapshot
+from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.machine import Machine
-from agent.daemon.sandbox.machine.resources import Host, make_slots, open_to
+from agent.daemon.sandbox.machine.resources import create_empty_slots, grant_traversal
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.storage.disks import disk_error
 from agent.daemon.storage.volumes import is_snapshot
@@ -34,7 +35,7 @@ def check(record: Record, count: int) -> None:
         )
 
 
-async def freeze(host: Host, parent: Record, machine: Machine, children: list[Record], directory: Path) -> None:
+async def freeze(host: HostServices, parent: Record, machine: Machine, children: list[Record], directory: Path) -> None:
     """Saves the parent's machine, which then stands still, and gives each child its disk.
 
     :raises AgentError: it failed; directories of children may be left.
@@ -44,13 +45,13 @@ async def freeze(host: Host, parent: Record, machine: Machine, children: list[Re
         await to_the_end(asyncio.to_thread(_copy_disks, host, parent, children))
 
 
-def _copy_disks(host: Host, parent: Record, children: list[Record]) -> None:
+def _copy_disks(host: HostServices, parent: Record, children: list[Record]) -> None:
     for child in children:
         disk = host.paths.disk(child.id)
         try:
             disk.parent.mkdir(mode=0o700, parents=True)
-            open_to(disk.parent, child.uid)
+            grant_traversal(disk.parent, child.uid)
             copy_sparse(host.paths.disk(parent.id), disk)
         except OSError as error:
             raise disk_error(disk, error) from error
-        make_slots(host, child.id, int(child.shape["slots"]))
+        create_empty_slots(host, child.id, int(child.shape["slots"]))

@@ -17,7 +17,7 @@ from agent.common.telemetry import log, step
 from agent.daemon.sandbox.lifecycle import fork
 from agent.daemon.sandbox.lifecycle.create import Lifecycle
 from agent.daemon.sandbox.lifecycle.entry import Entry
-from agent.daemon.sandbox.machine import guest_setup, resources, snapshot
+from agent.daemon.sandbox.machine import resources, snapshot
 from agent.daemon.sandbox.machine.machine import Machine
 from agent.daemon.sandbox.state.events import EventType
 from agent.daemon.sandbox.state.record import Record
@@ -55,7 +55,7 @@ class Standing(Lifecycle):
         await self._sync_volumes(entry, machine)
         async with self._still(entry, machine):
             with step("pause.stop"):
-                await machine.stand_still()
+                await machine.pause()
             with step("pause.record"):
                 await self._moved(entry, State.PAUSED)
 
@@ -77,12 +77,12 @@ class Standing(Lifecycle):
         entry.machine, entry.sweep = None, True
         entry.held.close()
         with step("pause.machine"):
-            await machine.vanish()
+            await machine.release()
 
     async def _sync_volumes(self, entry: Entry, machine: Machine) -> None:
         """Volumes outlive the sandbox: what it has written to them is there, whatever becomes of it."""
         if entry.record.spec.root or entry.record.spec.volumes:
-            await guest_setup.sync(machine)
+            await machine.sync()
 
     def _standing(self, entry: Entry) -> Machine:
         """Returns the machine of a sandbox that runs or is paused. :raises InvalidState: it does neither."""
@@ -100,7 +100,7 @@ class Standing(Lifecycle):
         except BaseException:
             if entry.deleting is None and entry.record.state is State.RUNNING:
                 with contextlib.suppress(AgentError):  # who watches over it finds out
-                    await asyncio.shield(machine.go_on(self._host.settings.sandbox.relink_timeout_s))
+                    await asyncio.shield(machine.resume(self._host.settings.sandbox.relink_timeout_s))
             raise
         finally:
             if entry.deleting is None and entry.record.state in (State.RUNNING, State.PAUSED):
@@ -163,7 +163,7 @@ class Standing(Lifecycle):
                     )
             except BaseException:
                 if record.state is State.SUSPENDED:
-                    await machine.vanish()
+                    await machine.release()
                 else:  # the write was done before its cancellation: the record needs this machine
                     entry.machine, entry.sweep = machine, False
                 raise
@@ -177,7 +177,7 @@ class Standing(Lifecycle):
         """Lets a machine go on; a guest that does not come back has failed."""
         try:
             with step("resume.guest"):
-                await machine.go_on(timeout_s)
+                await machine.resume(timeout_s)
         except AgentError as error:
             await self._fail(entry, error)
             raise
@@ -273,7 +273,7 @@ class Standing(Lifecycle):
                 with step("token"):
                     await self._store.put(child)
                 with step("resume.guest"):
-                    await machine.go_on(self._host.settings.templates.clone_timeout_s, hostname=child.id)
+                    await machine.resume(self._host.settings.templates.clone_timeout_s, hostname=child.id)
             except BaseException:
                 await machine.aclose()
                 raise
@@ -312,4 +312,4 @@ class Standing(Lifecycle):
             await fork.freeze(self._host, parent.record, machine, children, directory)
             if parent.record.state is State.RUNNING:
                 with step("fork.parent"):
-                    await machine.go_on(self._host.settings.sandbox.relink_timeout_s)
+                    await machine.resume(self._host.settings.sandbox.relink_timeout_s)

@@ -12,7 +12,7 @@ from agent.common.errors import AgentError, NotFound
 from agent.common.model import NetSpec, SecretSpec
 from agent.common.telemetry import log
 from agent.daemon.guestlink.channel import Channel
-from agent.daemon.sandbox.machine.resources import Host
+from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
 from agent.daemon.sandbox.state.validation import check_net, check_secrets
@@ -50,7 +50,7 @@ def changed(record: Record, change: PolicyChange) -> Record:
 
 @contextlib.asynccontextmanager
 async def in_force(
-    host: Host, store: Store, record: Record, change: PolicyChange, channel: Channel
+    host: HostServices, store: Store, record: Record, change: PolicyChange, channel: Channel
 ) -> AsyncIterator[None]:
     """Put a change into force, run the body, which stores the record, and undo all of it if any part fails.
 
@@ -96,7 +96,7 @@ async def _tell(channel: Channel, order: Mapping[str, object] | None, gone: Iter
 
 
 async def _undo(
-    host: Host, store: Store, record: Record, before: Record, old_values: Mapping[str, str],
+    host: HostServices, store: Store, record: Record, before: Record, old_values: Mapping[str, str],
     undo_guest: Callable[[], Awaitable[None]] | None,
 ) -> None:  # fmt: skip
     """Put the old policy into force everywhere; a step that fails is logged and does not keep the others from it."""
@@ -116,7 +116,7 @@ async def _undo(
             log.error("cannot undo a change of policy", sandbox_id=record.id, part=name, error=str(error))
 
 
-async def _forget_removed(host: Host, record: Record) -> None:
+async def _forget_removed(host: HostServices, record: Record) -> None:
     """Forget the values of removed secrets. The change is stored by now, so a failure does not undo it."""
     try:
         await to_the_end(host.network.hold(record, {}))

@@ -12,8 +12,8 @@ from agent.daemon.network import drop_counters
 from agent.daemon.sandbox.capacity.admission import Admission
 from agent.daemon.sandbox.capacity.node import Node, NodeInfo
 from agent.daemon.sandbox.lifecycle.entry import Entry
+from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.machine import Machine
-from agent.daemon.sandbox.machine.resources import Host
 from agent.daemon.sandbox.state.events import Denial, Event, Events, EventType
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.storage.volumes import Volumes
@@ -25,7 +25,7 @@ _HOLD_NOTHING = frozenset({State.LOST, State.FAILED, State.SUSPENDED, State.DELE
 class Registry:
     """The sandboxes of this node."""
 
-    def __init__(self, machines: Host, node: Node) -> None:
+    def __init__(self, machines: HostServices, node: Node) -> None:
         self.node = node
         self.admission = Admission(machines.settings.node, node, self._held)
         self._host = machines

@@ -1,4 +1,4 @@
-"""What the agent says to a guest until it is a sandbox: dial, prepare (for a template), configure."""
+"""Guest side of a sandbox's setup: dial the guest, prepare it (for a template), configure it, set its clock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import base64
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING
 
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
@@ -20,25 +19,28 @@ from agent.daemon.sandbox.machine.vm_shape import DATA_DISK
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.vmm.driver import Vm
 
-if TYPE_CHECKING:
-    from agent.daemon.sandbox.machine.machine import Machine
-
 _FIRST_REDIAL_S, _LAST_REDIAL_S = 0.002, 0.05
-_CONSOLE_TAIL_BYTES = 4000  # a panic says why before its registers and call trace
+_CONSOLE_TAIL_BYTES = 4000  # a panic gives its reason before its registers and call trace
 _PREPARE_TIMEOUT_S = 120.0
 _SYNC_TIMEOUT_S = 10.0
 _GUEST_PHASES = frozenset({"entropy", "clock", "root", "names", "network", "resolver"})
-# A clock is right to within the time that setting it took; the last of the tries may take any time.
-_CLOCK_TRIES, _CLOCK_GOOD_S = 4, 0.03
+_MAX_PHASES = 32
+# A clock is accurate to within the duration of the call that set it; the last attempt may take any time.
+_CLOCK_ATTEMPTS, _CLOCK_ACCURACY_S = 4, 0.03
 _NET = {
     "address": GUEST_IPV4, "gateway": GATEWAY_IPV4.partition("/")[0],
     "address6": GUEST_IPV6, "gateway6": GATEWAY_IPV6.partition("/")[0],
 }  # fmt: skip
-NETWORK = {"net": _NET, "dns": [_NET["gateway"]]}  # of a guest's configuration: the same for all
+NETWORK = {"net": _NET, "dns": [_NET["gateway"]]}  # network fields of sys.configure, the same for every guest
 
 
 async def connect(vm: Vm, *, fresh: bool, timeout_s: float) -> Channel:
-    """Dials until the guest answers. :raises VmmError: the VM ended. :raises DeadlineExceeded: no answer in time."""
+    """Dial until the guest answers.
+
+    :param fresh: the guest has never had a link; see `Channel.open`.
+    :raises VmmError: the VM ended.
+    :raises DeadlineExceeded: the guest did not answer within `timeout_s`.
+    """
     dialling = asyncio.create_task(_dial(vm, fresh=fresh))
     ending = asyncio.create_task(vm.wait())
     try:
@@ -73,18 +75,24 @@ async def _dial(vm: Vm, *, fresh: bool) -> Channel:
 
 
 async def prepare(channel: Channel, *, emulated: bool) -> None:
-    """Brings a fresh guest to the point where it is frozen as a template. :raises AgentError:"""
+    """Have a freshly booted guest do all work that its clones can share, before it is saved as a template.
+
+    :raises AgentError: the guest failed, or did not answer in time.
+    """
     await channel.call(
         "sys.prepare", timeout_s=_PREPARE_TIMEOUT_S, data_disk_serial=DATA_DISK, net=_NET, emulated=emulated
     )
 
 
 async def configure(channel: Channel, record: Record, timeout_s: float) -> None:
-    """Makes the guest this sandbox, and notes the phases that it says this took. :raises AgentError:"""
+    """Give the guest the identity, environment, disk and network of a sandbox; record the guest's phases as spans.
+
+    :raises AgentError: the guest failed, or did not answer in time.
+    """
     result = await channel.call(
         "sys.configure",
         timeout_s=timeout_s,
-        entropy=base64.b64encode(os.urandom(64)).decode(),
+        entropy=_entropy(),
         time_ns=time.time_ns(),
         hostname=record.id,
         machine_id=os.urandom(16).hex(),
@@ -94,52 +102,63 @@ async def configure(channel: Channel, record: Record, timeout_s: float) -> None:
         grow=bool(record.spec.root),
         **NETWORK,
     )
-    _note_phases(result.get("phases"))
+    _record_phases(result.get("phases"))
 
 
 async def refresh(channel: Channel, timeout_s: float, hostname: str = "") -> None:
-    """Brings a guest that stood still to now: fresh entropy and the time. :raises AgentError:
+    """Give a guest that was paused fresh entropy and the present time.
 
-    :param hostname: of a copy, which gets an identity of its own; "" leaves it as it is.
+    :param hostname: new identity for the guest of a fork; "" keeps the present one.
+    :raises AgentError: the guest failed, or did not answer in time.
     """
     identity = {"hostname": hostname, "machine_id": os.urandom(16).hex()} if hostname else {}
-    entropy = base64.b64encode(os.urandom(64)).decode()
-    await channel.call("sys.refresh", timeout_s=timeout_s, entropy=entropy, time_ns=time.time_ns(), **identity)
+    await channel.call("sys.refresh", timeout_s=timeout_s, entropy=_entropy(), time_ns=time.time_ns(), **identity)
     await set_clock(channel, timeout_s)
 
 
+def _entropy() -> str:
+    return base64.b64encode(os.urandom(64)).decode()
+
+
 async def mount(channel: Channel, serial: str, path: str, size_bytes: int, timeout_s: float) -> None:
-    """Mounts a volume in the guest. :raises AgentError:"""
+    """Mount the volume on the disk `serial` at `path` in the guest.
+
+    :raises AgentError: the guest failed, or did not answer in time.
+    """
     await channel.call("sys.mount", timeout_s=timeout_s, serial=serial, path=path, bytes=size_bytes)
 
 
-async def sync(machine: Machine) -> None:
-    """Has the guest write to its disks what it holds; best effort: a guest that does not answer keeps its loss.
+async def sync(channel: Channel) -> None:
+    """Have the guest write its cached data to its disks.
 
-    Before the end of a sandbox with volumes.
+    :raises AgentError: the guest failed, or did not answer in time.
     """
-    with contextlib.suppress(AgentError):
-        await machine.channel.call("sys.sync", timeout_s=_SYNC_TIMEOUT_S)
+    await channel.call("sys.sync", timeout_s=_SYNC_TIMEOUT_S)
 
 
 async def set_clock(channel: Channel, timeout_s: float) -> None:
-    """Sets the guest's wall clock to the host's; better than by sys.configure, whose code is cold in a fresh clone.
+    """Set the guest's wall clock to the host's.
 
-    :raises AgentError:
+    More accurate than the time in sys.configure, whose code is cold in a fresh clone.
+
+    :raises AgentError: the guest failed, or did not answer in time.
     """
-    for _ in range(_CLOCK_TRIES):
+    for _ in range(_CLOCK_ATTEMPTS):
         start = time.monotonic()
         await channel.call("sys.clock", timeout_s=timeout_s, time_ns=time.time_ns())
-        if time.monotonic() - start <= _CLOCK_GOOD_S:
+        if time.monotonic() - start <= _CLOCK_ACCURACY_S:
             return
 
 
-def _note_phases(phases: object) -> None:
-    """Takes what a guest says of its phases, in milliseconds; it may say anything."""
+def _record_phases(phases: object) -> None:
+    """Record [name, milliseconds] pairs of a guest as spans; entries that are not such pairs are dropped.
+
+    :raises InvalidState: `phases` is no list.
+    """
     if not isinstance(phases, list):
-        raise InvalidState("the guest did not say how it was configured", reason="GUEST_CONFIGURE_FAILED")
+        raise InvalidState("the guest did not report how it was configured", reason="GUEST_CONFIGURE_FAILED")
     known: list[tuple[str, float]] = []
-    for entry in phases[:32]:
+    for entry in phases[:_MAX_PHASES]:
         match entry:
             case [str(name), int() | float() as milliseconds] if name in _GUEST_PHASES and 0 <= milliseconds < 1e6:
                 known.append((f"guest.{name}", milliseconds / 1000))
@@ -147,13 +166,19 @@ def _note_phases(phases: object) -> None:
 
 
 def vmm_ended(exit_info: ExitInfo) -> VmmError:
-    """Returns the error for a VM that ended by itself."""
-    said = f": {exit_info.stderr_tail}" if exit_info.stderr_tail else ""
-    return VmmError(f"the virtual machine is gone ({exit_info.describe()}){said}", reason="VMM_ENDED")
+    """Return the error for a VMM that ended although nothing stopped it."""
+    last_output = f": {exit_info.stderr_tail}" if exit_info.stderr_tail else ""
+    return VmmError(f"the virtual machine is gone ({exit_info.describe()}){last_output}", reason="VMM_ENDED")
 
 
 def console_note(vm: Vm) -> str:
-    """Returns the last console lines for an error message; control characters are left out."""
+    """Return the last console lines for an error message, without control characters; "" for an empty console."""
     text = vm.console_tail(_CONSOLE_TAIL_BYTES).decode(errors="replace")
     clean = "".join(letter for letter in text if letter.isprintable() or letter == "\n").strip()
     return f"\nlast lines of the console:\n{clean}" if clean else ""
+
+
+def add_console(error: AgentError, vm: Vm) -> None:
+    """Append the last console lines of a VM to an error's message."""
+    error.message += console_note(vm)
+    error.args = (error.message,)

@@ -1,7 +1,8 @@
-"""The running half of a sandbox: its VM, its link, its host resources."""
+"""Running half of a sandbox: its VM, its link to the guest, and the cleanup of its host resources."""
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -11,17 +12,19 @@ from agent.common.telemetry import log, step
 from agent.daemon.guestlink.channel import Channel
 from agent.daemon.network.kernel import namespaces
 from agent.daemon.sandbox.machine import guest_setup
-from agent.daemon.sandbox.machine.resources import Host, push_state_removal, push_volatile_removal
+from agent.daemon.sandbox.machine.host_services import HostServices
+from agent.daemon.sandbox.machine.resources import push_state_removal, push_volatile_removal
 from agent.daemon.sandbox.state.record import Record
-from agent.daemon.vmm.cost import Cost, cost_of
 from agent.daemon.vmm.driver import Vm
+from agent.daemon.vmm.usage import VmmUsage, read_usage
 
 
 class Machine:
-    """A VM that answers, or one that stands still. `channel` changes when the link is dropped and dialled again.
+    """A VM with a connected guest, or a paused one. `channel` is another object after the link was lost and redialled.
 
-    :param channel: None if it stands still.
-    :param volatile: removes what goes with the VM. :param lasting: removes what is on the disk.
+    :param channel: None for a paused VM.
+    :param volatile: removes VM, network, cgroup and run directory.
+    :param lasting: removes the state directory.
     """
 
     def __init__(self, vm: Vm, channel: Channel | None, volatile: AsyncExitStack, lasting: AsyncExitStack) -> None:
@@ -32,21 +35,27 @@ class Machine:
 
     @property
     def channel(self) -> Channel:
-        """The link as it is now; calls on a lost one raise GuestUnreachable. :raises InvalidState: it stands still."""
+        """Current link to the guest; calls on a lost one raise GuestUnreachable.
+
+        :raises InvalidState: the VM is paused.
+        """
         if self._channel is None:
             raise InvalidState("the sandbox is paused; resume it first", reason="SANDBOX_NOT_RUNNING")
         return self._channel
 
-    def cost(self) -> Cost:
-        """Returns what the VMM has used on the host so far."""
-        return cost_of(self.vm.pid, namespaces.TAP)
+    def usage(self) -> VmmUsage:
+        """Return CPU time, memory and traffic of the VMM so far. Blocks."""
+        return read_usage(self.vm.pid, namespaces.TAP)
 
     def idle_s(self) -> float:
-        """Returns for how long nobody has used the guest; 0 while a call is open."""
+        """Return the seconds since the last call to the guest ended; 0 while a call is open or the VM is paused."""
         return 0.0 if self._channel is None else self._channel.idle_s()
 
     async def relink(self, timeout_s: float) -> None:
-        """Dials again after the link was lost. :raises AgentError: no answer in time, or the VM ended."""
+        """Dial the guest again after the link was lost.
+
+        :raises AgentError: the guest did not answer in time, or the VM ended.
+        """
         await self._unlink()
         self._channel = await guest_setup.connect(self.vm, fresh=False, timeout_s=timeout_s)
 
@@ -55,65 +64,85 @@ class Machine:
         if channel is not None:
             await channel.aclose()
 
-    async def stand_still(self) -> None:
-        """Ends all calls and stops the VM's CPUs. :raises VmmError:"""
+    async def pause(self) -> None:
+        """End all calls to the guest and stop the VM's CPUs.
+
+        :raises VmmError: the VMM did not stop them; the link is closed all the same.
+        """
         await self._unlink()
         await self.vm.pause()
 
-    async def go_on(self, timeout_s: float, hostname: str = "") -> None:
-        """Lets the CPUs go on, dials, and brings the guest to now, as a copy under a name of its own.
+    async def resume(self, timeout_s: float, hostname: str = "") -> None:
+        """Start the CPUs again, dial the guest, and refresh its clock and entropy.
 
-        :raises AgentError:
+        :param hostname: new identity for the guest of a fork; "" keeps the present one.
+        :raises AgentError: the VMM failed, or the guest did not answer in time.
         """
         await self.vm.resume()
         await self.relink(timeout_s)
         await guest_setup.refresh(self.channel, timeout_s, hostname)
 
+    async def sync(self) -> None:
+        """Have the guest write its cached data to its disks; best effort, for volumes before their sandbox ends."""
+        with contextlib.suppress(AgentError):
+            await guest_setup.sync(self.channel)
+
     async def save(self, directory: Path) -> None:
-        """Ends all calls, stops the CPUs, and writes all of the VM into a directory. :raises VmmError:"""
+        """End all calls to the guest, stop the CPUs, and write device state and RAM into `directory`.
+
+        :raises VmmError: the VM cannot be saved, or the write failed.
+        """
         await self._unlink()
         await self.vm.save(directory)
 
     async def aclose(self) -> None:
-        """Ends the VM and removes every resource. Runs every step even if some fail; idempotent."""
+        """End the VM and remove every resource. Runs every step even if some fail. Idempotent."""
         async with self._lasting:
-            await self.vanish()
+            await self.release()
 
-    async def vanish(self) -> None:
-        """Ends the VM, and removes all but what is on the disk. Idempotent."""
+    async def release(self) -> None:
+        """End the VM and remove every resource but the state directory. Idempotent."""
         await self._unlink()
         await self._volatile.aclose()
 
     async def detach(self) -> None:
-        """Leaves VM and resources to the next agent."""
+        """Close the link and leave VM and resources to the next agent."""
         await self._unlink()
         self._volatile.pop_all()
         self._lasting.pop_all()
 
 
-async def adopt(host: Host, record: Record) -> Machine | None:
-    """Returns the machine that an earlier agent left running or paused, or None; then its resources are gone."""
+async def adopt(host: HostServices, record: Record) -> Machine | None:
+    """Return the machine that an earlier agent left running or paused.
+
+    None if its VM has ended or its guest does not answer; its resources are removed then.
+    """
+    machine = None
     async with AsyncExitStack() as lasting, AsyncExitStack() as volatile:
         push_state_removal(host, record.id, lasting)
         push_volatile_removal(host, record.id, volatile)
         with step("adopt.vmm"):
             vm = await host.driver.adopt(record.id, host.paths.sandbox_run(record.id), record.token)
-        if vm is None:
-            return None
-        volatile.push_async_callback(vm.stop)
-        try:
-            with step("adopt.network"):
-                await host.network.adopt(record, vm.pid)
-            if record.state is State.PAUSED:
-                await vm.pause()
-                return Machine(vm, None, volatile.pop_all(), lasting.pop_all())
-            if record.standing:  # an agent died meanwhile
-                with step("adopt.resume"):
-                    await vm.resume()
-            with step("adopt.link"):
-                channel = await guest_setup.connect(vm, fresh=False, timeout_s=host.settings.sandbox.relink_timeout_s)
-        except AgentError as error:
-            log.warning("a running VM does not answer", sandbox_id=record.id, error=error.message)
-            return None
-        return Machine(vm, channel, volatile.pop_all(), lasting.pop_all())
-    raise AssertionError("unreachable: nothing above suppresses exceptions")
+        if vm is not None:
+            volatile.push_async_callback(vm.stop)
+            try:
+                channel = await _adopt_network_and_link(host, record, vm)
+            except AgentError as error:
+                log.warning("a running VM does not answer", sandbox_id=record.id, error=error.message)
+            else:
+                machine = Machine(vm, channel, volatile.pop_all(), lasting.pop_all())
+    return machine
+
+
+async def _adopt_network_and_link(host: HostServices, record: Record, vm: Vm) -> Channel | None:
+    """Return the link to the guest of an adopted VM; None for a paused sandbox."""
+    with step("adopt.network"):
+        await host.network.adopt(record, vm.pid)
+    if record.state is State.PAUSED:
+        await vm.pause()
+        return None
+    if record.standing:  # the earlier agent died while it had the VM paused
+        with step("adopt.resume"):
+            await vm.resume()
+    with step("adopt.link"):
+        return await guest_setup.connect(vm, fresh=False, timeout_s=host.settings.sandbox.relink_timeout_s)

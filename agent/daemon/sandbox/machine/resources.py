@@ -1,5 +1,8 @@
-"""What a sandbox has on the host besides its VM: directories, disk, network namespace. Made in order, removed by
+"""Host resources of one VM: directories, cgroup, network namespace, disks. Created in order from a `VmPlan`, removed by
 name.
+
+Two cleanup stacks divide them: `volatile` removes what exists only beside a VM, `lasting` what is on the disk and
+survives a suspension.
 """
 
 from __future__ import annotations
@@ -8,119 +11,145 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 
-from agent.common.config.paths import Paths
-from agent.common.config.settings import Settings
+from agent.common.aio import to_the_end
 from agent.common.errors import HostError
-from agent.daemon.host.cgroup import Cgroups, GroupLimits, block_device
-from agent.daemon.host.uid_pool import Uids
-from agent.daemon.sandbox.machine.vm_shape import SLOT_BYTES
-from agent.daemon.sandbox.state.record import Record
-from agent.daemon.storage.disks import DiskMaker
-from agent.daemon.storage.volumes import Volumes
-from agent.daemon.vmm.driver import Driver
+from agent.common.telemetry import step
+from agent.daemon.host.cgroup import GroupLimits, block_device
+from agent.daemon.sandbox.machine.host_services import HostServices
+from agent.daemon.sandbox.machine.vm_plan import (
+    FreshDisk,
+    FreshMemory,
+    SavedMemory,
+    SharedMemory,
+    SnapshotDisk,
+    VmPlan,
+    vm_spec,
+)
+from agent.daemon.sandbox.machine.vm_shape import SLOT_BYTES, Shape
+from agent.daemon.vmm.driver import Vm
 
-
-class Network(Protocol):
-    """What the lifecycle of sandboxes needs of `agent.daemon.network.sandbox_network`."""
-
-    async def make(self, record: Record, stack: AsyncExitStack) -> None:
-        """Makes a sandbox's network; `stack` removes it. :raises AgentError:"""
-
-    async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
-        """Makes a namespace with a tap that leads nowhere; `stack` removes it. :raises HostError:"""
-
-    async def adopt(self, record: Record, vmm_pid: int) -> None:
-        """Takes over what an earlier agent made; the VMM is in it. :raises AgentError:"""
-
-    async def update(self, record: Record) -> None:
-        """Puts the record's network policy and secrets into force. :raises AgentError:"""
-
-    async def remove(self, sandbox_id: str) -> None:
-        """Removes all of a sandbox's network. Idempotent. :raises HostError:"""
-
-    async def count_drops(self, record: Record) -> None:
-        """Adds what the kernel dropped since the last look to the record's denials. :raises HostError:"""
-
-    async def hold(self, record: Record, values: Mapping[str, str]) -> dict[str, str]:
-        """Keeps these values of the record's secrets, forgets those of no secret, and makes a CA where one is needed.
-
-        Returns the values that there were before. :raises HostError:
-        """
-
-    async def inherit(self, sandbox_id: str, parent: str) -> None:
-        """Keeps for a fork what `hold` keeps for its parent. :raises HostError:"""
-
-    def fingerprint(self, values: Mapping[str, str]) -> str:
-        """Returns what tells these values of secrets from others, and nothing about them without the node's key."""
-
-    async def release(self, sandbox_id: str) -> None:
-        """Forgets what `hold` kept. Idempotent. :raises HostError:"""
-
-    async def ca_certificate(self, record: Record) -> str:
-        """Returns the certificate of the sandbox's CA, in PEM; "" if it has none. :raises HostError:"""
-
-    async def trust(self, record: Record) -> dict[str, object] | None:
-        """Returns the fields of sys.trust for this sandbox's guest; None if it needs to trust nobody new.
-
-        :raises HostError:
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What machines are made with."""
-
-    settings: Settings
-    paths: Paths
-    driver: Driver
-    disks: DiskMaker
-    network: Network
-    volumes: Volumes
-    uids: Uids
-    cgroups: Cgroups
-
-
-_TASKS, _TASKS_OF_CPU = 256, 4  # threads of a VMM: one for each CPU, and up to 64 for each disk's requests
+_TASKS, _TASKS_PER_CPU = 256, 4  # threads of a VMM: one for each CPU, and up to 64 for each disk's requests
 # Of an emulator, most is the code that it has translated (1 GiB at most) and the maps of it.
 _HEADROOM_BYTES = {"kvm": 512 << 20, "tcg": 1536 << 20}
 
 
-async def make_cgroup(host: Host, sandbox_id: str, vcpus: int, ram_bytes: int, stack: AsyncExitStack) -> Path | None:
-    """Makes the control group of a sandbox's VMM, if there can be one; `stack` removes it. :raises HostError:"""
-    settings, sandbox = host.settings.cgroups, host.settings.sandbox
-    headroom = settings.memory_headroom_bytes or _HEADROOM_BYTES[(await host.driver.probe()).accelerator]
-    limits = GroupLimits(
-        cpus=vcpus + settings.cpu_headroom, weight=100 * vcpus, memory_bytes=ram_bytes + headroom,
-        tasks=_TASKS + _TASKS_OF_CPU * vcpus, device=block_device(host.paths.state_dir),
-        io_bytes=sandbox.disk_bytes_per_s, io_operations=sandbox.disk_operations_per_s,
-    )  # fmt: skip
-    group = host.cgroups.make(sandbox_id, limits)
-    stack.push_async_callback(asyncio.to_thread, host.cgroups.remove, sandbox_id)
+# -- from a plan to a VM -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """Resources that `allocate` made; leaving its context removes them unless `keep` was called.
+
+    :param cgroup: the VMM's control group; None where this host has no cgroup v2.
+    """
+
+    cgroup: Path | None
+    volatile: AsyncExitStack
+    lasting: AsyncExitStack
+
+    def keep(self) -> tuple[AsyncExitStack, AsyncExitStack]:
+        """Return the stacks (volatile, lasting) that remove the resources; their owner is the caller from now on."""
+        return self.volatile.pop_all(), self.lasting.pop_all()
+
+
+@contextlib.asynccontextmanager
+async def allocate(host: HostServices, plan: VmPlan) -> AsyncIterator[Allocation]:
+    """Make directories, cgroup and network of a VM, in this order; on an error remove them in reverse.
+
+    The state directory of a saved sandbox exists already and stays on an error.
+
+    :raises AgentError: a resource could not be made; none is left.
+    """
+    async with AsyncExitStack() as lasting, AsyncExitStack() as volatile:
+        with _step(plan, "directories"):
+            if not isinstance(plan.memory, SavedMemory):
+                state = host.paths.sandbox_state(plan.sandbox_id)
+                _make_directory(state, lasting)
+                grant_traversal(state, plan.uid)
+            _make_directory(host.paths.sandbox_run(plan.sandbox_id), volatile)
+        with _step(plan, "cgroup"):
+            cgroup = await _make_cgroup(host, plan, volatile)
+        if plan.record is None:
+            await host.network.make_bare(plan.sandbox_id, volatile)
+        else:
+            await host.network.make(plan.record, volatile)
+        yield Allocation(cgroup, volatile, lasting)
+
+
+async def create_disks(host: HostServices, plan: VmPlan) -> None:
+    """Create the data disk, in place of the disk of a failed attempt, and the empty disks of unused volume slots.
+
+    :raises AgentError: no space is left, or a disk cannot be made.
+    """
+    with _step(plan, "disk"):
+        disk = host.paths.disk(plan.sandbox_id)
+        match plan.data_disk:
+            case FreshDisk(size_bytes):
+                disk.unlink(missing_ok=True)
+                await to_the_end(host.disks.make_disk(disk, size_bytes))
+            case SnapshotDisk(snapshot):
+                disk.unlink(missing_ok=True)
+                await to_the_end(host.volumes.copy(snapshot, disk))
+        create_empty_slots(host, plan.sandbox_id, plan.shape.slots)
+
+
+async def start_vm(host: HostServices, plan: VmPlan, cgroup: Path | None, stack: AsyncExitStack) -> Vm:
+    """Start the VM of a plan whose resources exist; `stack` ends it.
+
+    :raises VmmError: the VMM did not start; the resources stay.
+    """
+    with _step(plan, "vmm.start" if isinstance(plan.memory, FreshMemory | SharedMemory) else "vmm.restore"):
+        vm = await host.driver.start(vm_spec(plan, host.paths, cgroup))
+        stack.push_async_callback(vm.stop)
+    return vm
+
+
+def _step(plan: VmPlan, name: str) -> contextlib.AbstractContextManager[None]:
+    """Time a step of a sandbox; the VM of a template is timed as a whole by its builder (`template.make`)."""
+    return contextlib.nullcontext() if plan.record is None else step(name)
+
+
+async def _make_cgroup(host: HostServices, plan: VmPlan, stack: AsyncExitStack) -> Path | None:
+    accelerator = (await host.driver.probe()).accelerator
+    group = host.cgroups.make(plan.sandbox_id, _cgroup_limits(host, plan.shape, accelerator))
+    stack.push_async_callback(asyncio.to_thread, host.cgroups.remove, plan.sandbox_id)
     return group
 
 
-def make_run_directory(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
-    """Makes the directory for sockets and logs; `stack` removes it. :raises HostError:"""
-    _make_directory(host.paths.sandbox_run(sandbox_id), stack)
+def _cgroup_limits(host: HostServices, shape: Shape, accelerator: str) -> GroupLimits:
+    settings, sandbox = host.settings.cgroups, host.settings.sandbox
+    headroom_bytes = settings.memory_headroom_bytes or _HEADROOM_BYTES[accelerator]
+    return GroupLimits(
+        cpus=shape.vcpu_count + settings.cpu_headroom,
+        weight=100 * shape.vcpu_count,
+        memory_bytes=shape.memory_bytes + headroom_bytes,
+        tasks=_TASKS + _TASKS_PER_CPU * shape.vcpu_count,
+        device=block_device(host.paths.state_dir),
+        io_bytes=sandbox.disk_bytes_per_s,
+        io_operations=sandbox.disk_operations_per_s,
+    )
 
 
-def make_state_directory(host: Host, sandbox_id: str, uid: int | None, stack: AsyncExitStack) -> None:
-    """Makes the directory for the disk; `stack` removes it. :raises HostError:"""
-    state = host.paths.sandbox_state(sandbox_id)
-    _make_directory(state, stack)
-    open_to(state, uid)
+def _make_directory(path: Path, stack: AsyncExitStack) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise HostError(f"cannot make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+    stack.push_async_callback(asyncio.to_thread, remove_tree, path)
 
 
-def open_to(directory: Path, uid: int | None) -> None:
-    """Opens the way through a directory to a VMM that is another user. :raises HostError:"""
+def grant_traversal(directory: Path, uid: int | None) -> None:
+    """Let a VMM that runs as `uid` reach files below a directory whose names it knows; None: nothing to do.
+
+    :raises HostError: owner or mode of the directory cannot be changed.
+    """
     if uid is None:
         return
     try:
@@ -132,18 +161,13 @@ def open_to(directory: Path, uid: int | None) -> None:
         ) from error
 
 
-def _make_directory(path: Path, stack: AsyncExitStack) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True)
-    except OSError as error:
-        raise HostError(f"cannot make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
-    stack.push_async_callback(asyncio.to_thread, remove_tree, path)
+def create_empty_slots(host: HostServices, sandbox_id: str, count: int) -> None:
+    """Create the empty disks that fill volume slots without a volume. Idempotent.
 
-
-def make_slots(host: Host, sandbox_id: str, count: int) -> None:
-    """Makes what a VM has in places for volumes that stay empty. :raises HostError:"""
-    for number in range(count):
-        path = host.paths.empty_slot(sandbox_id, number)
+    :raises HostError: a file cannot be made.
+    """
+    for slot in range(count):
+        path = host.paths.empty_slot(sandbox_id, slot)
         try:
             with path.open("xb") as file:
                 file.truncate(SLOT_BYTES)
@@ -153,8 +177,44 @@ def make_slots(host: Host, sandbox_id: str, count: int) -> None:
             raise HostError(f"cannot make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
 
 
-def kill_strays(host: Host, sandbox_id: str) -> int:
-    """Ends processes that were started for a sandbox and never recorded; returns how many there were.
+# -- removal by name ---------------------------------------------------------------------------------------------------
+
+
+async def remove(host: HostServices, sandbox_id: str) -> int:
+    """Remove everything that a sandbox has on this host, by its id alone. Idempotent.
+
+    :return: the number of processes that had to be killed.
+    :raises HostError: something cannot be removed; all else has been.
+    """
+    async with AsyncExitStack() as stack:
+        push_state_removal(host, sandbox_id, stack)
+        return await remove_volatile(host, sandbox_id)
+    raise AssertionError("unreachable: nothing above suppresses exceptions")
+
+
+async def remove_volatile(host: HostServices, sandbox_id: str) -> int:
+    """Remove everything of a sandbox but its state directory; otherwise as `remove`."""
+    killed = await asyncio.to_thread(kill_strays, host, sandbox_id)
+    async with AsyncExitStack() as stack:
+        push_volatile_removal(host, sandbox_id, stack)
+    return killed
+
+
+def push_volatile_removal(host: HostServices, sandbox_id: str, stack: AsyncExitStack) -> None:
+    """Make `stack` remove network, cgroup and run directory of a sandbox; missing ones are no error."""
+    stack.push_async_callback(asyncio.to_thread, remove_tree, host.paths.sandbox_run(sandbox_id))
+    # Before the directory: recovery finds a sandbox by its directories.
+    stack.push_async_callback(asyncio.to_thread, host.cgroups.remove, sandbox_id)
+    stack.push_async_callback(host.network.remove, sandbox_id)
+
+
+def push_state_removal(host: HostServices, sandbox_id: str, stack: AsyncExitStack) -> None:
+    """Make `stack` remove the state directory of a sandbox; a missing one is no error."""
+    stack.push_async_callback(asyncio.to_thread, remove_tree, host.paths.sandbox_state(sandbox_id))
+
+
+def kill_strays(host: HostServices, sandbox_id: str) -> int:
+    """Kill the processes of a sandbox that no record names; return their number. Blocks.
 
     A VMM and its helpers carry their sandbox's directories in their arguments, and no other program of this host does.
     """
@@ -170,37 +230,11 @@ def kill_strays(host: Host, sandbox_id: str) -> int:
     return len(strays)
 
 
-async def remove(host: Host, sandbox_id: str) -> int:
-    """Removes all that a sandbox has on this host, by its name alone; returns how many processes it ended."""
-    async with AsyncExitStack() as stack:
-        push_state_removal(host, sandbox_id, stack)
-        return await remove_volatile(host, sandbox_id)
-    raise AssertionError("unreachable: nothing above suppresses exceptions")
-
-
-async def remove_volatile(host: Host, sandbox_id: str) -> int:
-    """Removes all but what is on its disk; returns how many processes it ended."""
-    strays = await asyncio.to_thread(kill_strays, host, sandbox_id)
-    async with AsyncExitStack() as stack:
-        push_volatile_removal(host, sandbox_id, stack)
-    return strays
-
-
-def push_volatile_removal(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
-    """Makes `stack` remove all that a sandbox has besides VM and disk; absence is success."""
-    stack.push_async_callback(asyncio.to_thread, remove_tree, host.paths.sandbox_run(sandbox_id))
-    # Before the directories: what has none is not looked for.
-    stack.push_async_callback(asyncio.to_thread, host.cgroups.remove, sandbox_id)
-    stack.push_async_callback(host.network.remove, sandbox_id)
-
-
-def push_state_removal(host: Host, sandbox_id: str, stack: AsyncExitStack) -> None:
-    """Makes `stack` remove what a sandbox has on the disk; absence is success."""
-    stack.push_async_callback(asyncio.to_thread, remove_tree, host.paths.sandbox_state(sandbox_id))
-
-
 def remove_tree(path: Path) -> None:
-    """Removes a directory with all it holds; absence is success. :raises HostError:"""
+    """Remove a directory and its content; a missing one is no error. Blocks.
+
+    :raises HostError: it cannot be removed.
+    """
     try:
         shutil.rmtree(path)
     except FileNotFoundError:

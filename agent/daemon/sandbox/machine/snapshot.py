@@ -1,15 +1,13 @@
-"""Saved VMs: a sandbox on the disk alone, and how a machine is made of it again.
+"""Save a VM to disk, and restore a machine from what was saved: suspended and forked sandboxes.
 
-A disk goes on from where its VM's memory was saved or it is of no use, so the order is: a VM is saved while it stands
-still, the record says SUSPENDED, and only then the VM ends; the VM that is made of it stands still until the record
-says RUNNING. An agent that dies in between leaves either a VM to adopt or a whole save.
+A data disk may only be used together with the memory that was saved at the same moment. Hence the order: a VM is saved
+while it is paused, the record says SUSPENDED, and only then the VM ends; the restored VM stays paused until the record
+says RUNNING. An agent that dies in between leaves either a VM to adopt or a complete save.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 from agent.common.aio import to_the_end
@@ -17,15 +15,11 @@ from agent.common.atomic_file import publish_directory
 from agent.common.errors import HostError, InvalidState, ResourceExhausted
 from agent.common.telemetry import step
 from agent.daemon.host.sparse_copy import NO_SPACE
+from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.machine import Machine
-from agent.daemon.sandbox.machine.resources import (
-    Host,
-    make_cgroup,
-    make_run_directory,
-    push_state_removal,
-    remove_tree,
-)
-from agent.daemon.sandbox.machine.vm_shape import Shape, disks_of, vm_spec
+from agent.daemon.sandbox.machine.resources import allocate, push_state_removal, remove_tree, start_vm
+from agent.daemon.sandbox.machine.vm_plan import SavedMemory, sandbox_plan
+from agent.daemon.sandbox.machine.vm_shape import Shape
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.storage.images import Image
 
@@ -33,9 +27,10 @@ _DRAFT = ".draft"
 
 
 async def save(machine: Machine, directory: Path) -> None:
-    """Saves a machine, which stands still afterwards, into a directory that is there whole or not at all.
+    """Save a machine into `directory`, which appears complete or not at all. The machine is paused afterwards.
 
-    :raises AgentError: it failed; the machine stands still, too.
+    :raises ResourceExhausted: no space is left; the machine is paused all the same.
+    :raises AgentError: the VMM or the file system failed; the machine is paused all the same.
     """
     draft = directory.with_name(directory.name + _DRAFT)
     await to_the_end(asyncio.to_thread(remove_tree, draft))
@@ -63,10 +58,11 @@ def _no_space(directory: Path) -> ResourceExhausted:
     )
 
 
-async def restore(host: Host, record: Record, image: Image, directory: Path) -> Machine:
-    """Returns a machine made of what `save` wrote, which stands still; its disk is in its place.
+async def restore(host: HostServices, record: Record, image: Image, directory: Path) -> Machine:
+    """Return a paused machine restored from what `save` wrote; the data disk is in its place already.
 
-    :raises AgentError: it failed; nothing but disk and directory is left.
+    :raises InvalidState: another VMM or CPU saved the sandbox (SAVED_ELSEWHERE).
+    :raises AgentError: a resource or the VMM failed; nothing but data disk and `directory` is left.
     """
     shape = Shape(**record.shape)
     vmm = await host.driver.probe()
@@ -76,18 +72,10 @@ async def restore(host: Host, record: Record, image: Image, directory: Path) -> 
             f"({vmm.snapshot_key}): bring that back, or delete the sandbox",
             reason="SAVED_ELSEWHERE",
         )
-    async with AsyncExitStack() as volatile, AsyncExitStack() as lasting:
-        with step("directories"):
-            make_run_directory(host, record.id, volatile)
-        with step("cgroup"):
-            cgroup = await make_cgroup(host, record.id, shape.vcpu_count, shape.memory_bytes, volatile)
-        await host.network.make(record, volatile)
-        disks = disks_of(host.volumes, record.spec)
-        spec = vm_spec(host.settings, host.paths, record.id, shape, image, None, directory, disks, record.uid, cgroup)
-        with step("vmm.restore"):
-            vm = await host.driver.start(dataclasses.replace(spec, stands_still=True))
-        volatile.push_async_callback(vm.stop)
+    plan = sandbox_plan(host, record, image, shape, SavedMemory(directory))
+    async with allocate(host, plan) as allocated:
+        vm = await start_vm(host, plan, allocated.cgroup, allocated.volatile)
         record.token = dict(vm.resume_token)
-        push_state_removal(host, record.id, lasting)
-        return Machine(vm, None, volatile.pop_all(), lasting.pop_all())
+        push_state_removal(host, record.id, allocated.lasting)  # only now: a failure keeps the saved state
+        return Machine(vm, None, *allocated.keep())
     raise AssertionError("unreachable: nothing above suppresses exceptions")

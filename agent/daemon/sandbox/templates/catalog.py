@@ -20,10 +20,11 @@ from contextlib import contextmanager
 
 from agent.common.errors import AgentError, InvalidState, NotFound
 from agent.common.telemetry import TEMPLATE_BYTES, TEMPLATES, log, step
-from agent.daemon.sandbox.machine.resources import Host, remove_tree
+from agent.daemon.sandbox.machine.host_services import HostServices
+from agent.daemon.sandbox.machine.resources import remove_tree
 from agent.daemon.sandbox.machine.vm_shape import Shape, shape_of
 from agent.daemon.sandbox.templates import files
-from agent.daemon.sandbox.templates.builder import make
+from agent.daemon.sandbox.templates.builder import build
 from agent.daemon.sandbox.templates.files import Template, TemplateDamaged
 from agent.daemon.storage.images import Image
 
@@ -33,7 +34,7 @@ _DRAFT_PREFIX = "tmp-"
 class Templates:
     """The templates of one node."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: HostServices) -> None:
         self._host = host
         self._dir = host.paths.templates
         self._making: dict[str, asyncio.Task[Template]] = {}
@@ -90,7 +91,7 @@ class Templates:
     # -- using ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def hold(self, digest: str) -> Iterator[None]:
+    def pin(self, digest: str) -> Iterator[None]:
         """Keeps a template from being removed as long as the context lasts."""
         self._users[digest] += 1
         try:
@@ -141,7 +142,7 @@ class Templates:
         try:
             with step("template.make"):
                 draft = self._dir / f"{_DRAFT_PREFIX}{shape.digest}-{os.urandom(4).hex()}"
-                template = await make(self._host, shape, image, draft, path)
+                template = await build(self._host, shape, image, draft, path)
         finally:
             self._refused.discard(shape.digest)  # if not even a new one can be made, the old one was not to blame
         log.info("template made", template=shape.digest, image=image.name, bytes=template.size_bytes)
@@ -154,7 +155,7 @@ class Templates:
         files.touch(template)
         return template
 
-    def refuse(self, template: Template, reason: str) -> None:
+    def reject(self, template: Template, reason: str) -> None:
         """Has the next need make a template again that the VMM does not take.
 
         The old one goes only when the new one is whole, for it may be the VMM that is out of order. Clones keep their
