@@ -31,7 +31,7 @@ HEAD = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, "/home/sandbox")
-from agent.daemon.host.cgroup import Cgroups, GroupLimits
+from agent.daemon.host.cgroup import Cgroups, CgroupLimits
 groups = Cgroups.open("/sandboxd")
 assert groups.controllers == {"cpu", "memory", "pids", "io"}, groups
 assert not groups.degraded
@@ -48,7 +48,7 @@ def end():
 """
 LIMITED = {}
 LIMITED["CPU"] = """
-group, busy = run(GroupLimits(0.25, 100, 1 << 30, 64), "sh", "-c", "while :; do :; done")
+group, busy = run(CgroupLimits(0.25, 100, 1 << 30, 64), "sh", "-c", "while :; do :; done")
 time.sleep(1)
 def used(): return int(dict(l.split() for l in (group / "cpu.stat").read_text().splitlines())["usage_usec"])
 began, before = time.monotonic(), used()
@@ -59,17 +59,17 @@ end()
 assert busy.wait() == -signal.SIGKILL
 """
 LIMITED["memory"] = """
-group, hungry = run(GroupLimits(1, 100, 24 << 20, 64), sys.executable, "-c", "x = bytearray(64 << 20)")
+group, hungry = run(CgroupLimits(1, 100, 24 << 20, 64), sys.executable, "-c", "x = bytearray(64 << 20)")
 assert hungry.wait() == -signal.SIGKILL
 assert groups.out_of_memory("one")
 end()
-group, fine = run(GroupLimits(1, 100, 64 << 20, 64), "true")
+group, fine = run(CgroupLimits(1, 100, 64 << 20, 64), "true")
 assert fine.wait() == 0
 assert not groups.out_of_memory("one")
 end()
 """
 LIMITED["tasks"] = """
-group, many = run(GroupLimits(1, 100, 1 << 30, 8), "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10; do sleep 9 & done")
+group, many = run(CgroupLimits(1, 100, 1 << 30, 8), "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10; do sleep 9 & done")
 many.wait()
 assert "max 0" not in (group / "pids.events").read_text().splitlines()
 assert int((group / "pids.current").read_text()) <= 8
@@ -77,7 +77,7 @@ end()
 """
 LIMITED["I/O"] = """
 disk = next(path for path in Path("/sys/block").iterdir() if path.name.startswith("vd"))
-limits = GroupLimits(1, 100, 1 << 30, 64, (disk / "dev").read_text().strip(), io_bytes=2 << 20)
+limits = CgroupLimits(1, 100, 1 << 30, 64, (disk / "dev").read_text().strip(), io_bytes=2 << 20)
 words = ["dd", f"if=/dev/{disk.name}", "of=/dev/null", "bs=1M", "count=6", "iflag=direct"]
 group, reader = run(limits, *words)
 began = time.monotonic()

@@ -331,7 +331,7 @@ async def test_it_goes_on_from_all_that_was_saved(rig: Rig, directory: Path, clo
                 await rig.turns(vm)
         await vm.resume()
         await rig.turns(vm)
-    elsewhere: dict[str, Any] = {"memory_file": None, "restore_from": saved, "stands_still": True}
+    elsewhere: dict[str, Any] = {"memory_file": None, "restore_from": saved, "start_paused": True}
     one, two = (
         dataclasses.replace(spec, id=name, run_dir=rig.spec(name).run_dir, **elsewhere) for name in ("one", "two")
     )

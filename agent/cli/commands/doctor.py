@@ -73,7 +73,7 @@ async def _checks(settings: Settings, *, probe: bool) -> AsyncIterator[Check]:
 async def _vmm_checks(settings: Settings, *, probe: bool) -> AsyncIterator[Check]:
     # The daemon's own search, so that both say the same. A client of a remote node never comes here.
     from agent.daemon.vmm.cloud_hypervisor import binary as cloud_hypervisor
-    from agent.daemon.vmm.qemu.qemu import find_qemu
+    from agent.daemon.vmm.qemu.qemu_binary import find_qemu
     from agent.daemon.vmm.select import CLOUD_HYPERVISOR, QEMU
 
     vmm = settings.vmm

@@ -1,7 +1,7 @@
-"""Control groups (cgroup v2: the kernel's Documentation/admin-guide/cgroup-v2.rst), one for each sandbox: its VMM and
-the VMM's helpers.
+"""Control groups (cgroup v2), one for each sandbox: its VMM and the VMM's helpers.
 
-On a hybrid host, whose controllers belong to cgroup v1, the groups are made all the same, and limit nothing.
+Source: the kernel's Documentation/admin-guide/cgroup-v2.rst. On a hybrid host, whose controllers belong to cgroup v1,
+the cgroups are made all the same, and limit nothing.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from agent.common.errors import HostError
 CONTROLLERS = ("cpu", "memory", "pids", "io")
 _PERIOD_US = 100_000
 _MAX_WEIGHT = 10_000
-_END_S = 2.0  # for what SIGKILL has ended to be gone
-_LOOK_S = 0.002
-_NOTHING = "no sandbox's CPU, memory, tasks or I/O is limited"
+_KILL_TIMEOUT_S = 2.0  # from SIGKILL to an empty cgroup
+_POLL_S = 0.002
+_UNLIMITED = "no sandbox's CPU, memory, tasks or I/O is limited"
 
 
 @dataclass(frozen=True, slots=True)
-class GroupLimits:
-    """What a sandbox's processes may use together.
+class CgroupLimits:
+    """Limits on the sum of a sandbox's processes.
 
-    :param cpus: of the host's. :param weight: of one CPU in contention is 100.
-    :param io: bytes and operations per second of the disk `device` ("major:minor"), each way; 0: no limit.
+    :param cpus: CPU time, in CPUs of the host.
+    :param weight: share of contended CPU time; 100 for each CPU is usual.
+    :param tasks: number of processes and threads.
+    :param device: disk that the I/O limits apply to, as "major:minor"; "": none.
+    :param io_bytes: bytes per second, separately for reads and writes; 0: no limit.
+    :param io_operations: operations per second, separately for reads and writes; 0: no limit.
     """
 
     cpus: float
@@ -42,7 +46,7 @@ class GroupLimits:
     io_operations: int = 0
 
     def files(self) -> dict[str, dict[str, str]]:
-        """Returns what to write, by controller and by file."""
+        """Return the text for each interface file, as {controller: {file: text}}."""
         io = {"rbps": self.io_bytes, "wbps": self.io_bytes, "riops": self.io_operations, "wiops": self.io_operations}
         words = [f"{name}={value}" for name, value in io.items() if value]
         return {
@@ -57,7 +61,7 @@ class GroupLimits:
 
 
 def hierarchy() -> Path | None:
-    """Returns where cgroup v2 is mounted (proc_pid_mountinfo(5)); None: nowhere."""
+    """Return the mount point of cgroup v2 (proc_pid_mountinfo(5)); None if it is not mounted."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, _, source = line.partition(" - ")
         if source.split()[0] == "cgroup2":
@@ -65,7 +69,7 @@ def hierarchy() -> Path | None:
     return None
 
 
-def _words(path: Path) -> frozenset[str]:
+def _read_words(path: Path) -> frozenset[str]:
     try:
         return frozenset(path.read_text().split())
     except OSError:
@@ -73,14 +77,14 @@ def _words(path: Path) -> frozenset[str]:
 
 
 def available() -> tuple[str, ...]:
-    """Returns which of the controllers cgroup v2 has on this host."""
+    """Return the members of `CONTROLLERS` that cgroup v2 has on this host."""
     root = hierarchy()
-    found = _words(root / "cgroup.controllers") if root is not None else ()
+    found = _read_words(root / "cgroup.controllers") if root is not None else ()
     return tuple(name for name in CONTROLLERS if name in found)
 
 
 def block_device(path: Path) -> str:
-    """Returns the whole disk that a path lies on as "major:minor"; "" if it lies on none."""
+    """Return the disk (not the partition) that holds a path, as "major:minor"; "" for a path on no disk."""
     number = path.stat().st_dev
     entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     if not entry.exists():
@@ -91,10 +95,12 @@ def block_device(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Cgroups:
-    """The groups of one node's sandboxes.
+    """Cgroups of the sandboxes of one node.
 
-    :param directory: the group above them; None: there can be none. :param parent: its path below the hierarchy.
-    :param controllers: those that it hands on. :param degraded: a sentence for each thing that is not limited.
+    :param directory: the parent cgroup; None on a host without cgroup v2, where `make` does nothing.
+    :param parent: path of the parent cgroup below the mount point.
+    :param controllers: controllers enabled for the children.
+    :param degraded: one message for each limit that cannot be enforced.
     """
 
     directory: Path | None
@@ -104,33 +110,38 @@ class Cgroups:
 
     @classmethod
     def open(cls, parent: str) -> Cgroups:
-        """Makes the group `parent` (a path below the hierarchy) unless it is there, and has it hand on all it can."""
+        """Create the cgroup `parent` (a path below the mount point) unless it exists, and enable its controllers."""
         if not parent.strip("/"):
-            return cls(None, degraded=(f"{_NOTHING}: cgroups.parent is empty",))
+            return cls(None, degraded=(f"{_UNLIMITED}: cgroups.parent is empty",))
         root = hierarchy()
         if root is None:
-            return cls(None, degraded=(f"{_NOTHING}: cgroup v2 is not mounted",))
+            return cls(None, degraded=(f"{_UNLIMITED}: cgroup v2 is not mounted",))
         directory = root / parent.strip("/")
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            return cls(None, degraded=(f"{_NOTHING}: cannot make the cgroup {parent}: {error.strerror}",))
-        reasons = _hand_on(root, directory)
-        return cls(directory, parent, _words(directory / "cgroup.subtree_control") & set(CONTROLLERS), tuple(reasons))
+            return cls(None, degraded=(f"{_UNLIMITED}: cannot make the cgroup {parent}: {error.strerror}",))
+        reasons = _enable_controllers(root, directory)
+        return cls(
+            directory, parent, _read_words(directory / "cgroup.subtree_control") & set(CONTROLLERS), tuple(reasons)
+        )
 
     def path(self, sandbox_id: str) -> Path | None:
-        """Returns the group of a sandbox, which may not exist."""
+        """Return the path of a sandbox's cgroup, existing or not; None without cgroup v2."""
         return None if self.directory is None else self.directory / sandbox_id
 
-    def make(self, sandbox_id: str, limits: GroupLimits) -> Path | None:
-        """Makes the group of a sandbox, and returns it. :raises HostError:"""
+    def make(self, sandbox_id: str, limits: CgroupLimits) -> Path | None:
+        """Create the cgroup of a sandbox, set its limits, and return its path; None without cgroup v2.
+
+        :raises HostError: the kernel refused (CGROUP_FAILED); no cgroup is left.
+        """
         group = self.path(sandbox_id)
         if group is None:
             return None
         try:
             try:
                 group.mkdir(exist_ok=True)
-            except FileNotFoundError:  # another agent was the last one in the group above, and removed it
+            except FileNotFoundError:  # another agent removed the empty parent
                 Cgroups.open(self.parent)
                 group.mkdir()
             for controller, files in limits.files().items():
@@ -145,19 +156,22 @@ class Cgroups:
         return group
 
     def remove(self, sandbox_id: str) -> None:
-        """Ends what is left in the group of a sandbox, and removes it; absence is success. :raises HostError:"""
+        """Kill the processes left in the cgroup of a sandbox, and remove it; a missing one is no error. Blocks.
+
+        :raises HostError: processes survive SIGKILL for 2 s (REMOVE_FAILED).
+        """
         group = self.path(sandbox_id)
         if group is None:
             return
         busy = retry_if_exception(lambda error: isinstance(error, OSError) and error.errno == errno.EBUSY)
-        removing = Retrying(retry=busy, wait=wait_fixed(_LOOK_S), stop=stop_after_delay(_END_S), reraise=True)
+        removing = Retrying(retry=busy, wait=wait_fixed(_POLL_S), stop=stop_after_delay(_KILL_TIMEOUT_S), reraise=True)
         try:
             removing(_remove, group)
         except OSError as error:
             raise HostError(f"cannot remove {group}: {error.strerror}", reason="REMOVE_FAILED") from error
 
     def out_of_memory(self, sandbox_id: str) -> bool:
-        """Whether the kernel has ended a process of the sandbox for lack of memory; False where that is not counted."""
+        """Return whether the kernel has OOM-killed a process of the sandbox; False without a memory controller."""
         group = self.path(sandbox_id)
         if group is None:
             return False
@@ -168,36 +182,39 @@ class Cgroups:
         return int(events.get("oom_kill", 0)) > 0
 
     def close(self) -> None:
-        """Removes the group above the sandboxes' if there is no other in it."""
+        """Remove the parent cgroup unless it has children."""
         if self.directory is not None:
             with contextlib.suppress(OSError):
                 self.directory.rmdir()
 
 
 def _remove(group: Path) -> None:
-    """Remove a group, or end the processes that keep it busy. :raises OSError: it is still there."""
+    """Remove a cgroup, or kill the processes that keep it busy.
+
+    :raises OSError: the cgroup is still there.
+    """
     try:
         group.rmdir()
     except FileNotFoundError:
         return
     except OSError:
-        with contextlib.suppress(OSError):  # gone, or a kernel before 5.14: what is left is found by its arguments
+        with contextlib.suppress(OSError):  # gone, or a kernel before 5.14: `resources.kill_strays` finds the rest
             (group / "cgroup.kill").write_text("1")
         raise
 
 
-def _hand_on(root: Path, directory: Path) -> Iterable[str]:
-    """Has every group from the root down to `directory` hand on the controllers; returns why one does not."""
-    chain = [directory, *(place for place in directory.parents if place.is_relative_to(root))][::-1]
+def _enable_controllers(root: Path, directory: Path) -> Iterable[str]:
+    """Enable the controllers in every cgroup from the root to `directory`; return one message per failure's cause."""
+    chain = [directory, *(cgroup for cgroup in directory.parents if cgroup.is_relative_to(root))][::-1]
     missing = {}
     for name in CONTROLLERS:
-        for place in chain:
-            if name in _words(place / "cgroup.subtree_control"):
+        for cgroup in chain:
+            if name in _read_words(cgroup / "cgroup.subtree_control"):
                 continue
             try:
-                (place / "cgroup.subtree_control").write_text(f"+{name}")
+                (cgroup / "cgroup.subtree_control").write_text(f"+{name}")
             except OSError as error:
-                missing[name] = _why(error, place, root)
+                missing[name] = _explain(error, cgroup, root)
                 break
     reasons: dict[str, list[str]] = {}
     for name, why in missing.items():
@@ -205,10 +222,12 @@ def _hand_on(root: Path, directory: Path) -> Iterable[str]:
     return [f"sandboxes have no limit of {', '.join(names)}: {why}" for why, names in reasons.items()]
 
 
-def _why(error: OSError, place: Path, root: Path) -> str:
+def _explain(error: OSError, cgroup: Path, root: Path) -> str:
     if error.errno in (errno.ENOENT, errno.EINVAL):
         return "cgroup v2 has no such controller here; boot the host with systemd.unified_cgroup_hierarchy=1"
-    where = "/" if place == root else str(place.relative_to(root))
+    where = "/" if cgroup == root else str(cgroup.relative_to(root))
     if error.errno == errno.EBUSY:
-        return f"the cgroup {where} has processes of its own, so it hands nothing on; set cgroups.parent to another one"
+        return (
+            f"the cgroup {where} has processes of its own, so it has no controllers; set cgroups.parent to another one"
+        )
     return f"the cgroup {where}: {error.strerror}"

@@ -1,6 +1,4 @@
-"""A process of the host (a VMM, the egress process): started inside a network namespace, watched through its pidfd,
-found again after an agent's restart.
-"""
+"""Host processes (VMM, egress): spawn in a network namespace, watch by pidfd, adopt after a restart of the agent."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ from pathlib import Path
 
 from agent.common.aio import to_the_end
 from agent.common.errors import VmmError
-from agent.daemon.host import root_view
-from agent.daemon.host.root_view import View
+from agent.daemon.host.root_view import RootView, enter_root_view
 from agent.daemon.host.syscalls import enter_netns
 from agent.daemon.host.threads import run_in_thread
 
@@ -26,8 +23,9 @@ _STDERR_TAIL_BYTES = 4096
 
 
 def start_time(pid: int) -> int:
-    """Returns when the process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); 0 if it is gone, or
-    has ended and only waits for its parent.
+    """Return the start time of a process in clock ticks since boot (field 22 of proc_pid_stat(5)).
+
+    0 for a process that is gone, or a zombie.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
@@ -39,16 +37,14 @@ def start_time(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ExitInfo:
-    """How a VMM process ended: exactly one of `exit_code` and `signal` is set; both are None if it was not our
-    child.
-    """
+    """End of a process: `exit_code` or `signal` is set; both are None for a process that an earlier agent started."""
 
     exit_code: int | None
     signal: int | None
     stderr_tail: str
 
     def describe(self) -> str:
-        """One phrase for error messages."""
+        """Return a phrase for error messages, such as "killed by signal 9"."""
         if self.signal is not None:
             return f"killed by signal {self.signal}"
         if self.exit_code is not None:
@@ -57,13 +53,13 @@ class ExitInfo:
 
 
 class HostProcess:
-    """One process, by pidfd: waiting for it never confuses it with another that got its PID."""
+    """A process watched by its pidfd, which, unlike a PID, never comes to mean another process."""
 
     def __init__(
-        self, pid: int, stderr_path: Path, *, is_child: bool, placing: asyncio.Future[None] | None = None
+        self, pid: int, stderr_path: Path, *, is_child: bool, joining: asyncio.Future[None] | None = None
     ) -> None:
         self.pid = pid
-        self._placing = placing
+        self._joining = joining
         self._stderr_path = stderr_path
         self._is_child = is_child
         self._pidfd = os.pidfd_open(pid)
@@ -74,7 +70,7 @@ class HostProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process has not ended yet, as far as the event loop knows."""
+        """Whether the process runs, as far as the event loop has noticed."""
         return not self._ended.done()
 
     def _on_exit(self) -> None:
@@ -93,7 +89,7 @@ class HostProcess:
             self._ended.set_result(ExitInfo(code, number, self.stderr_tail()))
 
     def stderr_tail(self) -> str:
-        """Returns the end of what the process wrote to stderr."""
+        """Return the last 4 KiB that the process wrote to stderr; "" without a file."""
         try:
             with self._stderr_path.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _STDERR_TAIL_BYTES))
@@ -102,26 +98,29 @@ class HostProcess:
             return ""
 
     async def wait(self) -> ExitInfo:
-        """Returns once the process has ended; cancellation leaves it alone."""
+        """Wait for the end of the process; cancellation does not affect the process."""
         return await asyncio.shield(self._ended)
 
-    async def placed(self) -> None:
-        """Returns once the process is in its control group. :raises VmmError: it could not be moved there."""
-        if self._placing is None:
+    async def joined_cgroup(self) -> None:
+        """Wait until the process is in its cgroup.
+
+        :raises VmmError: the kernel refused to move it (CGROUP_FAILED).
+        """
+        if self._joining is None:
             return
         try:
-            await asyncio.shield(self._placing)
+            await asyncio.shield(self._joining)
         except OSError as error:
             raise VmmError(f"cannot move process {self.pid} to its cgroup: {error}", reason="CGROUP_FAILED") from error
 
     def forget(self) -> None:
-        """Stops watching the process and leaves it alone; this object is of no more use."""
+        """Stop watching the process, which runs on; this object must not be used any more."""
         if self.alive:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
 
     async def kill(self) -> None:
-        """Ensures that the process is gone (SIGKILL). Idempotent."""
+        """Kill the process (SIGKILL) and wait for its end. Idempotent."""
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -129,7 +128,7 @@ class HostProcess:
 
 
 def adopt(pid: int, started: int, stderr_path: Path) -> HostProcess | None:
-    """Returns the process that had `pid` and started at `started`, or None if it is gone."""
+    """Return the process `pid` if it started at `started` (see `start_time`); None if it is gone."""
     if started == 0 or start_time(pid) != started:
         return None
     try:
@@ -138,13 +137,13 @@ def adopt(pid: int, started: int, stderr_path: Path) -> HostProcess | None:
         return None
     if process.start_time == started:
         return process
-    process.forget()  # the PID changed hands between the two looks
+    process.forget()  # the PID was reused between the two checks
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """What a process may not do: it has no capability and cannot get one, and may run as another user than the agent.
+    """Privileges of a child process: no capabilities, no way to gain any, and optionally another user than the agent's.
 
     :param uid: the user to run as, for an agent that is root; None: the agent's own.
     """
@@ -153,19 +152,19 @@ class Confinement:
     gid: int = 0
 
     def argv(self, argv: Sequence[str]) -> list[str]:
-        """Returns the words that start `argv` so confined, by setpriv(1): the process keeps its PID.
+        """Return the command line that runs `argv` with these privileges: by setpriv(1), which keeps the PID.
 
-        :raises VmmError: setpriv is missing.
+        :raises VmmError: setpriv is not installed (VMM_NOT_STARTED).
         """
         setpriv = shutil.which("setpriv")
         if setpriv is None:
             raise VmmError("setpriv is not installed: install util-linux", reason="VMM_NOT_STARTED")
-        words = [setpriv, "--no-new-privs"]
+        prefix = [setpriv, "--no-new-privs"]
         if os.geteuid() == 0:
-            words += ["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]
+            prefix += ["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]
         if self.uid is not None:
-            words += [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups"]
-        return [*words, "--", *argv]
+            prefix += [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups"]
+        return [*prefix, "--", *argv]
 
 
 async def spawn(
@@ -175,22 +174,23 @@ async def spawn(
     stderr_path: Path,
     pass_fds: Sequence[int] = (),
     output_fds: tuple[int, int] | None = None,
-    seen: View | None = None,
+    root_view: RootView | None = None,
     cgroup: Path | None = None,
 ) -> HostProcess:
-    """Starts `argv` in its own session and in the namespace `netns`, with stdout and stderr in a file.
+    """Start `argv` in a session of its own, with stdout and stderr appended to `stderr_path`.
 
-    :param seen: what it has of the host's files; None: all.
-    :param cgroup: the control group that it is moved to, which takes the kernel up to 20 ms: `HostProcess.placed`.
-    :param output_fds: where stdout and stderr go instead; `stderr_path` is then only read, for the end of stderr.
-    :raises VmmError: the program cannot be started.
+    :param netns: name of the network namespace under /run/netns; None: the agent's.
+    :param output_fds: stdout and stderr, in place of the file; `stderr_path` is then only read, by `stderr_tail`.
+    :param root_view: files of the host that the process sees; None: all.
+    :param cgroup: cgroup to move the process to; the kernel takes up to 20 ms, see `HostProcess.joined_cgroup`.
+    :raises VmmError: the program cannot be started (VMM_NOT_STARTED).
     """
 
     def start() -> tuple[int, int | None]:
         # Namespaces belong to threads, and a child starts in its parent thread's: no helper program is needed.
         group = None if cgroup is None else os.open(cgroup / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            return _spawn_here(argv, netns, stderr_path, pass_fds, output_fds, seen), group
+            return _spawn_here(argv, netns, stderr_path, pass_fds, output_fds, root_view), group
         except BaseException:
             if group is not None:
                 os.close(group)
@@ -201,7 +201,7 @@ async def spawn(
     except OSError as error:
         raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
     try:
-        # To the end: a cancelled caller would lose the PID of a process that is about to exist.
+        # Uncancellable: a cancelled caller would lose the PID of a process that is about to exist.
         pid, group = await to_the_end(started)
     except asyncio.CancelledError:
         if not started.cancelled() and started.exception() is None:
@@ -209,28 +209,29 @@ async def spawn(
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in a word
         raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
-    placing: asyncio.Future[None] | None = None
+    joining: asyncio.Future[None] | None = None
     try:
         if group is not None:
-            placing = run_in_thread("place", functools.partial(_place, pid, group))
-            placing.add_done_callback(lambda done: done.exception())  # whoever has ended the process does not ask
-        return HostProcess(pid, stderr_path, is_child=True, placing=placing)
-    except OSError as error:  # no thread, or no descriptor to watch it with: it would be lost
-        _undo_start((pid, None if placing else group))
+            joining = run_in_thread("join-cgroup", functools.partial(_join_cgroup, pid, group))
+            # Retrieved: a caller that kills the process does not await the move.
+            joining.add_done_callback(lambda done: done.exception())
+        return HostProcess(pid, stderr_path, is_child=True, joining=joining)
+    except OSError as error:  # no thread, or no descriptor to watch the process with: it would be lost
+        _undo_start((pid, None if joining else group))
         raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
 
 
-def _place(pid: int, group: int) -> None:
-    """Moves a process to a control group, while it starts already: the kernel waits for all its CPUs meanwhile."""
+def _join_cgroup(pid: int, group: int) -> None:
+    """Move a process to a cgroup while the process starts already: the kernel waits for all CPUs during the move."""
     try:
-        with contextlib.suppress(ProcessLookupError):  # it has ended, which its owner finds out
+        with contextlib.suppress(ProcessLookupError):  # it has ended, which its owner notices by itself
             os.write(group, str(pid).encode())
     finally:
         os.close(group)
 
 
 def _undo_start(started: tuple[int, int | None]) -> None:
-    """Ends a process that has no owner yet (its PID, and the open cgroup.procs of its control group)."""
+    """Kill and reap a process without an owner, given as its PID and the open `cgroup.procs` of its cgroup."""
     pid, group = started
     if group is not None:
         os.close(group)
@@ -244,7 +245,7 @@ def _spawn_here(
     stderr_path: Path,
     pass_fds: Sequence[int],
     output_fds: tuple[int, int] | None,
-    seen: View | None,
+    root_view: RootView | None,
 ) -> int:
     if netns is not None:
         enter_netns(netns)
@@ -252,11 +253,11 @@ def _spawn_here(
         if output_fds is None:
             file = opened.enter_context(stderr_path.open("ab"))
             output_fds = (file.fileno(), file.fileno())
-        if seen is not None:
-            root_view.enter(seen)
+        if root_view is not None:
+            enter_root_view(root_view)
         process = subprocess.Popen(
             list(argv), stdin=subprocess.DEVNULL, stdout=output_fds[0], stderr=output_fds[1], pass_fds=pass_fds,
             start_new_session=True, cwd="/",
         )  # fmt: skip
-    process.returncode = 0  # the pidfd's owner reaps it; subprocess must not
+    process.returncode = 0  # HostProcess reaps it by pidfd; subprocess must not
     return process.pid

@@ -1,7 +1,7 @@
-"""What a process of the host gets to see of it: a root of its own that has only what is named (mount_namespaces(7)).
+"""Root file system view of a process: a mount namespace with named files of the host only (mount_namespaces(7)).
 
-`enter` changes the calling thread alone: mount namespace and root belong to it once they are unshared, and what it
-starts begins there. So the agent, which must not fork, needs no helper program for it.
+`enter_root_view` changes the calling thread alone: once unshared, mount namespace and root belong to that thread, and
+its children inherit them. So the agent, which must not fork, needs no helper program.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from agent.daemon.host.syscalls import (
     unshare,
 )
 
-# Covered by the new root until it is the root: it is there on every host, and nothing of it is ever bound.
-_PLACE = "/proc"
-# Programs and their libraries; links of a merged /usr stay links.
+# Mount point of the new root until pivot_root: exists on every host, and no file below it is ever bound.
+_MOUNT_POINT = "/proc"
+# Programs and their libraries; symbolic links of a merged /usr stay links.
 SYSTEM = tuple(Path(path) for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache"))
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """Files and directories at the paths that they have on the host; devices by their paths; an empty /tmp.
+class RootView:
+    """Visible files, directories and devices, at their paths on the host, beside `SYSTEM` and an empty /tmp.
 
-    :param owner: the user who may open the devices.
+    :param owner: UID and GID that own the devices.
     """
 
     read_only: tuple[Path, ...] = ()
@@ -48,13 +48,16 @@ class View:
     owner: int = 0
 
 
-def enter(view: View) -> None:
-    """Gives the calling thread the view for its root, for good. :raises OSError: something of it is not there."""
+def enter_root_view(view: RootView) -> None:
+    """Make `view` the root of the calling thread for the rest of its life.
+
+    :raises OSError: a path of the view does not exist, or a mount was refused.
+    """
     unshare(CLONE_NEWNS)
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     devices = [(path, path.stat()) for path in view.devices]
-    mount("view", _PLACE, "tmpfs", MS_NOSUID | MS_NOEXEC, "size=1m,mode=755")
-    root = Path(_PLACE)
+    mount("view", _MOUNT_POINT, "tmpfs", MS_NOSUID | MS_NOEXEC, "size=1m,mode=755")
+    root = Path(_MOUNT_POINT)
     for path in SYSTEM:
         _bind(path, root, writable=False)
     for path in _outermost(view.read_only):
@@ -69,7 +72,7 @@ def enter(view: View) -> None:
 
 
 def _outermost(paths: Iterable[Path]) -> list[Path]:
-    """Returns those that lie in none of the others: they are there with it."""
+    """Return the paths that lie below none of the others: binding a directory binds its content."""
     chosen: list[Path] = []
     for path in sorted(set(paths)):
         if not any(path.is_relative_to(outer) for outer in chosen):
@@ -91,14 +94,14 @@ def _bind(source: Path, root: Path, *, writable: bool) -> None:
     elif not target.exists():
         target.touch()
     elif not writable:
-        return  # it is there with a directory that was bound before
+        return  # already visible through a directory bound before
     flags = MS_NOSUID | MS_NODEV | (0 if writable else MS_RDONLY)
     mount(source, target, "", MS_BIND | MS_REC)
     mount("none", target, "", MS_BIND | MS_REMOUNT | flags)
 
 
 def _make_device(target: Path, facts: os.stat_result, owner: int) -> None:
-    """A node of its own: the host's may be open to nobody but root, and stays so."""
+    """Make a device node that `owner` may open, whatever the mode of the host's node is."""
     target.parent.mkdir(parents=True, exist_ok=True)
     os.mknod(target, stat.S_IFCHR | 0o600, facts.st_rdev)
     os.chown(target, owner, owner)

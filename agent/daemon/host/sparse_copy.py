@@ -1,4 +1,4 @@
-"""Copies sparse files without filling their holes."""
+"""Copy sparse files without filling their holes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _COPY_BYTES = 1 << 20
 
 
 def copy_sparse(source: Path, target: Path) -> None:
-    """Copies a file, holes staying holes; by reference where the file system can (ioctl_ficlone(2)).
+    """Copy a file and keep its holes; share blocks where the file system can (ioctl_ficlone(2)). Blocks.
 
     :raises FileExistsError: `target` exists.
-    :raises OSError: it failed; `target` is removed.
+    :raises OSError: reading or writing failed; `target` is removed.
     """
     with source.open("rb") as reader:
         out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

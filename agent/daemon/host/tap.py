@@ -1,7 +1,7 @@
-"""Opens a tap that exists, inside its network namespace, for a VMM that may not do so itself.
+"""Open an existing TAP device inside its network namespace, for a VMM without CAP_NET_ADMIN.
 
-Whoever attaches to a tap needs CAP_NET_ADMIN in its namespace (the kernel's Documentation/networking/tuntap.rst);
-whoever has an open one needs nothing.
+Attaching to a TAP needs that capability (the kernel's Documentation/networking/tuntap.rst); using an open descriptor
+needs none.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from agent.daemon.host.syscalls import enter_netns
 from agent.daemon.host.threads import run_in_thread
 
 _TUNSETIFF = 0x400454CA
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000  # as agent.net makes them
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000  # as `agent.daemon.network.kernel.namespaces` creates them
 
 
 async def open_tap(name: str, netns: str | None) -> int:
-    """Returns a descriptor of the tap `name`, which the caller closes. :raises VmmError: it cannot be opened."""
+    """Return a descriptor of the TAP `name`; the caller closes it.
+
+    :param netns: name of the network namespace under /run/netns; None: the agent's.
+    :raises VmmError: the TAP cannot be opened (TAP_FAILED).
+    """
 
     def enter_and_attach() -> int:
         if netns is not None:
@@ -33,7 +37,10 @@ async def open_tap(name: str, netns: str | None) -> int:
 
 
 def attach(name: str) -> int:
-    """Returns a descriptor of the tap `name` in the thread's own namespace. :raises OSError:"""
+    """Return a descriptor of the TAP `name` in the network namespace of the calling thread.
+
+    :raises OSError: the TAP does not exist, or the agent lacks CAP_NET_ADMIN.
+    """
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR

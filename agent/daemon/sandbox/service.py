@@ -138,12 +138,12 @@ class Manager(Standing):
         entry = self._take_over(record, adopted)
         self._host.volumes.attach(record)
         if record.template and self.templates is not None:
-            entry.held.enter_context(self.templates.pin(record.template))
+            entry.cleanup_stack.enter_context(self.templates.pin(record.template))
         self._start_watch(entry)
 
     def keep_suspended(self, record: Record) -> None:
         """Takes over a sandbox that is on the disk alone."""
-        self._take_over(record, None).sweep = True
+        self._take_over(record, None).needs_cleanup = True
         self._host.volumes.attach(record)
 
     async def lose(self, record: Record, why: str) -> None:

@@ -1,7 +1,8 @@
-"""Chooses KVM or emulation by what really boots.
+"""Choose KVM or emulation (TCG) by a trial boot.
 
-A /dev/kvm that opens proves nothing: nested and partial ones die in the middle of a stock kernel. So the kernel of an
-image is booted under KVM once, until it runs its first program, and the verdict is kept for this boot of the host.
+A /dev/kvm that opens proves nothing: nested and partial implementations crash in the middle of a stock kernel. So the
+kernel of an image is booted under KVM once, until it runs its first program; the result is cached for this boot of the
+host.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Trial = Callable[[str, Path, Path, str], list[str]]  # (binary, kernel, initramf
 
 
 def qemu_trial(binary: str, kernel: Path, initramfs: Path, cmdline: str) -> list[str]:
-    """Returns the words that boot a kernel in QEMU under KVM with its console on stdout."""
+    """Return the command line that boots a kernel in QEMU under KVM with its console on stdout."""
     return [
         binary, "-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-M", "q35", "-accel", "kvm",
         "-cpu", "host", "-m", "256M", "-kernel", str(kernel), "-initrd", str(initramfs),
@@ -47,10 +48,11 @@ class _Verdict:
 
 
 class AcceleratorProbe:
-    """Remembers verdicts in `cache_dir`; boots the kernel and initramfs at the given paths when it has none.
+    """Chooses the accelerator; caches results of trial boots in `cache_dir`.
 
-    :param trial: how the VMM in question boots them. Verdicts are kept by `version`, which must name the VMM, too,
-        for any but QEMU.
+    :param kernel: kernel to boot; None, as without an image: no trial, hence "tcg".
+    :param trial: command line of the trial boot. Results are cached by `version`, which must name the VMM, too, for any
+        but QEMU.
     """
 
     def __init__(self, cache_dir: Path, kernel: Path | None, initramfs: Path | None, trial: Trial = qemu_trial) -> None:
@@ -60,7 +62,11 @@ class AcceleratorProbe:
         self._trial = trial
 
     async def choose(self, wanted: str, binary: str, version: str) -> tuple[str, str]:
-        """Returns ("kvm" or "tcg", why). :raises VmmError: KVM is demanded and cannot be opened."""
+        """Return ("kvm" or "tcg", reason).
+
+        :param wanted: "kvm", "tcg", or "auto" for a trial boot.
+        :raises VmmError: `wanted` is "kvm", and /dev/kvm cannot be opened (KVM_MISSING).
+        """
         openable = os.access(_KVM, os.R_OK | os.W_OK)
         if wanted == "kvm":
             if not openable:

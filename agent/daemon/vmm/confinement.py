@@ -1,4 +1,4 @@
-"""A VMM that is another user than the agent: what it sees of the host, and what it is lent to write to."""
+"""Confinement of a VMM that runs as another user than the agent: its root view, and the files granted to it."""
 
 from __future__ import annotations
 
@@ -11,44 +11,53 @@ from pathlib import Path
 
 from agent.common.errors import VmmError
 from agent.daemon.host.process import Confinement
-from agent.daemon.host.root_view import View
+from agent.daemon.host.root_view import RootView
 from agent.daemon.vmm.driver import VmSpec
 
 
 def confinement_of(spec: VmSpec) -> Confinement:
-    """Returns whom the VMM of a VM runs as."""
+    """Return the privileges of a VM's VMM."""
     return Confinement() if spec.uid is None else Confinement(spec.uid, spec.uid)
 
 
-def view_of(
+def root_view_of(
     spec: VmSpec, binary: str, devices: Iterable[str], *, read_only: Iterable[Path] = (), writable: Iterable[Path] = ()
-) -> View | None:
-    """Returns what the VMM of a VM sees; None for one that runs as the agent's own user: all that the agent does."""
+) -> RootView | None:
+    """Return the root view of a VM's VMM; None, the whole host, for one that runs as the agent's user.
+
+    :param devices: device nodes to include where they exist.
+    """
     if spec.uid is None:
         return None
-    seen = [Path(shutil.which(binary) or binary), *read_only]
-    seen += [disk.path for disk in spec.disks if disk.read_only]
-    seen += [spec.kernel, spec.initramfs] if spec.restore_from is None else [spec.restore_from]
-    written = [disk.path for disk in spec.disks if not disk.read_only]
+    visible = [Path(shutil.which(binary) or binary), *read_only]
+    visible += [disk.path for disk in spec.disks if disk.read_only]
+    visible += [spec.kernel, spec.initramfs] if spec.restore_from is None else [spec.restore_from]
+    owned = [disk.path for disk in spec.disks if not disk.read_only]
     if spec.memory_file is not None:
-        (seen if spec.memory_file.private else written).append(spec.memory_file.path)
+        (visible if spec.memory_file.private else owned).append(spec.memory_file.path)
     if spec.save_root is not None:
-        written.append(spec.save_root)
+        owned.append(spec.save_root)
     present = tuple(Path(device) for device in devices if Path(device).exists())
-    return View(tuple(seen), (*written, *writable), present, spec.uid)
+    return RootView(tuple(visible), (*owned, *writable), present, spec.uid)
 
 
-def lend(spec: VmSpec) -> None:
-    """Makes the VMM's user own the files that it writes to. :raises VmmError: one cannot be given."""
+def grant(spec: VmSpec) -> None:
+    """Make the VMM's user own the files that the VMM writes.
+
+    :raises VmmError: the owner of a file cannot be changed.
+    """
     if spec.uid is None:
         return
-    written = [disk.path for disk in spec.disks if not disk.read_only]
-    for path in (*written, *_shared_ram(spec)):
-        lend_path(spec.uid, path)
+    disks = [disk.path for disk in spec.disks if not disk.read_only]
+    for path in (*disks, *_shared_ram(spec)):
+        grant_path(spec.uid, path)
 
 
-def lend_path(uid: int | None, path: Path) -> None:
-    """Makes the VMM's user own a file, or a directory that it is to fill. :raises VmmError: it cannot be given."""
+def grant_path(uid: int | None, path: Path) -> None:
+    """Make the VMM's user own a file, or a directory that the VMM will fill; `uid` None: nothing to do.
+
+    :raises VmmError: the owner cannot be changed.
+    """
     if uid is None:
         return
     try:
@@ -57,8 +66,8 @@ def lend_path(uid: int | None, path: Path) -> None:
         raise VmmError(f"cannot give {path} to user {uid}: {error}", reason="VMM_NOT_STARTED") from error
 
 
-def take_back(spec: VmSpec) -> None:
-    """Makes the agent own again what outlives the VM: a template's RAM, and volumes. Idempotent.
+def reclaim(spec: VmSpec) -> None:
+    """Make the agent own again the files that outlive the VM: a template's RAM, and volumes. Idempotent.
 
     Clones will share that RAM, and an owner could write to it whatever its mode says.
     """
@@ -70,12 +79,13 @@ def take_back(spec: VmSpec) -> None:
             os.chown(path, os.geteuid(), os.getegid(), follow_symlinks=False)
 
 
-def take_directory(directory: Path, names: Iterable[str]) -> None:
-    """Makes the agent own a directory that the VMM filled, readable for the VMMs of others.
+def reclaim_directory(directory: Path, names: Iterable[str]) -> None:
+    """Make the agent own a directory that the VMM filled, and the files in it readable for other VMMs.
 
-    Whoever has taken over the VMM can put anything there, links included: only plain files of these names are taken.
+    An attacker in control of the VMM can put anything there, links included: only regular files of the given names are
+    accepted.
 
-    :raises VmmError: something else is there.
+    :raises VmmError: the directory has other entries (SNAPSHOT_FAILED).
     """
     os.chown(directory, os.geteuid(), os.getegid())
     directory.chmod(0o755)
@@ -89,7 +99,7 @@ def take_directory(directory: Path, names: Iterable[str]) -> None:
             raise VmmError(f"the snapshot cannot be read: {error}", reason="SNAPSHOT_FAILED") from error
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise VmmError(f"the snapshot's {name} is not what it must be", reason="SNAPSHOT_FAILED")
+                raise VmmError(f"the snapshot's {name} is not a regular file", reason="SNAPSHOT_FAILED")
             os.fchown(fd, os.geteuid(), os.getegid())
             os.fchmod(fd, 0o444)
         finally:

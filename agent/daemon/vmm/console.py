@@ -1,7 +1,7 @@
-"""The serial console of a VM in two bounded files: what a guest prints for ever must not fill the host's disk.
+"""Serial console of a QEMU VM, logged to two files of bounded size: a guest must not fill the host's disk.
 
-QEMU offers the console as a socket and drops what nobody reads, so a dead agent never stops a guest. The agent reads it
-into `console.log`; at half of the limit that becomes `console.log.1`, replacing the one before.
+QEMU offers the console as a socket and drops output while no client reads, so a dead agent never stops a guest. The
+agent appends the output to `console.log`; at half of the limit that file replaces `console.log.1`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _READ_BYTES = 64 << 10
 
 
 def read_tail(newest_first: Sequence[Path], limit_bytes: int) -> bytes:
-    """Returns the last bytes of files that continue each other, at most `limit_bytes`; a missing one is empty."""
+    """Return the last `limit_bytes` of files that continue each other; a missing file counts as empty."""
     kept = b""
     for path in newest_first:
         with contextlib.suppress(OSError), path.open("rb") as file:
@@ -30,7 +30,7 @@ def read_tail(newest_first: Sequence[Path], limit_bytes: int) -> bytes:
 
 
 class Console:
-    """Reads one console socket into its files until the VMM closes it."""
+    """Logs one console socket until the VMM closes it; `grown` is set whenever output was appended."""
 
     def __init__(self, directory: Path, limit_bytes: int) -> None:
         self._path = directory / "console.log"
@@ -42,7 +42,7 @@ class Console:
         self.grown = asyncio.Event()
 
     def attach(self, sock: socket.socket) -> None:
-        """Starts reading `sock` (connected, non-blocking), which belongs to the console from now on."""
+        """Start to log a connected, non-blocking socket; the console owns and closes it."""
         self._task = asyncio.create_task(self._read(sock))
 
     async def _read(self, sock: socket.socket) -> None:
@@ -67,11 +67,11 @@ class Console:
         self._size += len(data)
 
     def tail(self, limit_bytes: int) -> bytes:
-        """Returns the last bytes, at most `limit_bytes`; after `aclose`, too."""
+        """Return the last `limit_bytes` of output; works after `aclose`, too."""
         return read_tail((self._path, self._old_path), limit_bytes)
 
     async def aclose(self, timeout_s: float = 1.0) -> None:
-        """Reads what is left of a VMM that has ended, then closes the file. Idempotent."""
+        """Log the remaining output of a VMM that has ended, for up to `timeout_s`, then close the file. Idempotent."""
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=timeout_s)
             self._task.cancel()

@@ -1,6 +1,6 @@
-"""What a virtual machine monitor must offer: the interface that `sandbox/` drives, and every driver implements.
+"""Driver interface: starts, adopts and controls the virtual machines of one VMM (QEMU, Cloud Hypervisor).
 
-A driver knows one VMM (its argv, its control protocol). It decides nothing: sizes, paths, namespaces and order come
+A driver knows the command line and control protocol of its VMM, and no policy: sizes, paths, namespaces and order come
 from the caller as plain values, and a failed start leaves no process, socket or file behind.
 """
 
@@ -17,7 +17,7 @@ from agent.daemon.host.process import ExitInfo
 
 
 class LinkKind(StrEnum):
-    """What carries the byte stream between host and guest."""
+    """Transport of the byte stream between host and guest."""
 
     SERIAL = "serial"  # a virtio-serial port, a unix stream socket on the host
     VSOCK = "vsock"  # AF_VSOCK in the guest; on the host a unix socket with the CONNECT handshake, or AF_VSOCK
@@ -25,9 +25,10 @@ class LinkKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DiskSpec:
-    """A raw disk image for the guest; `serial` is how the guest finds it (/sys/block/*/serial).
+    """A raw disk image for the guest.
 
-    :param durable: what the guest flushes must outlive the host's power.
+    :param serial: serial number by which the guest finds the disk (/sys/block/*/serial).
+    :param durable: data that the guest has flushed must survive a power failure of the host.
     """
 
     path: Path
@@ -38,7 +39,7 @@ class DiskSpec:
 
 @dataclass(frozen=True, slots=True)
 class NicSpec:
-    """The guest's network card: a tap that exists already, inside the namespace that the VMM is started in."""
+    """The guest's network card, on an existing TAP inside the network namespace that the VMM is started in."""
 
     tap: str
     mac: str
@@ -46,10 +47,10 @@ class NicSpec:
 
 @dataclass(frozen=True, slots=True)
 class MemoryFile:
-    """A file of the VM's memory size that is its RAM.
+    """A file, as large as the VM's memory, that holds its RAM.
 
-    Shared, the VM writes into it: that is how the RAM of a template is made. Private, it is mapped copy-on-write: any
-    number of clones start from one file that must never change again.
+    Shared, the VM writes into the file: so the RAM of a template is made. Private, the file is mapped copy-on-write:
+    any number of clones start from one file, which must never change again.
     """
 
     path: Path
@@ -57,8 +58,8 @@ class MemoryFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Rates that the VMM itself enforces, per second; 0: none. Each direction has its own."""
+class RateLimits:
+    """Rate limits per second that the VMM enforces, separately for each direction; 0: no limit."""
 
     disk_bytes: int = 0
     disk_operations: int = 0
@@ -67,12 +68,19 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class VmSpec:
-    """Everything a driver needs to start one VM. Sizes are in bytes; paths exist, except what the VMM itself makes.
+    """Input of `Driver.start`. Sizes are in bytes; paths exist, except for files that the VMM itself creates.
 
-    With `restore_from`, a directory that `Vm.snapshot` or `Vm.save` filled, the VM goes on from there instead of
-    booting: all else must be as it was for the VM of the snapshot, but `id`, `netns`, `run_dir`, `limits`, the paths of
-    the writable disks (their size may differ: the driver tells the guest), and `memory_file`, which is now private for
-    what `snapshot` wrote, and None for what `save` wrote. With `stands_still` its CPUs wait for `Vm.resume`.
+    :param netns: name of the network namespace under /run/netns; None: the agent's.
+    :param run_dir: directory for sockets and logs, mode 0700; its path must be short enough for unix sockets.
+    :param memory_file: None: anonymous memory, which `Vm.save` can write and `Vm.snapshot` cannot.
+    :param restore_from: directory that `Vm.snapshot` or `Vm.save` filled; the VM continues from there instead of
+        booting. All other fields must be as they were for that VM, but for `id`, `netns`, `run_dir`, `limits`, the
+        paths of the writable disks (their sizes may differ: the driver tells the guest), and `memory_file`, which is
+        private after `snapshot`, and None after `save`.
+    :param start_paused: the CPUs wait for `Vm.resume`.
+    :param save_root: parent of the directories for `Vm.save` and `Vm.snapshot`.
+    :param uid: user and group that the VMM runs as, with a root view of its own files alone; None: the agent's user.
+    :param cgroup: cgroup that the VMM and its helpers are moved to.
     """
 
     id: str
@@ -83,26 +91,30 @@ class VmSpec:
     cmdline: str
     disks: tuple[DiskSpec, ...]
     nic: NicSpec | None
-    netns: str | None  # name under /run/netns
-    run_dir: Path  # exists, mode 0700, short enough for unix sockets; the driver may fill it
+    netns: str | None
+    run_dir: Path
     link: LinkKind
     console_limit_bytes: int = 1 << 20
-    memory_file: MemoryFile | None = None  # None: memory of its own, which cannot be snapshotted
+    memory_file: MemoryFile | None = None
     restore_from: Path | None = None
-    stands_still: bool = False
-    save_root: Path | None = None  # below which directories for `Vm.save` and `Vm.snapshot` lie
-    uid: int | None = None  # user and group that the VMM runs as, with a view of its own files alone; None: the agent's
-    limits: Limits = Limits()
-    cgroup: Path | None = None  # control group that the VMM and its helpers are moved to
+    start_paused: bool = False
+    save_root: Path | None = None
+    uid: int | None = None
+    limits: RateLimits = RateLimits()
+    cgroup: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class VmmInfo:
-    """Which VMM this is: `version` as it reports it, `accelerator` "kvm" or "tcg", and why that was chosen.
+    """Identity and abilities of the VMM in use.
 
-    `snapshot_key` is one line that must be equal where a snapshot is made and where it is restored: VMM, version, and
-    what of the host's CPU the guest sees. `link` is what carries the byte stream to the guests of this VMM;
-    `can_snapshot` says whether they can be made templates.
+    :param version: as the VMM reports it.
+    :param accelerator: "kvm" or "tcg".
+    :param reason: why VMM and accelerator were chosen.
+    :param snapshot_key: one line that must be equal where a snapshot is made and where it is restored: VMM, version,
+        and the features of the host's CPU that the guest sees.
+    :param link: transport of the byte stream to the guests of this VMM.
+    :param can_snapshot: its VMs can become templates.
     """
 
     name: str
@@ -123,77 +135,93 @@ class Vm(Protocol):
 
     @property
     def resume_token(self) -> Mapping[str, str]:
-        """Plain facts (pid, start time, socket paths) that `Driver.adopt` needs to find this VM again."""
+        """Facts (PID, start time, link) by which `Driver.adopt` finds this VM again."""
 
     async def dial(self) -> socket.socket:
-        """Returns a connected, non-blocking stream socket to the guest's link, past any handshake.
+        """Connect to the guest's end of the link; return a non-blocking stream socket, past any handshake.
 
-        :raises GuestUnreachable: nobody answers there.
+        :raises GuestUnreachable: no process in the guest listens (yet).
         """
 
     async def wait(self) -> ExitInfo:
-        """Returns once the VMM process is gone. Any number of tasks may wait; cancellation leaves the VM alone."""
+        """Wait for the end of the VMM process. Any number of tasks may wait; cancellation does not affect the VM."""
 
     async def stop(self) -> None:
-        """Ensures that the VMM and its helpers are gone (SIGKILL) and their sockets removed. Idempotent."""
+        """Kill the VMM and its helpers (SIGKILL), wait for their end, and remove their sockets. Idempotent."""
 
     async def snapshot(self, directory: Path) -> None:
-        """Pauses the VM and writes all but its RAM into `directory` (exists, empty). Only `stop` may follow.
+        """Pause the VM and write its state without the RAM into an empty directory. Only `stop` may follow.
 
-        :raises VmmError: it failed; or the VM cannot be snapshotted (reason SNAPSHOT_UNSUPPORTED).
+        :raises VmmError: the write failed, or the VMM has no snapshots of such a VM (SNAPSHOT_UNSUPPORTED).
         """
 
     async def save(self, directory: Path) -> None:
-        """Pauses the VM and writes all of it, its RAM as well, into `directory` (exists, empty). `resume` may follow.
+        """Pause the VM and write its state and RAM into an empty directory. `resume` may follow, even after an error.
 
-        :raises VmmError: it failed, and `resume` lets the VM go on; or it cannot be saved (SNAPSHOT_UNSUPPORTED).
+        :raises VmmError: the write failed, or the VMM cannot save such a VM (SNAPSHOT_UNSUPPORTED).
         """
 
     async def pause(self) -> None:
-        """Stops the VM's CPUs. Idempotent. :raises VmmError:"""
+        """Stop the VM's CPUs. Idempotent.
+
+        :raises VmmError: the VMM did not answer, or refused.
+        """
 
     async def resume(self) -> None:
-        """Lets the VM's CPUs go on. Idempotent. :raises VmmError:"""
+        """Start the VM's CPUs again. Idempotent.
+
+        :raises VmmError: the VMM did not answer, or refused.
+        """
 
     async def power_button(self) -> None:
-        """Presses the power button: a guest that listens shuts down. :raises VmmError:"""
+        """Press the ACPI power button, on which a guest that handles it shuts down.
+
+        :raises VmmError: the VMM did not answer, or refused.
+        """
 
     def console_tail(self, limit_bytes: int) -> bytes:
-        """Returns the last bytes that the guest wrote to its serial console, at most `limit_bytes`."""
+        """Return the last output on the serial console, at most `limit_bytes`. Blocks."""
 
 
 class Driver(Protocol):
     """Starts virtual machines of one VMM."""
 
     async def probe(self) -> VmmInfo:
-        """Finds the binary and the accelerator that really boots a guest; cached after the first call.
+        """Find the binary, and the accelerator that really boots a guest; cached after the first call.
 
         :raises VmmError: no usable VMM; the message says what to install.
         """
 
     async def start(self, spec: VmSpec) -> Vm:
-        """Starts the VM and returns as soon as its control socket answers; the guest may still be booting.
+        """Start a VM; return as soon as its control socket answers, while the guest may still be booting.
 
-        :raises VmmError: the VMM did not start. Nothing is left behind.
+        :raises VmmError: the VMM did not start; no process, socket or file is left.
         """
 
     async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> Vm | None:
-        """Returns the VM that an earlier agent started, or None if it does not live any more.
+        """Return the VM that an earlier agent started; None if it has ended.
 
-        Decides by pidfd, start time and socket, never by a PID alone.
+        Identified by pidfd and start time, never by a PID alone.
+
+        :param token: `Vm.resume_token` of that VM.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class VmmOptions:
-    """What an operator may set about the VMM; empty means the driver finds it itself.
+    """The operator's settings of a VMM.
 
-    `note` is added to the reason that the driver gives for its choice.
+    :param binary: path of the program; "": the driver finds it.
+    :param accelerator: "auto", "kvm" or "tcg".
+    :param link: "auto", "serial" or "vsock".
+    :param note: appended to `VmmInfo.reason`.
+    :param extra_args: appended to the command line.
+    :param visible: additional files in the root view of a confined VMM.
     """
 
     binary: str = ""
-    accelerator: str = "auto"  # auto | kvm | tcg
-    link: str = "auto"  # auto | serial | vsock
+    accelerator: str = "auto"
+    link: str = "auto"
     note: str = ""
     extra_args: tuple[str, ...] = field(default=())
-    visible: tuple[Path, ...] = ()  # what a confined VMM sees besides
+    visible: tuple[Path, ...] = ()

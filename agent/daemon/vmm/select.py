@@ -1,4 +1,4 @@
-"""Which VMM this node uses: Cloud Hypervisor where it really boots a guest, QEMU everywhere else."""
+"""Select the VMM of this node: Cloud Hypervisor where it really boots a guest, QEMU everywhere else."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ QEMU, CLOUD_HYPERVISOR = "qemu", binary.NAME
 
 
 async def choose_driver(settings: Settings, images: ImageStore) -> Driver:
-    """Returns the driver that `vmm.driver` names, or with "auto" the best one that works here.
+    """Return the driver that `vmm.driver` names; with "auto" the best one that works on this host.
 
-    Why it was chosen is part of what its `probe` returns.
+    `VmmInfo.reason` of the driver's `probe` says why it was chosen.
     """
     options = VmmOptions(binary=settings.vmm.binary, accelerator=settings.vmm.accelerator, link=settings.vmm.link)
     wanted = settings.vmm.driver
@@ -29,7 +29,7 @@ async def choose_driver(settings: Settings, images: ImageStore) -> Driver:
         return await _cloud_hypervisor(settings, images, options)
     if wanted == QEMU:
         return await _qemu(settings, images, options)
-    why_not = _unsuitable(settings)
+    why_not = _excluded_by_settings(settings)
     if not why_not:
         try:
             driver: Driver = await _cloud_hypervisor(settings, images, options)
@@ -38,14 +38,14 @@ async def choose_driver(settings: Settings, images: ImageStore) -> Driver:
             why_not = error.message
         else:
             return driver
-    # A program with the other one's name is not QEMU.
+    # A binary named cloud-hypervisor is not QEMU.
     program = "" if CLOUD_HYPERVISOR in Path(options.binary).name else options.binary
     options = dataclasses.replace(options, binary=program, note=f"not {CLOUD_HYPERVISOR}: {why_not}")
     return await _qemu(settings, images, options)
 
 
-def _unsuitable(settings: Settings) -> str:
-    """Returns why the settings alone rule out Cloud Hypervisor; "" if they do not."""
+def _excluded_by_settings(settings: Settings) -> str:
+    """Return why the settings alone exclude Cloud Hypervisor; "" if they do not."""
     vmm = settings.vmm
     if vmm.binary and CLOUD_HYPERVISOR not in Path(vmm.binary).name:
         return f"vmm.binary is {vmm.binary}"
@@ -66,9 +66,9 @@ async def _qemu(settings: Settings, images: ImageStore, options: VmmOptions) -> 
     return QemuDriver(options, settings.paths.tools_dir, probe)
 
 
-def _probe(settings: Settings, images: ImageStore, words: Trial) -> AcceleratorProbe:
+def _probe(settings: Settings, images: ImageStore, trial_argv: Trial) -> AcceleratorProbe:
     try:
         image = images.get(settings.images.default_image)
     except AgentError:
-        return AcceleratorProbe(settings.paths.cache_dir, None, None, words)
-    return AcceleratorProbe(settings.paths.cache_dir, image.kernel.path, image.initramfs.path, words)
+        return AcceleratorProbe(settings.paths.cache_dir, None, None, trial_argv)
+    return AcceleratorProbe(settings.paths.cache_dir, image.kernel.path, image.initramfs.path, trial_argv)

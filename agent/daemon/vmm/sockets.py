@@ -1,6 +1,4 @@
-"""Unix sockets that a VMM is given ready-made: they can be connected to before it has looked at them, so nobody
-polls.
-"""
+"""Unix sockets that the agent binds and hands to a VMM: clients can connect before the VMM is up, without polling."""
 
 from __future__ import annotations
 
@@ -16,7 +14,10 @@ _MAX_REPLY_BYTES = 64
 
 
 def listen(path: Path) -> socket.socket:
-    """Returns a listening socket bound to `path` (replaced if it exists). :raises VmmError: the path is too long."""
+    """Return a listening socket bound to `path`, which is replaced if it exists.
+
+    :raises VmmError: the path is too long for a unix socket.
+    """
     if len(str(path).encode()) > _MAX_PATH_BYTES:
         raise VmmError(f"socket path {path} is over {_MAX_PATH_BYTES} bytes; choose a shorter paths.run_dir")
     path.unlink(missing_ok=True)
@@ -31,7 +32,10 @@ def listen(path: Path) -> socket.socket:
 
 
 async def connect(path: Path) -> socket.socket:
-    """Returns a non-blocking connection to `path`. :raises GuestUnreachable: nobody listens there."""
+    """Return a non-blocking connection to `path`.
+
+    :raises GuestUnreachable: no process listens there, or its queue is full.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         await asyncio.get_running_loop().sock_connect(sock, str(path))
@@ -45,11 +49,11 @@ async def connect(path: Path) -> socket.socket:
 
 
 async def connect_vsock(path: Path, port: int, timeout_s: float = 5.0) -> socket.socket:
-    """Returns a connection to the guest's AF_VSOCK `port` through a VMM's unix socket: `CONNECT <port>` -> `OK <n>`.
+    """Return a connection to the guest's AF_VSOCK `port` through a VMM's unix socket: `CONNECT <port>` -> `OK <n>`.
 
     This is the handshake of Firecracker, Cloud Hypervisor and vhost-device-vsock.
 
-    :raises GuestUnreachable: nobody listens on that port, or the answer is none.
+    :raises GuestUnreachable: no process in the guest listens on that port, or the answer is malformed or late.
     """
     sock = await connect(path)
     loop = asyncio.get_running_loop()
@@ -58,7 +62,7 @@ async def connect_vsock(path: Path, port: int, timeout_s: float = 5.0) -> socket
         async with asyncio.timeout(timeout_s):
             await loop.sock_sendall(sock, f"CONNECT {port}\n".encode())
             while not reply.endswith(b"\n"):
-                # One byte at a time: what follows the line belongs to the link.
+                # One byte at a time: the bytes after the line belong to the link.
                 byte = await loop.sock_recv(sock, 1)
                 reply += byte
                 if not byte or len(reply) > _MAX_REPLY_BYTES:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.daemon.host.cgroup import Cgroups, GroupLimits
+from agent.daemon.host.cgroup import CgroupLimits, Cgroups
 from tests.support import leaks
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace, so it needs root")
@@ -110,7 +110,7 @@ def test_finds_and_removes_a_cgroup() -> None:
     if groups.directory is None:
         pytest.skip("this host has no cgroup v2")
     before = leaks.snapshot()
-    made = groups.make("sbx-leaked", GroupLimits(1, 100, 1 << 30, 64))
+    made = groups.make("sbx-leaked", CgroupLimits(1, 100, 1 << 30, 64))
     left = leaks.snapshot().since(before)
     leaks.clean(left)
     groups.close()

@@ -153,13 +153,13 @@ class Lifecycle(Registry):
             if (spec := entry.record.spec).root or spec.volumes:
                 await entry.machine.sync()
             built, entry.machine = entry.machine, None
-            entry.sweep = True  # unless what follows says otherwise
+            entry.needs_cleanup = True  # unless what follows says otherwise
             with step("delete.machine"):
                 await built.aclose()
-        elif entry.sweep:
+        elif entry.needs_cleanup:
             with step("delete.machine"):
                 await resources.remove(self._host, entry.record.id)
-        entry.held.close()
+        entry.cleanup_stack.close()
         with step("delete.secrets"):
             await self._host.network.release(entry.record.id)
         self._host.volumes.detach(entry.record)

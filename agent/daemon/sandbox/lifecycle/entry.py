@@ -20,7 +20,7 @@ class Entry:
 
     :param changing: held by the one operation that changes it.
 
-    :param sweep: what it has on the host must be looked for by its name: no machine knows all of it.
+    :param needs_cleanup: what it has on the host must be looked for by its name: no machine knows all of it.
     """
 
     record: Record
@@ -29,9 +29,9 @@ class Entry:
     deleting: asyncio.Task[None] | None = None
     monitor: asyncio.Task[None] | None = None
     working: set[asyncio.Task[Any]] = field(default_factory=set)
-    sweep: bool = False
+    needs_cleanup: bool = False
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the template of an adopted one
+    cleanup_stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the template of an adopted one
 
     @property
     def runs(self) -> bool:

@@ -74,8 +74,8 @@ class Standing(Lifecycle):
             finally:
                 if entry.record.state is not State.SUSPENDED:  # a write may succeed although it is cancelled
                     await to_the_end(asyncio.to_thread(resources.remove_tree, saved))
-        entry.machine, entry.sweep = None, True
-        entry.held.close()
+        entry.machine, entry.needs_cleanup = None, True
+        entry.cleanup_stack.close()
         with step("pause.machine"):
             await machine.release()
 
@@ -138,9 +138,9 @@ class Standing(Lifecycle):
             saved = self._host.paths.memory(record.id)
             self.admission.check([record.spec])
             image = self.images.get_build(record.spec.image, record.image_digest)
-            entry.sweep = True
+            entry.needs_cleanup = True
             entry.machine = await self._restored(entry, image, saved)
-            entry.sweep = False
+            entry.needs_cleanup = False
             machine = entry.machine
             await self._going_on(entry, machine, timeout_s)
             await self._note_standing(entry, standing=False)
@@ -165,7 +165,7 @@ class Standing(Lifecycle):
                 if record.state is State.SUSPENDED:
                     await machine.release()
                 else:  # the write was done before its cancellation: the record needs this machine
-                    entry.machine, entry.sweep = machine, False
+                    entry.machine, entry.needs_cleanup = machine, False
                 raise
         except BaseException:
             if record.state is State.SUSPENDED:
@@ -280,7 +280,7 @@ class Standing(Lifecycle):
             return machine
 
         entry = self._enter(child, hold, make)
-        entry.sweep = True
+        entry.needs_cleanup = True
         assert entry.creating is not None
         entry.creating.add_done_callback(lambda _: ready.set())
         return entry, ready

@@ -21,7 +21,7 @@ import psutil
 from agent.common.aio import to_the_end
 from agent.common.errors import HostError
 from agent.common.telemetry import step
-from agent.daemon.host.cgroup import GroupLimits, block_device
+from agent.daemon.host.cgroup import CgroupLimits, block_device
 from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.vm_plan import (
     FreshDisk,
@@ -123,10 +123,10 @@ async def _make_cgroup(host: HostServices, plan: VmPlan, stack: AsyncExitStack) 
     return group
 
 
-def _cgroup_limits(host: HostServices, shape: Shape, accelerator: str) -> GroupLimits:
+def _cgroup_limits(host: HostServices, shape: Shape, accelerator: str) -> CgroupLimits:
     settings, sandbox = host.settings.cgroups, host.settings.sandbox
     headroom_bytes = settings.memory_headroom_bytes or _HEADROOM_BYTES[accelerator]
-    return GroupLimits(
+    return CgroupLimits(
         cpus=shape.vcpu_count + settings.cpu_headroom,
         weight=100 * shape.vcpu_count,
         memory_bytes=shape.memory_bytes + headroom_bytes,

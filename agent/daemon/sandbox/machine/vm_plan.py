@@ -18,7 +18,7 @@ from agent.daemon.sandbox.machine.vm_shape import DATA_DISK, TEMPLATE_DISK_BYTES
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.storage.images import Image
 from agent.daemon.storage.volumes import is_snapshot
-from agent.daemon.vmm.driver import DiskSpec, Limits, LinkKind, MemoryFile, NicSpec, VmSpec
+from agent.daemon.vmm.driver import DiskSpec, LinkKind, MemoryFile, NicSpec, RateLimits, VmSpec
 
 _CONSOLE_LIMIT_BYTES = 1 << 20
 
@@ -97,7 +97,7 @@ class VmPlan:
     record: Record | None = None
     uid: int | None = None
     save_root: Path | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: RateLimits = field(default_factory=RateLimits)
     console_limit_bytes: int = _CONSOLE_LIMIT_BYTES
 
 
@@ -119,7 +119,7 @@ def sandbox_plan(host: HostServices, record: Record, image: Image, shape: Shape,
         volumes=tuple(host.volumes.disk(volume) for _, volume in spec.volumes),
         record=record,
         uid=record.uid,
-        limits=Limits(settings.disk_bytes_per_s, settings.disk_operations_per_s, settings.net_bytes_per_s),
+        limits=RateLimits(settings.disk_bytes_per_s, settings.disk_operations_per_s, settings.net_bytes_per_s),
         console_limit_bytes=host.settings.vmm.console_limit_bytes,
     )
 
@@ -142,7 +142,7 @@ def vm_spec(plan: VmPlan, paths: Paths, cgroup: Path | None = None) -> VmSpec:
         console_limit_bytes=plan.console_limit_bytes,
         memory_file=memory_file,
         restore_from=restore_from,
-        stands_still=isinstance(plan.memory, SavedMemory),
+        start_paused=isinstance(plan.memory, SavedMemory),
         save_root=plan.save_root or paths.sandbox_state(plan.sandbox_id),
         uid=plan.uid,
         cgroup=cgroup,

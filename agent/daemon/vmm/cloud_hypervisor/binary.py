@@ -1,4 +1,4 @@
-"""Which cloud-hypervisor program is used, and what its version must be."""
+"""Find the cloud-hypervisor binary and check its version."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from agent.common.errors import VmmError
 from agent.daemon.host.capture import stdout_of
 
 NAME = "cloud-hypervisor"
-# Snapshots, their edits and the API are version-bound: what the driver knows was read in v53.0's source.
+# Snapshot format and API depend on the version; the driver follows the source of v53.0.
 MAJOR_VERSION = 53
 _TIMEOUT_S = 10.0
 
 
 async def find(configured: str, tools_dir: Path) -> tuple[str, str]:
-    """Returns (path, version) of the program: the configured one, the one in `tools_dir`, or that in PATH.
+    """Return (path, version) of the binary: the configured one, the one in `tools_dir`, or the one in PATH.
 
-    :raises VmmError: there is none, it cannot be run, or it is not v53.
+    :raises VmmError: it is not installed or cannot be run (VMM_MISSING), or is not v53 (VMM_UNSUPPORTED).
     """
     binary = configured or shutil.which(NAME, path=str(tools_dir)) or shutil.which(NAME) or ""
     if not binary:
@@ -41,7 +41,11 @@ async def find(configured: str, tools_dir: Path) -> tuple[str, str]:
 
 
 def require_version(version: str, what: str) -> None:
-    """:raises VmmError: `version` is not one that the driver knows."""
+    """Check the major version.
+
+    :param what: the binary, for the message.
+    :raises VmmError: the driver does not support `version` (VMM_UNSUPPORTED).
+    """
     if version.partition(".")[0] != str(MAJOR_VERSION):
         raise VmmError(
             f"{what} is Cloud Hypervisor {version[:40]!r}; this release of sandboxd drives v{MAJOR_VERSION} only",

@@ -1,4 +1,4 @@
-"""The Cloud Hypervisor driver: starts and finds again its processes; see `agent.daemon.vmm.driver.Driver`."""
+"""Cloud Hypervisor driver: starts and adopts its processes; see `agent.daemon.vmm.driver.Driver`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ from agent.daemon.vmm import confinement as vmm_confinement
 from agent.daemon.vmm import sockets
 from agent.daemon.vmm.accelerator import AcceleratorProbe
 from agent.daemon.vmm.cloud_hypervisor import binary, config
-from agent.daemon.vmm.cloud_hypervisor.landlock import landlock_works
 from agent.daemon.vmm.cloud_hypervisor.layout import Layout
 from agent.daemon.vmm.cloud_hypervisor.pipes import Events, Log
 from agent.daemon.vmm.cloud_hypervisor.vm import CloudHypervisorVm
-from agent.daemon.vmm.cpu import cpu_key
 from agent.daemon.vmm.driver import LinkKind, VmmInfo, VmmOptions, VmSpec
+from agent.daemon.vmm.host_features import cpu_key, landlock_works
 
-_CONSOLE_FOR_ADOPTED_BYTES = 1 << 20
+_CONSOLE_LIMIT_OF_ADOPTED_BYTES = 1 << 20
 _RESUMED_TIMEOUT_S = 10.0
-_LAST_WORDS_S = 0.5
+_EXIT_TIMEOUT_S = 0.5  # a VMM that could not start is about to end
 _DEVICES = ("/dev/null", "/dev/urandom", "/dev/kvm")
 
 
 def trial(program: str, kernel: Path, initramfs: Path, cmdline: str) -> list[str]:
-    """Returns the words that boot a kernel with its console on stdout: `AcceleratorProbe`'s trial."""
+    """Return the command line that boots a kernel with its console on stdout, for `AcceleratorProbe`."""
     return [
         program, "--kernel", str(kernel), "--initramfs", str(initramfs), "--cmdline", cmdline,
         "--cpus", "boot=1,nested=off", "--memory", "size=256M", "--serial", "tty", "--console", "off",
@@ -43,8 +42,9 @@ def trial(program: str, kernel: Path, initramfs: Path, cmdline: str) -> list[str
 class CloudHypervisorDriver:
     """Starts VMs with Cloud Hypervisor v53.
 
-    :param probe: made with `trial`.
-    :param landlock: whether VMMs confine themselves by Landlock, too; None: where the kernel can.
+    :param tools_dir: directory in which the binary may lie.
+    :param probe: created with `trial`.
+    :param landlock: whether VMMs confine themselves by Landlock, too; None: where the kernel has it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class CloudHypervisorDriver:
         self._binary = ""
 
     async def probe(self) -> VmmInfo:
-        """Finds Cloud Hypervisor, checks its version, and that a kernel boots in it."""
+        """Find Cloud Hypervisor, check its version, and that a kernel boots in it."""
         if self._options.link == LinkKind.SERIAL:
             raise VmmError(
                 "Cloud Hypervisor has no virtio-serial port; set vmm.link to auto or vsock", reason="VMM_UNSUPPORTED"
@@ -84,21 +84,21 @@ class CloudHypervisorDriver:
         return self._info
 
     async def start(self, spec: VmSpec) -> CloudHypervisorVm:
-        """Starts a VMM, boots or restores its VM, and connects its console."""
+        """Start a VMM, boot or restore its VM, and connect its console."""
         config.check(spec)
         await self.probe()
         layout = Layout(spec.run_dir)
         async with AsyncExitStack() as undo:
             undo.callback(layout.remove)
-            layout.make(vmm_confinement.confinement_of(spec))
+            layout.create(vmm_confinement.confinement_of(spec))
             console, log, events = _open_pipes(layout, spec.console_limit_bytes)
             for pipe in (console.pipe, log.pipe, events.pipe):
                 undo.callback(pipe.close)
-            give_back = functools.partial(vmm_confinement.take_back, spec)
-            undo.callback(give_back)
-            vmm_confinement.lend(spec)
+            reclaim = functools.partial(vmm_confinement.reclaim, spec)
+            undo.callback(reclaim)
+            vmm_confinement.grant(spec)
             process = await self._spawn(spec, layout, console, log, events)
-            undo.push_async_callback(_finish, process)
+            undo.push_async_callback(_kill, process)
             vm = CloudHypervisorVm(
                 layout,
                 process,
@@ -106,14 +106,14 @@ class CloudHypervisorDriver:
                 log,
                 events,
                 is_template=config.is_template(spec),
-                give_back=give_back,
+                reclaim=reclaim,
                 uid=spec.uid,
             )
             try:
                 await self._bring_up(vm, spec, layout)
-                await process.placed()
+                await process.joined_cgroup()
             except (VmmError, GuestUnreachable) as error:
-                raise await _explained(vm, error) from error
+                raise await _explain_failure(vm, error) from error
             undo.pop_all()
         return vm
 
@@ -131,14 +131,14 @@ class CloudHypervisorDriver:
                 *("--seccomp", "true"),
                 *self._options.extra_args,
             ]
-            # Its death closes what is connected, since it alone listens from here on.
+            # The VMM alone listens from here on, so its end closes all connections.
             return await host_process.spawn(
                 vmm_confinement.confinement_of(spec).argv(argv),
                 netns=spec.netns,
                 stderr_path=layout.log,
                 pass_fds=[listener.fileno(), event_fd],
                 output_fds=(stdout, stderr),
-                seen=vmm_confinement.view_of(
+                root_view=vmm_confinement.root_view_of(
                     spec, self._binary, _DEVICES, read_only=self._options.visible, writable=[spec.run_dir]
                 ),
                 cgroup=spec.cgroup,
@@ -169,19 +169,19 @@ class CloudHypervisorDriver:
         ram = spec.memory_file is None
         zone = ram and await asyncio.to_thread(config.has_zone, snapshot)
         text = json.dumps(config.restore_config(spec, landlock=self._landlock, zone=zone)).encode()
-        layout.make_restore(text, snapshot, vmm_confinement.confinement_of(spec))
-        await vm.api.restore(layout.restore, taps, resume=not spec.stands_still, ram=ram)
-        # "vm restored" comes before the CPUs go on.
-        await vm.events.wait_for("vm restored" if spec.stands_still else "vm resumed", _RESUMED_TIMEOUT_S)
+        layout.create_restore(text, snapshot, vmm_confinement.confinement_of(spec))
+        await vm.api.restore(layout.restore, taps, resume=not spec.start_paused, ram=ram)
+        # "vm restored" comes before the CPUs start.
+        await vm.events.wait_for("vm restored" if spec.start_paused else "vm resumed", _RESUMED_TIMEOUT_S)
         layout.remove_restore()
-        if spec.stands_still:
-            return  # its disks are as they were
+        if spec.start_paused:
+            return  # a saved sandbox keeps its disks and their sizes
         for disk in spec.disks:
             if not disk.read_only:
                 await vm.announce_disk_size(disk.serial, await asyncio.to_thread(os.path.getsize, disk.path))
 
     async def adopt(self, id: str, run_dir: Path, token: Mapping[str, str]) -> CloudHypervisorVm | None:  # noqa: ARG002
-        """Finds a VM that an earlier agent started."""
+        """Return the VM that an earlier agent started; None if it has ended."""
         layout = Layout(run_dir)
         try:
             pid, started = int(token.get("pid", "0")), int(token.get("start_time", "0"))
@@ -191,8 +191,8 @@ class CloudHypervisorDriver:
         if process is None:
             return None
         try:
-            console, log, events = _open_pipes(layout, _CONSOLE_FOR_ADOPTED_BYTES)
-        except OSError:  # its directory is gone, and so is every way to it
+            console, log, events = _open_pipes(layout, _CONSOLE_LIMIT_OF_ADOPTED_BYTES)
+        except OSError:  # the run directory is gone, and with it all sockets
             await process.kill()
             return None
         return CloudHypervisorVm(
@@ -206,15 +206,15 @@ def _open_pipes(layout: Layout, console_limit_bytes: int) -> tuple[Log, Log, Eve
     return console, Log(layout.log_pipe, layout.log), Events(layout.events)
 
 
-async def _finish(process: HostProcess) -> None:
+async def _kill(process: HostProcess) -> None:
     await asyncio.shield(asyncio.ensure_future(process.kill()))
 
 
-async def _explained(vm: CloudHypervisorVm, error: VmmError | GuestUnreachable) -> VmmError:
-    """Returns what to raise for a VMM that did not start: with what it said, if it has ended."""
+async def _explain_failure(vm: CloudHypervisorVm, error: VmmError | GuestUnreachable) -> VmmError:
+    """Return the error for a VM that did not start; if its VMM has ended, with the VMM's last output."""
     alive = error.reason in ("VMM_API_REFUSED", "VMM_UNSUPPORTED", "TAP_FAILED", "SNAPSHOT_FAILED")
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0 if alive else _LAST_WORDS_S):
+        async with asyncio.timeout(0 if alive else _EXIT_TIMEOUT_S):
             ended = await vm.wait()
             return VmmError(
                 f"Cloud Hypervisor {ended.describe()} at once: {ended.stderr_tail or 'it gave no reason'}",

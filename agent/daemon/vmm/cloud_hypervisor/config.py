@@ -1,8 +1,8 @@
-"""From a VM's specification to Cloud Hypervisor's VmConfig (vmm/src/vm_config.rs at v53.0): pure, tested word by word.
+"""Cloud Hypervisor's VmConfig (vmm/src/vm_config.rs at v53.0) for a `VmSpec`: pure, every field tested.
 
-The same specification gives the same configuration for `vm.create` and for the config.json of a clone, so that device
-ids, counts and sizes match what state.json holds; only paths, sharing of the RAM and rates may differ. Fields that are
-left out have the defaults of v53.
+The same spec gives the same configuration for `vm.create` and for the config.json of a clone, so that device ids,
+counts and sizes match state.json; only paths, sharing of the RAM and rate limits may differ. Omitted fields have the
+defaults of v53.
 """
 
 from __future__ import annotations
@@ -13,35 +13,40 @@ from typing import Any
 
 from agent.common.errors import InvalidSpec, VmmError
 from agent.daemon.vmm.cloud_hypervisor.layout import Layout
-from agent.daemon.vmm.driver import DiskSpec, Limits, LinkKind, NicSpec, VmSpec
+from agent.daemon.vmm.driver import DiskSpec, LinkKind, NicSpec, RateLimits, VmSpec
 
-GUEST_CID = 3  # of every VM: each has a vsock of its own, and a clone's driver has cached it
+GUEST_CID = 3  # the same for every VM: each has a vsock of its own, and the driver in a clone has cached the CID
 NET_ID = "net0"
-# The limiter cools down for 100 ms (docs/io_throttling.md); a bucket of one second's tokens is refilled within it.
+# A bucket holds one second's tokens; an exhausted limiter is checked again after 100 ms (docs/io_throttling.md).
 _REFILL_MS = 1000
 _TAP_QUEUES = 2  # one pair
 
 
 def check(spec: VmSpec) -> None:
-    """:raises VmmError: Cloud Hypervisor cannot give what the specification asks for."""
+    """Check that Cloud Hypervisor can run the VM.
+
+    :raises VmmError: the link is not vsock (LINK_UNSUPPORTED).
+    :raises InvalidSpec: memory file and snapshot do not fit together.
+    """
     if spec.link is not LinkKind.VSOCK:
         raise VmmError("Cloud Hypervisor has no virtio-serial ports: set vmm.link to vsock", reason="LINK_UNSUPPORTED")
     private = spec.memory_file is not None and spec.memory_file.private
     if private and spec.restore_from is None:
-        raise InvalidSpec("a VM has a private memory file only if it is restored from a snapshot")
+        raise InvalidSpec("a private memory file needs a snapshot to restore")
     if spec.memory_file is not None and not private and spec.restore_from is not None:
-        raise InvalidSpec("a VM that is restored has a private memory file, or none")
+        raise InvalidSpec("a restored VM needs a private memory file, or none")
 
 
 def is_template(spec: VmSpec) -> bool:
-    """Returns whether the VM can be snapshotted: its RAM is a file that it writes into."""
+    """Return whether the VM will become a template: its RAM is a file that it writes into."""
     return spec.memory_file is not None and not spec.memory_file.private
 
 
 def vm_config(spec: VmSpec, *, landlock: bool, zone: bool = False) -> dict[str, Any]:
-    """Returns the VmConfig for `vm.create`, without the network card (see `net`).
+    """Return the VmConfig for `vm.create`, without the network card (see `net`).
 
-    :param zone: its RAM is a zone although it is no file, as that of a VM that was cloned and then saved.
+    :param landlock: the VMM confines itself by Landlock.
+    :param zone: the RAM is a memory zone although it is no file: in a clone that was saved.
     """
     layout = Layout(spec.run_dir)
     config: dict[str, Any] = {
@@ -51,8 +56,8 @@ def vm_config(spec: VmSpec, *, landlock: bool, zone: bool = False) -> dict[str, 
         "disks": [disk(entry, spec.limits) for entry in spec.disks],
         "rng": {"src": "/dev/urandom"},
         "vsock": {"id": "vsock0", "cid": GUEST_CID, "socket": str(layout.vsock)},
-        # Its stdout, a pipe that never blocks. A file would grow for ever, and a socket is dead for good once its
-        # reader dies with data unread (ECONNRESET ends the thread that accepts; vmm/src/serial_manager.rs).
+        # Tty is the VMM's stdout: a pipe that never blocks. A file would grow without bound, and a socket stops working
+        # once its reader dies with unread data (ECONNRESET ends the accepting thread; vmm/src/serial_manager.rs).
         "serial": {"mode": "Tty"},
         "console": {"mode": "Off"},
         "landlock_enable": landlock,
@@ -65,22 +70,23 @@ def vm_config(spec: VmSpec, *, landlock: bool, zone: bool = False) -> dict[str, 
             rules.append({"path": str(spec.restore_from), "access": "r"})
         config["landlock_rules"] = rules
     if spec.memory_file is None and not zone:
-        # Where RAM is a file, freed pages would be punched out of it: a clone's is read-only, a template's is shared.
+        # Only for anonymous RAM. In a file, freed pages would be punched out: a clone's file is read-only, a template's
+        # is shared.
         config["balloon"] = {"id": "balloon0", "size": 0, "deflate_on_oom": True, "free_page_reporting": True}
     return config
 
 
 def restore_config(spec: VmSpec, *, landlock: bool, zone: bool = False) -> dict[str, Any]:
-    """Returns the config.json to restore with."""
+    """Return the config.json for `vm.restore`."""
     config = vm_config(spec, landlock=landlock, zone=zone)
     if spec.nic is not None:
-        # Its length is how many descriptors are to come; the numbers are ignored.
+        # The length of `fds` is the number of descriptors to come; the values are ignored.
         config["net"] = [net(spec.nic, spec.limits) | {"fds": [-1]}]
     return config
 
 
 def memory(spec: VmSpec, *, zone: bool = False) -> dict[str, Any]:
-    """Returns the MemoryConfig. RAM in a file needs a zone of its own, and `size` is then 0."""
+    """Return the MemoryConfig. RAM in a file needs a memory zone, and `size` is then 0."""
     file = spec.memory_file
     if file is None and not zone:
         return {"size": spec.memory_bytes}
@@ -91,7 +97,10 @@ def memory(spec: VmSpec, *, zone: bool = False) -> dict[str, Any]:
 
 
 def has_zone(snapshot: Path) -> bool:
-    """Whether the RAM of a saved VM is a zone. :raises VmmError: its configuration cannot be read."""
+    """Return whether the RAM of a saved VM is a memory zone.
+
+    :raises VmmError: the saved configuration cannot be read (SNAPSHOT_FAILED).
+    """
     try:
         return bool(json.loads((snapshot / "config.json").read_text())["memory"].get("zones"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -99,12 +108,12 @@ def has_zone(snapshot: Path) -> bool:
 
 
 def disk_id(serial: str) -> str:
-    """Returns the device id of the disk with this serial number."""
+    """Return the device id of the disk with this serial number."""
     return f"disk-{serial}"
 
 
-def disk(entry: DiskSpec, limits: Limits) -> dict[str, Any]:
-    """Returns a DiskConfig. A detected type would protect sector 0, so it is stated."""
+def disk(entry: DiskSpec, limits: RateLimits) -> dict[str, Any]:
+    """Return a DiskConfig. The image type is stated, since autodetection would write-protect sector 0."""
     config: dict[str, Any] = {
         "id": disk_id(entry.serial),
         "path": str(entry.path),
@@ -116,8 +125,8 @@ def disk(entry: DiskSpec, limits: Limits) -> dict[str, Any]:
     return config | _limiter(buckets)
 
 
-def net(nic: NicSpec, limits: Limits) -> dict[str, Any]:
-    """Returns a NetConfig for a tap that is passed as a descriptor: so the VMM needs no capability to open it."""
+def net(nic: NicSpec, limits: RateLimits) -> dict[str, Any]:
+    """Return a NetConfig for a TAP that is passed as a descriptor, so that the VMM needs no capability to open it."""
     config: dict[str, Any] = {"id": NET_ID, "mac": nic.mac, "num_queues": _TAP_QUEUES}
     return config | _limiter({"bandwidth": limits.net_bytes})
 

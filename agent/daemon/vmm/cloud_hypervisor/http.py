@@ -1,8 +1,8 @@
-"""HTTP/1.1 over a unix socket to Cloud Hypervisor's API server: one request per connection, read with h11.
+"""HTTP/1.1 client for Cloud Hypervisor's API over a unix socket: one request per connection, read with h11.
 
-The server (micro-http) has one thread, accepts bodies of at most 51,200 bytes in v53, and takes file descriptors that
-come with the first bytes of a request (SCM_RIGHTS, unix(7)). It keeps the connection open after an answer, and sends
-one without a body without Content-Length, too: such an answer has no body here, where RFC 9112 says "until the
+The server (micro-http) has one thread, accepts bodies of at most 51,200 bytes in v53, and file descriptors that come
+with the first bytes of a request (SCM_RIGHTS, unix(7)). It keeps the connection open after a response, and sends a
+response without a body without Content-Length, too: such a response has no body here, where RFC 9112 says "until the
 connection closes".
 """
 
@@ -30,20 +30,20 @@ _READ_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Status and body of one answer."""
+    """Status and body of one response."""
 
     status: int
     body: bytes
 
 
 def refusal(name: str, answer: Answer) -> VmmError:
-    """Returns the error for an answer that is none of success: a JSON array of messages, the outermost first."""
+    """Return the error for a response without success: its body is a JSON array of messages, the outermost first."""
     try:
         messages = json.loads(answer.body)
     except (ValueError, RecursionError):
         messages = None
     if isinstance(messages, list) and messages and all(isinstance(message, str) for message in messages):
-        # The last ones may carry a stack trace below their first line.
+        # The last messages may have a stack trace below their first line.
         text = ": ".join(message.partition("\n")[0] for message in messages)
     else:
         text = answer.body[:_MAX_TEXT].decode(errors="replace") or "it gave no reason"
@@ -57,9 +57,12 @@ def refusal(name: str, answer: Answer) -> VmmError:
 async def request(
     path: Path, method: str, name: str, body: bytes, fds: Sequence[int] = (), *, timeout_s: float
 ) -> Answer:
-    """Sends one request to the server at `path` and returns its answer, whatever its status.
+    """Send one request to the server at `path` and return its response, whatever its status.
 
-    :raises VmmError: nobody answers, not in time, or not in HTTP.
+    :param name: of the API endpoint, such as "vm.boot".
+    :param fds: descriptors to pass along.
+    :raises VmmError: `body` is too large (VMM_API_TOO_LARGE), the response is late (VMM_API_TIMEOUT), malformed, or the
+        VMM is gone (VMM_API_FAILED).
     """
     if len(body) > MAX_BODY_BYTES:
         raise VmmError(
@@ -95,7 +98,7 @@ def _request(connection: h11.Connection, method: str, name: str, body: bytes) ->
 async def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
     sent = 0
     if fds:
-        # Nothing was sent before: there is room, and the first message must carry them.
+        # The first message must carry the descriptors; nothing was sent before, so the socket has room for it.
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
         sent = sock.sendmsg([data], [rights])
     await asyncio.get_running_loop().sock_sendall(sock, data[sent:])

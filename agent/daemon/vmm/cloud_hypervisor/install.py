@@ -1,4 +1,4 @@
-"""Installs the release of Cloud Hypervisor that the driver knows: over HTTPS, checked, whole or not at all."""
+"""Install the supported release of Cloud Hypervisor: over HTTPS, verified by digest, atomically."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _READ_TIMEOUT_S = 30.0
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but not out of HTTPS."""
+    """Follows redirects to HTTPS only."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -35,7 +35,7 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
         try:
             _require_https(newurl)
         except InvalidSpec:
-            fp.close()  # urllib does so only for what it follows
+            fp.close()  # urllib closes it only for redirects that it follows
             raise
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -46,12 +46,12 @@ def _require_https(url: str) -> None:
 
 
 async def install(tools_dir: Path, sha256: str, url: str = URL, *, context: ssl.SSLContext | None = None) -> Path:
-    """Downloads the program into `tools_dir`, unless it is there already, and returns its path.
+    """Download the binary into `tools_dir` unless it is there already; return its path.
 
-    :param sha256: of the program, in hexadecimal, from a source that you trust. There is no default.
-    :param context: whom to trust; None: the system's certificates.
-    :raises InvalidSpec: no digest, or no HTTPS.
-    :raises VmmError: the download failed or is not what the digest says. Nothing is left behind.
+    :param sha256: expected digest of the binary, in hexadecimal, from a trusted source. There is no default.
+    :param context: certificates to trust; None: the system's.
+    :raises InvalidSpec: the digest is malformed, or the URL is not HTTPS.
+    :raises VmmError: the download failed (DOWNLOAD_FAILED) or has another digest (DIGEST_MISMATCH). Nothing is left.
     """
     if re.fullmatch(r"[0-9a-fA-F]{64}", sha256) is None:
         raise InvalidSpec(
@@ -60,35 +60,35 @@ async def install(tools_dir: Path, sha256: str, url: str = URL, *, context: ssl.
         )
     _require_https(url)
     target = tools_dir / NAME
-    given_up = threading.Event()
-    work = asyncio.ensure_future(asyncio.to_thread(_install, target, sha256.lower(), url, context, given_up))
+    cancelled = threading.Event()
+    work = asyncio.ensure_future(asyncio.to_thread(_install, target, sha256.lower(), url, context, cancelled))
     try:
         await asyncio.shield(work)
     except asyncio.CancelledError:
-        given_up.set()
-        await asyncio.wait({work})  # it leaves nothing behind, at most one read later
+        cancelled.set()
+        await asyncio.wait({work})  # the thread ends after at most one more read, and removes its file
         with contextlib.suppress(Exception):
             work.result()
         raise
     return target
 
 
-def _install(target: Path, sha256: str, url: str, context: ssl.SSLContext | None, given_up: threading.Event) -> None:
+def _install(target: Path, sha256: str, url: str, context: ssl.SSLContext | None, cancelled: threading.Event) -> None:
     if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacement(target, mode=0o755, durable=True) as draft:
-            found = _download(url, context, draft.file, given_up)
+            found = _download(url, context, draft.file, cancelled)
             if found != sha256:
                 raise VmmError(f"{url} has the SHA-256 digest {found}, not {sha256}", reason="DIGEST_MISMATCH")
     except (OSError, HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is the answer, too
+            error.close()  # the error is the open response, too
         raise VmmError(f"cannot download {url}: {error}", reason="DOWNLOAD_FAILED") from error
 
 
-def _download(url: str, context: ssl.SSLContext | None, file: IO[bytes], given_up: threading.Event) -> str:
+def _download(url: str, context: ssl.SSLContext | None, file: IO[bytes], cancelled: threading.Event) -> str:
     digest, size = hashlib.sha256(), 0
     https = urllib.request.HTTPSHandler(context=context or ssl.create_default_context())
     opener = urllib.request.build_opener(_HttpsOnly(), https)
@@ -96,7 +96,7 @@ def _download(url: str, context: ssl.SSLContext | None, file: IO[bytes], given_u
         stated = answer.headers.get("Content-Length")
         while data := answer.read(_READ_BYTES):
             size += len(data)
-            if given_up.is_set() or size > _MAX_BYTES:
+            if cancelled.is_set() or size > _MAX_BYTES:
                 raise VmmError(f"the download of {url} was given up after {size} bytes", reason="DOWNLOAD_FAILED")
             digest.update(data)
             file.write(data)

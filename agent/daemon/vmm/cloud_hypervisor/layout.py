@@ -1,7 +1,7 @@
-"""Where the files of one VM lie.
+"""Paths of one VM's files below its run directory.
 
-What the VMM makes is in a directory of its own, which it may own: whoever takes over the VMM can put links there, so
-the agent writes nothing into it and follows nothing out of it. All else belongs to the agent.
+The VMM creates files only in directories of its own, which its user may own. An attacker in control of the VMM can put
+links there, so the agent writes nothing into them and follows no link out of them. All other files belong to the agent.
 """
 
 from __future__ import annotations
@@ -30,66 +30,69 @@ class Layout:
 
     @property
     def api(self) -> Path:
-        """The socket of the REST API; the agent listens there and hands it to the VMM."""
+        """Socket of the REST API; the agent binds it and hands it to the VMM."""
         return self.run_dir / "api.sock"
 
     @property
     def events(self) -> Path:
-        """A FIFO for the event monitor."""
+        """FIFO of the event monitor."""
         return self.run_dir / "events"
 
     @property
     def log_pipe(self) -> Path:
-        """A FIFO for what the VMM prints."""
+        """FIFO of the VMM's stderr."""
         return self.run_dir / "log"
 
     @property
     def log(self) -> Path:
-        """What the VMM printed, bounded."""
+        """Log of the VMM's stderr, of bounded size."""
         return self.run_dir / "vmm.log"
 
     @property
     def console_pipe(self) -> Path:
-        """A FIFO for the serial console."""
+        """FIFO of the serial console."""
         return self.run_dir / "console"
 
     @property
     def console(self) -> Path:
-        """What the guest wrote to its serial console, bounded."""
+        """Log of the serial console, of bounded size."""
         return self.run_dir / "console.log"
 
     @property
     def restore(self) -> Path:
-        """Holds config.json and state.json while a clone starts."""
+        """Directory of config.json and state.json while a VM is restored."""
         return self.run_dir / "restore"
 
     @property
-    def own(self) -> Path:
-        """The VMM's own directory."""
+    def vmm_dir(self) -> Path:
+        """Directory that the VMM's user owns."""
         return self.run_dir / "vmm"
 
     @property
     def snapshot(self) -> Path:
-        """Where the VMM writes its state; its own, too."""
+        """Directory for the VMM's snapshot; the VMM's user owns it, too."""
         return self.run_dir / "snapshot"
 
     @property
     def vsock(self) -> Path:
-        """The socket for connections to the guest."""
-        return self.own / "vsock.sock"
+        """Socket for connections to the guest."""
+        return self.vmm_dir / "vsock.sock"
 
-    def make(self, confinement: Confinement) -> None:
-        """Makes the VMM's own directories, and lets the VMM reach them."""
+    def create(self, confinement: Confinement) -> None:
+        """Create the VMM's directories, empty, and let the VMM's user reach them."""
         self.remove()
         if confinement.uid is not None:
             os.chown(self.run_dir, -1, confinement.gid)
             self.run_dir.chmod(0o710)
-        for path in (self.own, self.snapshot):
+        for path in (self.vmm_dir, self.snapshot):
             path.mkdir(mode=0o700)
-            _give(path, confinement)
+            _grant(path, confinement)
 
-    def make_restore(self, config: bytes, snapshot: Path, confinement: Confinement) -> None:
-        """Fills `restore` with a configuration and the rest of a snapshot. :raises VmmError: that cannot be read."""
+    def create_restore(self, config: bytes, snapshot: Path, confinement: Confinement) -> None:
+        """Fill `restore` with a configuration and the other files of a snapshot.
+
+        :raises VmmError: the snapshot cannot be read (SNAPSHOT_FAILED).
+        """
         self.remove_restore()
         self.restore.mkdir(mode=0o700)
         try:
@@ -100,17 +103,17 @@ class Layout:
             raise VmmError(f"the snapshot cannot be read: {error}", reason="SNAPSHOT_FAILED") from error
         for name, content in zip(_STATE_FILES, (config, data), strict=True):
             (self.restore / name).write_bytes(content)
-            _give(self.restore / name, confinement)
-        _give(self.restore, confinement)
+            _grant(self.restore / name, confinement)
+        _grant(self.restore, confinement)
 
     def remove_restore(self) -> None:
-        """Removes `restore`. Idempotent."""
+        """Remove `restore`. Idempotent."""
         shutil.rmtree(self.restore, ignore_errors=True)
 
-    def take_snapshot(self, directory: Path) -> None:
-        """Copies what the VMM wrote into `snapshot` to `directory`.
+    def copy_snapshot(self, directory: Path) -> None:
+        """Copy the files that the VMM wrote into `snapshot` to `directory`.
 
-        :raises VmmError: anything but configuration and state is there, such as the RAM.
+        :raises VmmError: there are other files than configuration and state, such as the RAM (SNAPSHOT_FAILED).
         """
         found = sorted(entry.name for entry in self.snapshot.iterdir())
         if found != sorted(_STATE_FILES):
@@ -118,23 +121,23 @@ class Layout:
         for name in _STATE_FILES:
             (directory / name).write_bytes(_read_regular(self.snapshot / name))
 
-    def take_save(self, directory: Path) -> None:
-        """Makes the agent own what the VMM wrote into `directory`, its RAM as well.
+    def reclaim_saved(self, directory: Path) -> None:
+        """Make the agent own the files that the VMM saved into `directory`: configuration, state and RAM.
 
-        :raises VmmError: something else is there.
+        :raises VmmError: there are other files (SNAPSHOT_FAILED).
         """
-        vmm_confinement.take_directory(directory, (*_STATE_FILES, _RAM_FILE))
+        vmm_confinement.reclaim_directory(directory, (*_STATE_FILES, _RAM_FILE))
 
     def remove(self) -> None:
-        """Removes all but logs. Idempotent."""
-        for path in (self.own, self.snapshot, self.restore):
+        """Remove all files but logs. Idempotent."""
+        for path in (self.vmm_dir, self.snapshot, self.restore):
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.api, self.events, self.log_pipe, self.console_pipe):
             with suppress(FileNotFoundError):
                 path.unlink()
 
 
-def _give(path: Path, confinement: Confinement) -> None:
+def _grant(path: Path, confinement: Confinement) -> None:
     if confinement.uid is not None:
         os.chown(path, confinement.uid, confinement.gid)
 
@@ -147,7 +150,7 @@ def _read_regular(path: Path) -> bytes:
     try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > _MAX_STATE_BYTES:
-            raise VmmError(f"the snapshot's {path.name} is not what it must be", reason="SNAPSHOT_FAILED")
+            raise VmmError(f"the snapshot's {path.name} is too large or not a regular file", reason="SNAPSHOT_FAILED")
         with os.fdopen(fd, "rb", closefd=False) as file:
             return file.read(_MAX_STATE_BYTES)
     finally:

@@ -1,7 +1,7 @@
-"""What a VMM prints and reports, through FIFOs: it never blocks on them and never ends because of them.
+"""FIFOs for a VMM's console, log and events: the VMM never blocks on them and never ends because of them.
 
-Both ends are open for reading and writing and do not block (fifo(7)): nobody gets EPIPE while the agent is away, and a
-full pipe drops what comes. An agent that comes back opens them again by their path.
+Both ends are open for reading and writing and do not block (fifo(7)): the VMM gets no EPIPE while no agent runs, and a
+full pipe drops output. The next agent opens the FIFOs again by path.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FLAGS = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Pipe:
-    """Reads a FIFO, made if need be, and hands each piece to `on_data`."""
+    """Reads a FIFO, created if it is missing, and passes each piece to `on_data`."""
 
     def __init__(self, path: Path, on_data: Callable[[bytes], None]) -> None:
         self._path = path
@@ -33,14 +33,14 @@ class Pipe:
         if not path.exists():
             os.mkfifo(path, 0o600)
         self._fd = os.open(path, _FLAGS | os.O_NOFOLLOW)
-        with contextlib.suppress(OSError):  # above fs.pipe-max-size: what there is must do
+        with contextlib.suppress(OSError):  # above fs.pipe-max-size: the default size will do
             fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._fd, self._read)
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[int]:
-        """Yields a descriptor for the VMM to inherit."""
+        """Yield a descriptor for the VMM to inherit; closed on exit."""
         fd = os.open(self._path, _FLAGS)
         try:
             yield fd
@@ -56,13 +56,13 @@ class Pipe:
         return True
 
     def drain(self) -> None:
-        """Reads what is there now, at most a pipe full."""
+        """Read the present content, at most one full pipe."""
         for _ in range(16):
             if self._fd < 0 or not self._read():
                 return
 
     def close(self) -> None:
-        """Reads what is left and closes. Idempotent."""
+        """Read the remaining content and close. Idempotent."""
         if self._fd >= 0:
             self.drain()
             self._loop.remove_reader(self._fd)
@@ -71,7 +71,7 @@ class Pipe:
 
 
 class Log:
-    """Appends what comes through a FIFO to a file; at half of the limit that becomes `<name>.1`, replacing it."""
+    """Appends the content of a FIFO to a file; at half of the limit the file becomes `<name>.1`, replacing that."""
 
     def __init__(self, pipe_path: Path, path: Path, limit_bytes: int = 1 << 20) -> None:
         self._path = path
@@ -91,18 +91,21 @@ class Log:
                 file.write(data)
 
     def tail(self, limit_bytes: int) -> bytes:
-        """Returns the last bytes of all that came until now, at most `limit_bytes`; after `close`, too."""
+        """Return the last `limit_bytes` of output until now; works after the pipe was closed, too."""
         self.pipe.drain()
         return read_tail((self._path, self._old_path), limit_bytes)
 
 
 class Events:
-    """The event monitor: JSON objects, each followed by an empty line (event_monitor/src/lib.rs)."""
+    """Events of the event monitor: JSON objects, each followed by an empty line (event_monitor/src/lib.rs).
+
+    `recent` has the names of the last 64 events, such as "vm resumed".
+    """
 
     def __init__(self, path: Path) -> None:
         self._buffer = b""
         self._waiters: list[tuple[str, asyncio.Future[None]]] = []
-        self.seen: deque[str] = deque(maxlen=64)
+        self.recent: deque[str] = deque(maxlen=64)
         self.on_event: Callable[[str], None] | None = None
         self.pipe = Pipe(path, self._feed)
 
@@ -112,12 +115,12 @@ class Events:
             text, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
             with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
                 event = json.loads(text)
-                self._happened(f"{event['source']} {event['event']}")
+                self._on_event(f"{event['source']} {event['event']}")
         if len(self._buffer) > _MAX_EVENT_BYTES:
             self._buffer = b""
 
-    def _happened(self, name: str) -> None:
-        self.seen.append(name)
+    def _on_event(self, name: str) -> None:
+        self.recent.append(name)
         for wanted, future in self._waiters:
             if wanted == name and not future.done():
                 future.set_result(None)
@@ -125,8 +128,11 @@ class Events:
             self.on_event(name)
 
     async def wait_for(self, name: str, timeout_s: float) -> None:
-        """Returns once `name` ("vm resumed") has happened, now or before. :raises VmmError: not in time."""
-        if name in self.seen:
+        """Wait until the event `name` ("vm resumed") has occurred, or return at once if it is recent.
+
+        :raises VmmError: the event did not occur within `timeout_s`.
+        """
+        if name in self.recent:
             return
         entry = (name, asyncio.get_running_loop().create_future())
         self._waiters.append(entry)

@@ -1,7 +1,6 @@
-"""Snapshots by QEMU's migration to a file: device state alone where the RAM is a shared file of its own
-(x-ignore-shared), or device state and RAM.
+"""Save and restore a QEMU VM by migration to a file: device state alone (x-ignore-shared) or device state and RAM.
 
-QEMU's docs/devel/migration: only one migration is allowed between two `cont`.
+Source: QEMU's docs/devel/migration. Only one migration is allowed between two `cont`.
 """
 
 from __future__ import annotations
@@ -15,16 +14,17 @@ from agent.daemon.vmm.qemu.qmp import Qmp
 _STATE = "state"
 FILES = (_STATE,)
 _TIMEOUT_S = 30.0
-_RAM_TIMEOUT_S = 600.0  # for what a slow disk takes to write tens of GiB
-_RAM_BYTES_PER_S = 1 << 40  # QEMU's own limit is 128 MiB/s: it thinks of networks
+_RAM_TIMEOUT_S = 600.0  # a slow disk may have to write tens of GiB
+_RAM_BYTES_PER_S = 1 << 40  # the default, 128 MiB/s, is meant for networks
 _POLL_S = 0.001
-_UNDER_WAY = ("setup", "active", "device", "cancelling")
+_ACTIVE = ("setup", "active", "device", "cancelling")
 
 
 async def save(qmp: Qmp, directory: Path, *, ram: bool) -> None:
-    """Writes the state of a stopped VM into `directory`. :raises VmmError:
+    """Write the state of a stopped VM into `directory`.
 
-    :param ram: with the RAM, unless that is a shared file.
+    :param ram: include the RAM; False for a VM whose RAM is a shared file.
+    :raises VmmError: QEMU refused, failed, or took too long (SNAPSHOT_FAILED).
     """
     await _ignore_shared(qmp, wanted=not ram)
     await qmp.execute("migrate-set-parameters", max_bandwidth=_RAM_BYTES_PER_S)
@@ -33,17 +33,24 @@ async def save(qmp: Qmp, directory: Path, *, ram: bool) -> None:
 
 
 async def load(qmp: Qmp, directory: Path, *, ram: bool) -> None:
-    """Gives a VM that was started with `-incoming defer` the state in `directory`, saved likewise. :raises VmmError:"""
+    """Restore the state in `directory` into a VM that was started with `-incoming defer`.
+
+    :param ram: as it was for `save`.
+    :raises VmmError: QEMU refused, failed, or took too long (SNAPSHOT_FAILED).
+    """
     await _ignore_shared(qmp, wanted=not ram)
     await qmp.execute("migrate-incoming", uri=f"file:{directory / _STATE}")
     await _completed(qmp, _RAM_TIMEOUT_S if ram else _TIMEOUT_S)
 
 
-async def give_up(qmp: Qmp) -> None:
-    """Ends a save that is under way, if any: an agent may have died in the middle of it. :raises VmmError:"""
+async def cancel(qmp: Qmp) -> None:
+    """Cancel a save in progress, if any: an earlier agent may have died in the middle of it.
+
+    :raises VmmError: QEMU did not answer, or refused.
+    """
     await qmp.execute("migrate_cancel")
     async with asyncio.timeout(_TIMEOUT_S):
-        while (await qmp.execute("query-migrate")).get("status") in _UNDER_WAY:  # noqa: ASYNC110  QMP has no other way
+        while (await qmp.execute("query-migrate")).get("status") in _ACTIVE:  # noqa: ASYNC110  QMP cannot wait for it
             await asyncio.sleep(_POLL_S)
 
 

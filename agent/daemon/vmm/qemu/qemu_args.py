@@ -1,7 +1,7 @@
-"""From a VM's specification to QEMU's command line: pure, so that every word of it is tested without QEMU.
+"""QEMU's command line for a `VmSpec`: pure, so that every argument is tested without QEMU.
 
-q35 is the base: microvm restores a little faster, but its cold boots hung now and then. Everything that a Linux guest
-on virtio does not need is left out, since each device costs time at boot and attack surface for ever.
+The machine is q35: microvm restores a little faster, but its cold boots hung now and then. Devices that a Linux guest
+on virtio does not need are left out, since each one costs boot time and attack surface.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from agent.common.errors import InvalidSpec
 from agent.daemon.vmm.driver import LinkKind, VmSpec
 
 GUEST_CID = 3
-# Of what a saved VM must find again: goes up whenever machine or devices change.
+# Part of the snapshot key: increase it whenever machine or devices change.
 REVISION = 2
 SERIAL_PORT_NAME = "org.sandboxd.link"
 # Five-level page tables make every TLB miss of the emulator a fifth longer, and no guest here has 128 TiB.
@@ -19,17 +19,18 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 
 
 def value(text: object) -> str:
-    """Returns `text` as a value inside a comma-separated option (a comma is doubled). :raises InvalidSpec: control
-    codes.
+    """Escape `text` for a comma-separated option: commas are doubled.
+
+    :raises InvalidSpec: `text` has control characters.
     """
-    word = str(text)
-    if any(ord(letter) < 32 for letter in word):
-        raise InvalidSpec(f"{word!r} cannot be given to QEMU: it has control characters")
-    return word.replace(",", ",,")
+    string = str(text)
+    if any(ord(letter) < 32 for letter in string):
+        raise InvalidSpec(f"{string!r} cannot be given to QEMU: it has control characters")
+    return string.replace(",", ",,")
 
 
 def machine_args(spec: VmSpec, accelerator: str) -> list[str]:
-    """Returns machine, CPU and memory."""
+    """Return the arguments for machine, CPU and memory."""
     # With an HPET, an idle guest's VMM wakes 250 times a second: 2 % of a CPU instead of 0.5 % when emulated.
     cpu = "host" if accelerator == "kvm" else _TCG_CPU
     incoming = [] if spec.restore_from is None else ["-incoming", "defer"]
@@ -60,18 +61,20 @@ def _memory(spec: VmSpec) -> str:
 def device_args(
     spec: VmSpec, link_fd: int | None, console_fd: int, qmp_fd: int, vsock: str | None, tap_fd: int | None
 ) -> list[str]:
-    """Returns kernel, disks, card and sockets. The descriptors are listening sockets, and an open tap, for QEMU.
+    """Return the arguments for kernel, disks, network card and sockets.
 
-    :param vsock: the device for a VSOCK link, as `vsock_device` gives it.
+    :param link_fd: listening socket of the serial link; None for a vsock link. `console_fd` and `qmp_fd` likewise.
+    :param vsock: arguments of the vsock device, from `vsock_device`; None for a serial link.
+    :param tap_fd: open TAP of the network card.
     """
     args = []
-    if spec.restore_from is None:  # a clone has its kernel in its RAM
+    if spec.restore_from is None:  # a restored VM has its kernel in its RAM
         args += ["-kernel", str(spec.kernel), "-initrd", str(spec.initramfs), "-append", spec.cmdline]
     for disk in spec.disks:
         node = value(disk.serial)
         access = f"read-only={'on' if disk.read_only else 'off'}"
         mode = access if disk.read_only else f"{access},discard=unmap,detect-zeroes=unmap"
-        cache = "" if disk.read_only or disk.durable else ",cache.no-flush=on"  # such a disk dies with its sandbox
+        cache = "" if disk.read_only or disk.durable else ",cache.no-flush=on"  # the disk is deleted with its sandbox
         args += ["-blockdev", f"driver=file,node-name=f-{node},filename={value(disk.path)},{access}"]
         args += ["-blockdev", f"driver=raw,node-name=d-{node},file=f-{node},{mode}{cache}"]
         args += ["-device", f"virtio-blk-pci,drive=d-{node},serial={node}"]
@@ -91,7 +94,10 @@ def device_args(
 
 
 def vsock_device(backend_socket: str | None, cid: int = GUEST_CID) -> str:
-    """Returns the arguments for AF_VSOCK: a vhost-user backend's socket, or the kernel's vhost-vsock if None."""
+    """Return the arguments for a vsock device.
+
+    :param backend_socket: socket of a vhost-user backend; None: the kernel's vhost-vsock.
+    """
     if backend_socket is None:
         return f"-device vhost-vsock-pci,id=vsock0,guest-cid={cid}"
     return f"-chardev socket,id=vsock,path={value(backend_socket)} -device vhost-user-vsock-pci,id=vsock0,chardev=vsock"

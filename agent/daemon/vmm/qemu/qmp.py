@@ -1,4 +1,7 @@
-"""QEMU's machine protocol (docs/interop/qmp-spec in QEMU): commands over a unix socket, one JSON object a line."""
+"""QMP, QEMU's control protocol: one JSON object a line over a unix socket.
+
+Source: QEMU's docs/interop/qmp-spec.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _DEFAULT_TIMEOUT_S = 10.0
 
 
 class Qmp:
-    """A connection that has negotiated its capabilities. One command at a time; events are skipped."""
+    """A QMP connection with negotiated capabilities; runs one command at a time and skips events."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -24,7 +27,10 @@ class Qmp:
 
     @classmethod
     async def connect(cls, path: str, timeout_s: float = _DEFAULT_TIMEOUT_S) -> Qmp:
-        """Connects to the socket at `path`. :raises VmmError: nobody listens there, or it is not QEMU."""
+        """Connect to the socket at `path` and negotiate capabilities.
+
+        :raises VmmError: no process listens there, or it is not QEMU, or it does not answer in time (QMP_FAILED).
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_unix_connection(path, limit=_MAX_LINE_BYTES)
@@ -46,7 +52,10 @@ class Qmp:
         return qmp
 
     async def execute(self, command: str, *, timeout_s: float = _DEFAULT_TIMEOUT_S, **arguments: object) -> Any:
-        """Returns what the command returns. :raises VmmError: QEMU refused it, did not answer in time, or is gone."""
+        """Run a command and return its result; underscores in argument names become hyphens.
+
+        :raises VmmError: QEMU refused (QMP_REFUSED), did not answer in time (QMP_TIMEOUT), or is gone (QMP_FAILED).
+        """
         request: dict[str, object] = {"execute": command}
         if arguments:
             request["arguments"] = {name.replace("_", "-"): value for name, value in arguments.items()}
@@ -59,7 +68,7 @@ class Qmp:
                 while True:
                     reply = await self._read()
                     if reply.get("id") != self._last_id:
-                        continue  # an event, or the late answer to a command that was given up
+                        continue  # an event, or the late answer to a command that timed out
                     if "return" in reply:
                         return reply["return"]
                     if "error" in reply:
@@ -84,5 +93,5 @@ class Qmp:
         return value
 
     def close(self) -> None:
-        """Closes the connection; QEMU goes on. Idempotent."""
+        """Close the connection; QEMU runs on. Idempotent."""
         self._writer.close()

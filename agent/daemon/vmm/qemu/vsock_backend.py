@@ -1,8 +1,8 @@
 """vhost-device-vsock: AF_VSOCK for QEMU where the host's kernel has no vhost-vsock.
 
-It cannot be snapshotted, and it wedges for good if a host connects before the guest's driver is up
-(rust-vmm/vhost-device); so it serves the tests of the vsock link and hosts that ask for it, and virtio-serial is the
-default.
+The backend cannot be snapshotted, and it hangs for good if a client on the host connects before the guest's driver is
+up (rust-vmm/vhost-device). So virtio-serial is the default link; this backend is for tests, and for hosts that
+configure vmm.link = "vsock".
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _TX_BUFFER_BYTES = 32768
 
 
 def find_binary(tools_dir: Path) -> str:
-    """Returns the path of the backend. :raises VmmError: it is not installed."""
+    """Return the path of the backend's binary.
+
+    :raises VmmError: it is not installed (VSOCK_BACKEND_MISSING).
+    """
     found = shutil.which(_BINARY) or shutil.which(_BINARY, path=str(tools_dir))
     if found is None:
         raise VmmError(
@@ -32,9 +35,9 @@ def find_binary(tools_dir: Path) -> str:
 
 
 async def start(binary: str, run_dir: Path, cid: int, cgroup: Path | None = None) -> HostProcess:
-    """Starts a backend that listens at `run_dir/vhost.sock` for QEMU and `run_dir/vsock.sock` for hosts.
+    """Start a backend that listens at `run_dir/vhost.sock` for QEMU and at `run_dir/vsock.sock` for the agent.
 
-    :raises VmmError: it did not start; nothing is left.
+    :raises VmmError: it did not start; no process is left.
     """
     sockets = [run_dir / "vhost.sock", run_dir / "vsock.sock"]
     for path in sockets:
@@ -51,7 +54,7 @@ async def start(binary: str, run_dir: Path, cid: int, cgroup: Path | None = None
                     exit_info = await process.wait()
                     raise VmmError(f"{_BINARY} {exit_info.describe()}: {exit_info.stderr_tail}")
                 await asyncio.sleep(0.005)
-        await process.placed()
+        await process.joined_cgroup()
     except BaseException as error:
         await asyncio.shield(asyncio.ensure_future(process.kill()))
         if isinstance(error, TimeoutError):

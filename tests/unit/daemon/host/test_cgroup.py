@@ -12,9 +12,9 @@ import pytest
 from agent.common.errors import HostError, VmmError
 from agent.daemon.host import cgroup
 from agent.daemon.host import process as host_process
-from agent.daemon.host.cgroup import Cgroups, GroupLimits
+from agent.daemon.host.cgroup import CgroupLimits, Cgroups
 
-LIMITS = GroupLimits(cpus=1.5, weight=100, memory_bytes=1 << 30, tasks=64)
+LIMITS = CgroupLimits(cpus=1.5, weight=100, memory_bytes=1 << 30, tasks=64)
 NAME = "sbx-unittest"
 
 
@@ -30,14 +30,14 @@ def groups() -> Iterator[Cgroups]:
 
 
 def test_limits_are_what_the_kernel_reads() -> None:
-    limits = GroupLimits(1.5, 200_000, 1 << 30, 64, "8:0", io_bytes=1000, io_operations=10)
+    limits = CgroupLimits(1.5, 200_000, 1 << 30, 64, "8:0", io_bytes=1000, io_operations=10)
     assert limits.files() == {
         "cpu": {"cpu.max": "150000 100000", "cpu.weight": "10000"},
         "memory": {"memory.max": "1073741824", "memory.oom.group": "1"},
         "pids": {"pids.max": "64"},
         "io": {"io.max": "8:0 rbps=1000 wbps=1000 riops=10 wiops=10"},
     }
-    assert GroupLimits(0.001, 100, 1, 1).files()["cpu"]["cpu.max"] == "1000 100000"  # the kernel's least
+    assert CgroupLimits(0.001, 100, 1, 1).files()["cpu"]["cpu.max"] == "1000 100000"  # the kernel's least
     assert LIMITS.files()["io"] == {}
 
 
@@ -53,7 +53,7 @@ async def test_a_process_is_moved_and_ended_with_its_group(groups: Cgroups, tmp_
     process = await host_process.spawn(
         ["sh", "-c", "sleep 60 & sleep 60"], netns=None, stderr_path=tmp_path / "log", cgroup=group
     )
-    await process.placed()
+    await process.joined_cgroup()
     assert str(process.pid) in (group / "cgroup.procs").read_text().split()
     groups.remove(NAME)
     assert not group.exists()
@@ -65,7 +65,7 @@ async def test_a_process_that_cannot_be_moved_says_so(tmp_path: Path) -> None:
     (tmp_path / "cgroup.procs").symlink_to("/dev/full")
     process = await host_process.spawn(["sleep", "60"], netns=None, stderr_path=tmp_path / "log", cgroup=tmp_path)
     with pytest.raises(VmmError, match="cannot move process"):
-        await process.placed()
+        await process.joined_cgroup()
     await process.kill()
 
 
@@ -92,7 +92,7 @@ def test_a_limit_that_the_kernel_refuses(groups: Cgroups) -> None:
     if not groups.controllers:
         pytest.skip("no controller is handed on here")
     with pytest.raises(HostError, match="cannot make the cgroup"):
-        groups.make(NAME, GroupLimits(1, 0, 1, 1))
+        groups.make(NAME, CgroupLimits(1, 0, 1, 1))
 
 
 def test_without_the_hierarchy_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from agent.daemon.sandbox.machine.vm_plan import (
     vm_spec,
 )
 from agent.daemon.sandbox.machine.vm_shape import Shape, shape_of
-from agent.daemon.vmm.driver import DiskSpec, Limits, MemoryFile
+from agent.daemon.vmm.driver import DiskSpec, MemoryFile, RateLimits
 from tests.support import daemon_fakes as fakes
 from tests.support.daemon_fakes import VMM, Bench, FakeImages, bench
 
@@ -64,7 +64,7 @@ async def test_the_memory_source_decides_how_a_vm_begins(
 ) -> None:
     async with bench(tmp_path, monkeypatch) as node:
         spec = vm_spec(plan(node, memory), node.host.paths, Path("/cgroup"))
-        assert (spec.memory_file, spec.restore_from, spec.stands_still) == (file, restored, paused)
+        assert (spec.memory_file, spec.restore_from, spec.start_paused) == (file, restored, paused)
         assert (spec.id, spec.netns, spec.cgroup) == (ID, ID, Path("/cgroup"))
         assert spec.save_root == node.host.paths.sandbox_state(ID)
 
@@ -101,10 +101,10 @@ async def test_rates_and_user_are_the_sandboxes_and_a_template_has_none(
     async with bench(tmp_path, monkeypatch, disk_bytes_per_s=1, disk_operations_per_s=2, net_bytes_per_s=3) as node:
         record = fakes.record(id=ID, uid=900_000)
         spec = vm_spec(sandbox_plan(node.host, record, IMAGE, shape(node.host), FreshMemory()), node.host.paths)
-        assert (spec.limits, spec.uid) == (Limits(1, 2, 3), 900_000)
+        assert (spec.limits, spec.uid) == (RateLimits(1, 2, 3), 900_000)
         template = VmPlan(ID, shape(node.host), IMAGE, SharedMemory(FILE), save_root=FILE.parent)
         spec = vm_spec(template, node.host.paths)
-        assert (spec.limits, spec.save_root) == (Limits(), FILE.parent)
+        assert (spec.limits, spec.save_root) == (RateLimits(), FILE.parent)
 
 
 async def test_resources_are_made_in_order_and_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

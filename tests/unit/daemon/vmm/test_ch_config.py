@@ -12,7 +12,7 @@ import pytest
 from agent.common.errors import InvalidSpec, VmmError
 from agent.daemon.vmm.cloud_hypervisor import config
 from agent.daemon.vmm.cloud_hypervisor.cloud_hypervisor import trial
-from agent.daemon.vmm.driver import DiskSpec, Limits, LinkKind, MemoryFile, NicSpec, VmSpec
+from agent.daemon.vmm.driver import DiskSpec, LinkKind, MemoryFile, NicSpec, RateLimits, VmSpec
 
 GIB = 1 << 30
 
@@ -63,7 +63,7 @@ def test_the_ram_of_a_template_is_shared() -> None:
 
 
 def test_a_clone_differs_from_its_template_in_paths_sharing_and_rates_alone() -> None:
-    limits = Limits(disk_bytes=1000, disk_operations=10, net_bytes=500)
+    limits = RateLimits(disk_bytes=1000, disk_operations=10, net_bytes=500)
     template = config.restore_config(spec(**TEMPLATE), landlock=False)
     clone = config.restore_config(spec(**CLONE, run_dir=Path("/run/sb/2"), limits=limits), landlock=False)
     zone = {"id": "mem0", "size": GIB, "file": "/tpl/mem0", "shared": False}
@@ -89,19 +89,19 @@ def test_a_clone_differs_from_its_template_in_paths_sharing_and_rates_alone() ->
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
-        (Limits(), None),
-        (Limits(disk_bytes=5), {"bandwidth": {"size": 5, "refill_time": 1000}}),
-        (Limits(disk_operations=7), {"ops": {"size": 7, "refill_time": 1000}}),
-        (Limits(net_bytes=9), None),
+        (RateLimits(), None),
+        (RateLimits(disk_bytes=5), {"bandwidth": {"size": 5, "refill_time": 1000}}),
+        (RateLimits(disk_operations=7), {"ops": {"size": 7, "refill_time": 1000}}),
+        (RateLimits(net_bytes=9), None),
     ],
 )
-def test_limits_of_a_disk(limits: Limits, expected: object) -> None:
+def test_limits_of_a_disk(limits: RateLimits, expected: object) -> None:
     built = config.disk(DiskSpec(Path("/d"), "d", False), limits)
     assert built.get("rate_limiter_config") == expected
 
 
 def test_the_card_is_without_a_name_a_host_mac_and_an_mtu() -> None:
-    built = config.net(NicSpec("tap0", "02:00:00:00:00:01"), Limits(disk_bytes=1))
+    built = config.net(NicSpec("tap0", "02:00:00:00:00:01"), RateLimits(disk_bytes=1))
     assert built == {"id": "net0", "mac": "02:00:00:00:00:01", "num_queues": 2}
     assert "net" not in config.vm_config(spec(), landlock=False)
     assert "net" not in config.restore_config(spec(nic=None, **CLONE), landlock=False)

@@ -15,7 +15,7 @@ import pytest
 from agent.daemon.vmm.cloud_hypervisor import config, http
 from agent.daemon.vmm.cloud_hypervisor.http import Answer
 from agent.daemon.vmm.cloud_hypervisor.rest import RestClient
-from agent.daemon.vmm.driver import DiskSpec, Limits, NicSpec
+from agent.daemon.vmm.driver import DiskSpec, NicSpec, RateLimits
 from tests.unit.daemon.vmm.test_ch_config import CLONE, TEMPLATE, spec
 
 DOCUMENT = Path(__file__).parents[5] / "shared" / "cloud-hypervisor" / "openapi-v53.0.yaml"
@@ -109,7 +109,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
 
 async def test_requests(document: Document, sent: Sent) -> None:
     client = RestClient(Path("/none"))
-    limits = Limits(disk_bytes=1 << 40, disk_operations=1000, net_bytes=1)
+    limits = RateLimits(disk_bytes=1 << 40, disk_operations=1000, net_bytes=1)
     for changes in ({}, TEMPLATE, CLONE, {"disks": ()}, {"limits": limits}):
         for landlock in (False, True):
             await client.create(config.vm_config(spec(**changes), landlock=landlock))
@@ -143,7 +143,7 @@ def test_what_is_restored_from(document: Document) -> None:
 
 
 def test_the_validator_finds_what_is_wrong(document: Document) -> None:
-    disk = config.disk(DiskSpec(Path("/d"), "d", False), Limits(disk_bytes=1))
+    disk = config.disk(DiskSpec(Path("/d"), "d", False), RateLimits(disk_bytes=1))
     schema = {"$ref": "#/components/schemas/DiskConfig"}
     document.check(disk, schema)
     bucket = {"bandwidth": {"size": 1}}

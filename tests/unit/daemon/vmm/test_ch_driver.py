@@ -95,7 +95,7 @@ async def test_a_life(bench: Bench) -> None:
 async def test_a_clone(bench: Bench) -> None:
     (bench.snapshot / "state.json").write_text("{}")
     vm = await bench.driver().start(bench.spec(**bench.clone))
-    assert list(vm.events.seen) == ["vm restored", "vm resumed"]
+    assert list(vm.events.recent) == ["vm restored", "vm resumed"]
     await vm.stop()
     assert bench.asked() == ["vmm.ping", "vm.restore"]
     body = json.loads(bench.requests.read_text().splitlines()[1].partition(" ")[2])

@@ -19,7 +19,7 @@ NOBODY = Confinement()
 def layout(tmp_path: Path) -> Layout:
     made = Layout(tmp_path / "run")
     made.run_dir.mkdir(mode=0o700)
-    made.make(NOBODY)
+    made.create(NOBODY)
     return made
 
 
@@ -37,7 +37,7 @@ def fill(layout: Layout) -> None:
 
 def test_a_snapshot_is_copied(layout: Layout, target: Path) -> None:
     fill(layout)
-    layout.take_snapshot(target)
+    layout.copy_snapshot(target)
     assert {path.name: path.read_text() for path in target.iterdir()} == {
         "config.json": "config.json",
         "state.json": "state.json",
@@ -48,7 +48,7 @@ def test_a_snapshot_with_ram_in_it_is_none(layout: Layout, target: Path) -> None
     fill(layout)
     (layout.snapshot / "memory-ranges").touch()
     with pytest.raises(VmmError, match="memory-ranges") as caught:
-        layout.take_snapshot(target)
+        layout.copy_snapshot(target)
     assert caught.value.reason == "SNAPSHOT_FAILED"
     assert list(target.iterdir()) == []
 
@@ -70,7 +70,7 @@ def test_what_the_vmm_wrote_is_checked(
         monkeypatch.setattr(layouts, "_MAX_STATE_BYTES", 100)
         path.write_bytes(b"x" * 101)
     with pytest.raises(VmmError) as caught:
-        layout.take_snapshot(target)
+        layout.copy_snapshot(target)
     assert caught.value.reason == "SNAPSHOT_FAILED"
     assert not (target / "state.json").exists()
 
@@ -79,25 +79,25 @@ def test_what_a_clone_is_restored_from(layout: Layout, tmp_path: Path) -> None:
     state = tmp_path / "state.json"
     state.write_text("state")
     for _ in range(2):
-        layout.make_restore(b"config", tmp_path, NOBODY)
+        layout.create_restore(b"config", tmp_path, NOBODY)
         assert sorted(path.read_text() for path in layout.restore.iterdir()) == ["config", "state"]
     (tmp_path / "memory-ranges").write_text("RAM")
-    layout.make_restore(b"config", tmp_path, NOBODY)
+    layout.create_restore(b"config", tmp_path, NOBODY)
     assert sorted(path.read_text() for path in layout.restore.iterdir()) == ["RAM", "config", "state"]
     layout.remove_restore()
     layout.remove_restore()
     assert not layout.restore.exists()
     with pytest.raises(VmmError, match="cannot be read"):
-        layout.make_restore(b"config", tmp_path / "none", NOBODY)
+        layout.create_restore(b"config", tmp_path / "none", NOBODY)
 
 
 def test_removed_is_all_but_logs(layout: Layout) -> None:
     for path in (layout.api, layout.events, layout.log_pipe, layout.console_pipe, layout.log, layout.console):
         path.touch()
-    (layout.own / "vsock.sock").touch()
+    (layout.vmm_dir / "vsock.sock").touch()
     outside = layout.run_dir / "kept"
     outside.write_text("kept")
-    (layout.own / "link").symlink_to(outside)
+    (layout.vmm_dir / "link").symlink_to(outside)
     layout.remove()
     layout.remove()
     assert sorted(path.name for path in layout.run_dir.iterdir()) == ["console.log", "kept", "vmm.log"]
@@ -105,18 +105,18 @@ def test_removed_is_all_but_logs(layout: Layout) -> None:
 
 
 def test_directories_are_private(layout: Layout) -> None:
-    (layout.own / "stale").touch()
-    layout.make(NOBODY)
-    assert list(layout.own.iterdir()) == []
-    for path in (layout.run_dir, layout.own, layout.snapshot):
+    (layout.vmm_dir / "stale").touch()
+    layout.create(NOBODY)
+    assert list(layout.vmm_dir.iterdir()) == []
+    for path in (layout.run_dir, layout.vmm_dir, layout.snapshot):
         assert path.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_another_user_owns_its_own_directories_and_enters_the_other(layout: Layout) -> None:
-    layout.make(Confinement(64123, 64124))
+    layout.create(Confinement(64123, 64124))
     facts = layout.run_dir.stat()
     assert (facts.st_uid, facts.st_gid, facts.st_mode & 0o777) == (0, 64124, 0o710)
-    for path in (layout.own, layout.snapshot):
+    for path in (layout.vmm_dir, layout.snapshot):
         facts = path.stat()
         assert (facts.st_uid, facts.st_gid, facts.st_mode & 0o777) == (64123, 64124, 0o700)

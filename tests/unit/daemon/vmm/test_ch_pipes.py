@@ -145,7 +145,7 @@ async def test_events_in_pieces(tmp_path: Path, closing: Keep) -> None:
             os.write(fd, text[start : start + 11])
             events.pipe.drain()
     await waiter
-    assert list(events.seen) == happened == ["vmm starting", "vm restored", "vm resumed"]
+    assert list(events.recent) == happened == ["vmm starting", "vm restored", "vm resumed"]
     await events.wait_for("vm restored", 0)
     with pytest.raises(VmmError, match="did not report 'vm paused'"):
         await events.wait_for("vm paused", 0.01)
@@ -163,8 +163,8 @@ async def test_hostile_events(tmp_path: Path, closing: Keep) -> None:
         assert len(events._buffer) <= 65536
         os.write(fd, b"\n\n" + event("vm", "booted"))
         events.pipe.drain()
-        assert list(events.seen) == ["vm booted"]
+        assert list(events.recent) == ["vm booted"]
         for _ in range(1000):
             os.write(fd, event("vm", "x"))
             events.pipe.drain()
-    assert len(events.seen) == 64
+    assert len(events.recent) == 64

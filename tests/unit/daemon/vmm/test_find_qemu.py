@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from agent.common.errors import VmmError
-from agent.daemon.vmm.qemu import qemu
-from agent.daemon.vmm.qemu.qemu import find_qemu
+from agent.daemon.vmm.qemu import qemu_binary
+from agent.daemon.vmm.qemu.qemu_binary import find_qemu
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -59,7 +59,7 @@ async def test_a_file_that_is_no_program(binary: Path) -> None:
 
 @pytest.mark.parametrize("body", ["exec sleep 60", "exec yes"])
 async def test_a_qemu_that_does_not_end_is_ended(binary: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    monkeypatch.setattr(qemu, "_VERSION_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(qemu_binary, "_VERSION_TIMEOUT_S", 0.1)
     with pytest.raises(VmmError, match="cannot be run"):
         await find_qemu(script(binary, body))
     with pytest.raises(TimeoutError):
