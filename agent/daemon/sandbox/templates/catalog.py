@@ -1,11 +1,11 @@
-"""Templates: VMs that were booted once, prepared and frozen, for clones to start from.
+"""Catalog of templates: saved VMs, booted and prepared once, that clones start from.
 
-One per `Shape`, made on first need (or at start, or on request), kept within a disk budget, and never changed:
+There is one template per `Shape`, immutable, built on first use (or at start, or on request), within a disk budget:
 
     <state_dir>/templates/<digest>/{manifest.json,ram,vmm/...}
 
-A template counts only if its files have the digests of its manifest. That is checked when an agent first uses it; from
-then on it is enough that nobody has touched the files since (size, modification and change time, inode).
+A template is valid if its files have the digests in its manifest. An agent computes the digests when it first uses the
+template; afterwards it compares size, modification time, change time and inode of each file.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from agent.common.telemetry import TEMPLATE_BYTES, TEMPLATES, log, step
 from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.resources import remove_tree
 from agent.daemon.sandbox.machine.vm_shape import Shape, shape_of
-from agent.daemon.sandbox.templates import files
-from agent.daemon.sandbox.templates.builder import build
+from agent.daemon.sandbox.templates import builder, files
 from agent.daemon.sandbox.templates.files import Template, TemplateDamaged
 from agent.daemon.storage.images import Image
 
@@ -32,29 +31,30 @@ _DRAFT_PREFIX = "tmp-"
 
 
 class Templates:
-    """The templates of one node."""
+    """Templates of one node."""
 
     def __init__(self, host: HostServices) -> None:
         self._host = host
         self._dir = host.paths.templates
-        self._making: dict[str, asyncio.Task[Template]] = {}
-        self._sound: dict[str, tuple[Template, tuple[object, ...]]] = {}
-        self._refused: set[str] = set()
+        self._builds: dict[str, asyncio.Task[Template]] = {}
+        self._verified: dict[str, tuple[Template, tuple[object, ...]]] = {}
+        self._rejected: set[str] = set()
         self._users: Counter[str] = Counter()
 
     # -- the directory -------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Removes what a maker left that was killed. Blocks. :raises HostError: it cannot."""
+        """Remove the drafts of an agent that died during a build. Blocks.
+
+        :raises HostError: a draft cannot be removed.
+        """
         if self._dir.exists():
             for draft in self._dir.glob(f"{_DRAFT_PREFIX}*"):
                 remove_tree(draft)
-        self._count()
+        self._update_metrics()
 
     def list(self) -> list[Template]:
-        """Returns the templates there are, last used first; damaged ones are left out. Blocks for a millisecond
-        each.
-        """
+        """Return all templates without damaged ones, most recently used first. Blocks for a millisecond each."""
         found = []
         for path in self._dir.glob("*/manifest.json"):
             if not path.parent.name.startswith(_DRAFT_PREFIX):
@@ -63,7 +63,11 @@ class Templates:
         return sorted(found, key=lambda template: template.last_used, reverse=True)
 
     def remove(self, digest: str) -> None:
-        """Removes a template. :raises NotFound: :raises InvalidState: sandboxes run from it."""
+        """Remove a template. Blocks.
+
+        :raises NotFound: there is no template of that digest.
+        :raises InvalidState: sandboxes run from it (TEMPLATE_IN_USE).
+        """
         if digest not in {template.digest for template in self.list()}:
             raise NotFound(
                 f"no template {digest}; list the templates to see which there are", reason="TEMPLATE_NOT_FOUND"
@@ -76,14 +80,14 @@ class Templates:
         self._drop(digest)
 
     def _drop(self, digest: str) -> None:
-        self._sound.pop(digest, None)
+        self._verified.pop(digest, None)
         doomed = self._dir / f"{_DRAFT_PREFIX}{digest}-{os.urandom(4).hex()}"
         with contextlib.suppress(FileNotFoundError):
-            (self._dir / digest).rename(doomed)  # at once out of everyone's sight
+            (self._dir / digest).rename(doomed)  # atomic: no reader sees half a template
             shutil.rmtree(doomed, ignore_errors=True)
-        self._count()
+        self._update_metrics()
 
-    def _count(self) -> None:
+    def _update_metrics(self) -> None:
         present = self.list()
         TEMPLATES.set(len(present))
         TEMPLATE_BYTES.set(sum(template.size_bytes for template in present))
@@ -92,7 +96,7 @@ class Templates:
 
     @contextmanager
     def pin(self, digest: str) -> Iterator[None]:
-        """Keeps a template from being removed as long as the context lasts."""
+        """Protect a template from removal while the context lasts."""
         self._users[digest] += 1
         try:
             yield
@@ -102,87 +106,87 @@ class Templates:
                 del self._users[digest]
 
     async def get(self, image: Image, vcpu_count: int, memory_bytes: int, volumes: int = 0) -> Template:
-        """Returns a sound template for a sandbox of these sizes and so many volumes.
+        """Return a valid template for a sandbox; the first caller builds it, concurrent callers wait for that build.
 
-        The first caller makes it, others wait for that.
-
-        :raises AgentError: it could not be made; nothing is left of it.
+        :param memory_bytes: MemTotal that the sandbox requests.
+        :param volumes: number of volumes to attach.
+        :raises AgentError: the template could not be built; nothing is left of it.
         """
         vmm = await self._host.driver.probe()
         shape = shape_of(self._host.settings, image, vcpu_count, memory_bytes, vmm, volumes)
-        known = self._sound.get(shape.digest)
+        known = self._verified.get(shape.digest)
         if known is not None and files.stamps(known[0]) == known[1]:
             files.touch(known[0])
             return known[0]
         if known is not None:
-            del self._sound[shape.digest]  # somebody touched its files: all of them are compared again
-        making = self._making.get(shape.digest)
-        if making is None:
-            making = asyncio.create_task(self._find_or_make(shape, image), name=f"template-{shape.digest}")
-            self._making[shape.digest] = making
-            making.add_done_callback(lambda task: self._made(shape.digest, task))
-        return await asyncio.shield(making)
+            del self._verified[shape.digest]  # a file was touched: verify all digests again
+        build = self._builds.get(shape.digest)
+        if build is None:
+            build = asyncio.create_task(self._find_or_build(shape, image), name=f"template-{shape.digest}")
+            self._builds[shape.digest] = build
+            build.add_done_callback(lambda task: self._on_built(shape.digest, task))
+        return await asyncio.shield(build)
 
-    def _made(self, digest: str, task: asyncio.Task[Template]) -> None:
-        self._making.pop(digest, None)
+    def _on_built(self, digest: str, task: asyncio.Task[Template]) -> None:
+        self._builds.pop(digest, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             reason = error.message if isinstance(error, AgentError) else repr(error)
-            log.error("cannot make a template", template=digest, reason=reason)
+            log.error("cannot build a template", template=digest, reason=reason)
 
-    async def _find_or_make(self, shape: Shape, image: Image) -> Template:
+    async def _find_or_build(self, shape: Shape, image: Image) -> Template:
         path = self._dir / shape.digest
-        if path.exists() and shape.digest not in self._refused:
+        if path.exists() and shape.digest not in self._rejected:
             try:
                 with step("template.verify"):
-                    template = await asyncio.to_thread(files.verified, path, shape)
+                    template = await asyncio.to_thread(files.verify, path, shape)
                 return self._accept(template)
             except TemplateDamaged as error:
-                log.warning("a template is made again", template=shape.digest, reason=error.message)
+                log.warning("rebuilding a template", template=shape.digest, reason=error.message)
                 await asyncio.to_thread(self._drop, shape.digest)
         try:
             with step("template.make"):
                 draft = self._dir / f"{_DRAFT_PREFIX}{shape.digest}-{os.urandom(4).hex()}"
-                template = await build(self._host, shape, image, draft, path)
+                template = await builder.build(self._host, shape, image, draft, path)
         finally:
-            self._refused.discard(shape.digest)  # if not even a new one can be made, the old one was not to blame
-        log.info("template made", template=shape.digest, image=image.name, bytes=template.size_bytes)
+            self._rejected.discard(shape.digest)  # if no new one can be built, the old one was not at fault
+        log.info("template built", template=shape.digest, image=image.name, bytes=template.size_bytes)
         self._accept(template)
         await asyncio.to_thread(self._fit_budget, shape.digest)
         return template
 
     def _accept(self, template: Template) -> Template:
-        self._sound[template.digest] = (template, files.stamps(template))
+        self._verified[template.digest] = (template, files.stamps(template))
         files.touch(template)
         return template
 
     def reject(self, template: Template, reason: str) -> None:
-        """Has the next need make a template again that the VMM does not take.
+        """Rebuild a template on its next use, since the VMM did not restore it.
 
-        The old one goes only when the new one is whole, for it may be the VMM that is out of order. Clones keep their
-        pages.
+        The old one is replaced only once the new one is complete, for the VMM may be at fault. Running clones keep
+        their pages.
         """
-        log.warning("a template was refused", template=template.digest, reason=reason)
-        self._sound.pop(template.digest, None)
-        self._refused.add(template.digest)
+        log.warning("a template was rejected", template=template.digest, reason=reason)
+        self._verified.pop(template.digest, None)
+        self._rejected.add(template.digest)
 
     def _fit_budget(self, newest: str) -> None:
-        """Removes the templates that were not used in the longest time until all fit; never one that is in use."""
+        """Remove least recently used templates until all fit the budget; never one in use."""
         present = self.list()
         size = sum(template.size_bytes for template in present)
         for template in reversed(present):
             if size <= self._host.settings.templates.budget_bytes:
                 break
-            if template.digest == newest or self._users[template.digest] or template.digest in self._making:
+            if template.digest == newest or self._users[template.digest] or template.digest in self._builds:
                 continue
             log.info("template removed to fit the budget", template=template.digest, bytes=template.size_bytes)
             self._drop(template.digest)
             size -= template.size_bytes
-        self._count()
+        self._update_metrics()
 
     async def aclose(self) -> None:
-        """Ends makers under way; nothing is left of them. Idempotent."""
-        making = list(self._making.values())
-        for task in making:
+        """Cancel running builds; nothing is left of them. Idempotent."""
+        builds = list(self._builds.values())
+        for task in builds:
             task.cancel()
-        if making:
-            await asyncio.wait(making)
+        if builds:
+            await asyncio.wait(builds)

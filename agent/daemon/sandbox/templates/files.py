@@ -1,4 +1,4 @@
-"""The files of a template: their manifest, their digests, and whether somebody touched them."""
+"""Files of a template: manifest, digests, and detection of changes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ _SCHEMA = 1
 
 
 class TemplateDamaged(HostError):
-    """A template is not what its manifest says; it must be made again."""
+    """A template does not match its manifest; it must be rebuilt."""
 
     default_reason = "TEMPLATE_DAMAGED"
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A frozen VM. `image` is the name of the image that it was made from; times are seconds since 1970."""
+    """A saved VM for clones to start from.
+
+    :param image: name of the image that it was built from.
+    :param size_bytes: disk space, without holes.
+    :param create_time: seconds since 1970; `last_used` likewise.
+    """
 
     path: Path
     shape: Shape
@@ -41,17 +46,17 @@ class Template:
 
     @property
     def digest(self) -> str:
-        """Its name."""
+        """Name of the template: `Shape.digest`."""
         return self.path.name
 
     @property
     def ram(self) -> Path:
-        """The file that clones map copy-on-write."""
+        """RAM image, which clones map copy-on-write."""
         return self.path / RAM
 
     @property
     def vmm(self) -> Path:
-        """What the VMM wrote besides."""
+        """Directory of the device state that the VMM wrote."""
         return self.path / VMM
 
 
@@ -71,7 +76,10 @@ class _Manifest(msgspec.Struct, kw_only=True):
 
 
 def write_manifest(path: Path, shape: Shape, image: str, create_time: float) -> None:
-    """Writes the manifest of the files in `path`, makes all of them read-only, and brings them to the disk. Blocks."""
+    """Write the manifest of the files in `path`, and make all of them read-only and durable (fsync). Blocks.
+
+    :raises OSError: a file cannot be read or written.
+    """
     files = {name: _facts(path / name) for name in _names(path)}
     manifest = _Manifest(shape=shape, image=image, create_time=create_time, files=files)
     data = msgspec.json.encode(manifest, order="sorted")
@@ -86,7 +94,7 @@ def write_manifest(path: Path, shape: Shape, image: str, create_time: float) -> 
 
 
 def _names(path: Path) -> list[str]:
-    """Returns the files of a template, relative to it, but for its manifest."""
+    """Return the files of a template without its manifest, as paths relative to it."""
     found = [str(entry.relative_to(path)) for entry in path.rglob("*") if not entry.is_dir()]
     return sorted(name for name in found if name != MANIFEST)
 
@@ -97,8 +105,14 @@ def _facts(path: Path) -> _File:
 
 
 def publish(draft: Path, path: Path) -> Template:
-    """Gives a whole template its name, in place of one that has it, and returns it. Blocks. :raises OSError:"""
-    replaced = draft.with_name(f"{draft.name}-replaced")  # a draft by its name: killed here, it is removed at start
+    """Rename a complete draft to `path`, replacing an older template there; return the template. Blocks.
+
+    :raises OSError: the draft cannot be renamed.
+    :raises TemplateDamaged: its manifest cannot be read back.
+    """
+    replaced = draft.with_name(
+        f"{draft.name}-replaced"
+    )  # named like a draft, so that a killed agent's successor removes it
     with contextlib.suppress(FileNotFoundError):
         path.rename(replaced)
     draft.rename(path)
@@ -107,7 +121,10 @@ def publish(draft: Path, path: Path) -> Template:
 
 
 def read(path: Path) -> Template:
-    """Returns the template in a directory, by its manifest alone. :raises TemplateDamaged: it has no valid one."""
+    """Return the template in a directory without verifying digests. Blocks.
+
+    :raises TemplateDamaged: the manifest is missing or malformed.
+    """
     return _parse(path, _manifest(path))
 
 
@@ -136,10 +153,10 @@ def _parse(path: Path, manifest: _Manifest) -> Template:
     return Template(path, manifest.shape, manifest.image, size, manifest.create_time, last_used)
 
 
-def verified(path: Path, shape: Shape) -> Template:
-    """Returns the template in a directory once every byte of it was compared. Blocks for a fraction of a second.
+def verify(path: Path, shape: Shape) -> Template:
+    """Return the template in a directory after comparing the digest of every file. Blocks for a fraction of a second.
 
-    :raises TemplateDamaged: says what differs.
+    :raises TemplateDamaged: shape or a digest differs; the message says which.
     """
     manifest = _manifest(path)
     template = _parse(path, manifest)
@@ -156,7 +173,7 @@ def verified(path: Path, shape: Shape) -> Template:
 
 
 def stamps(template: Template) -> tuple[object, ...]:
-    """Returns what changes whenever a file of the template is written, replaced or removed."""
+    """Return a value that changes whenever a file of the template is written, replaced or removed. Blocks briefly."""
     found: list[object] = []
     for path in sorted([template.ram, *template.vmm.glob("*")]):
         try:
@@ -169,7 +186,7 @@ def stamps(template: Template) -> tuple[object, ...]:
 
 
 def touch(template: Template) -> None:
-    """Notes that the template was used just now: in the access time of its manifest."""
+    """Record the time of use, as the access time of the manifest."""
     manifest = template.path / MANIFEST
     with contextlib.suppress(OSError):
         os.utime(manifest, ns=(time.time_ns(), manifest.stat().st_mtime_ns))

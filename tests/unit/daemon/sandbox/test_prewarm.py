@@ -56,7 +56,7 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr(prewarm, "_LOOK_INTERVAL_S", 0.001)
+    monkeypatch.setattr(prewarm, "_POLL_INTERVAL_S", 0.001)
     return World()
 
 
