@@ -66,7 +66,7 @@ async def _settle(host: HostServices, manager: Manager, store: Store, record: Re
     return kind
 
 
-async def _settle_by_state(host: Host, manager: Manager, store: Store, record: Record) -> str:
+async def _settle_by_state(host: HostServices, manager: Manager, store: Store, record: Record) -> str:
     await asyncio.to_thread(resources.remove_tree, host.paths.forks(record.id))
     if record.state in (State.RUNNING, State.PAUSED):
         # Of a resume that an agent did not live to finish: the disk has gone on since.

@@ -86,7 +86,7 @@ def template(tmp_path: Path) -> Path:
 
 
 def test_the_manifest_of_a_template(template: Path) -> None:
-    found = files.verified(template, SHAPE)
+    found = files.verify(template, SHAPE)
     assert (found.shape, found.image, found.create_time) == (SHAPE, "default", 1790000000.25)
     files.write_manifest(template, SHAPE, "default", 1790000000.25)
     assert (template / "manifest.json").read_text() == MANIFEST

@@ -1,4 +1,4 @@
-"""What the manager has in memory of one sandbox."""
+"""In-memory entry of one sandbox: record, machine and tasks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from agent.daemon.sandbox.state.record import Record
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A sandbox in memory. `creating` and `deleting` are the tasks that do so, for everyone to await.
+    """A sandbox in memory.
 
-    :param working: tasks that change it, `creating` among them; see `agent.daemon.sandbox.lifecycle.operations`.
-
-    :param changing: held by the one operation that changes it.
-
-    :param needs_cleanup: what it has on the host must be looked for by its name: no machine knows all of it.
+    :param creating: the task that creates the sandbox; any number of callers await it. `deleting` likewise.
+    :param monitor: the task that notices the end of the VM or of the link.
+    :param working: tasks that change the sandbox, `creating` among them; see `operations`.
+    :param needs_cleanup: its host resources must be removed by id, since no machine owns all of them.
+    :param changing: lock for changes, one at a time.
+    :param cleanup_stack: unpins the template of an adopted sandbox.
     """
 
     record: Record
@@ -31,9 +32,9 @@ class Entry:
     working: set[asyncio.Task[Any]] = field(default_factory=set)
     needs_cleanup: bool = False
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    cleanup_stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the template of an adopted one
+    cleanup_stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def runs(self) -> bool:
-        """Whether it is running and to go on."""
+        """Whether the sandbox is running and not being deleted."""
         return self.record.state is State.RUNNING and self.deleting is None

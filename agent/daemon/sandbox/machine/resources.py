@@ -1,8 +1,7 @@
-"""Host resources of one VM: directories, cgroup, network namespace, disks. Created in order from a `VmPlan`, removed by
-name.
+"""Host resources of one VM: directories, cgroup, network namespace, disks; made from a `VmPlan`, removed by id.
 
-Two cleanup stacks divide them: `volatile` removes what exists only beside a VM, `lasting` what is on the disk and
-survives a suspension.
+Two cleanup stacks remove them: `volatile` the resources that only a running VM needs, `lasting` the state directory,
+which survives a suspension.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ async def _running(
 ) -> AsyncIterator[tuple[Vm, Channel]]:
     """Run a VM and connect to its guest; leaving the context ends the VM and removes its resources.
 
-    Its id is a sandbox's: the next agent removes what an agent that dies meanwhile leaves.
+    The VM has the id of a sandbox, so that the next agent finds and removes its resources if this agent dies.
     """
     uid = host.uids.reserve()
     try:

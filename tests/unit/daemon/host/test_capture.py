@@ -13,7 +13,7 @@ from agent.common.errors import VmmError
 from agent.daemon.host.capture import stdout_of
 from agent.daemon.vmm.accelerator import AcceleratorProbe
 from agent.daemon.vmm.cloud_hypervisor import binary as cloud_hypervisor
-from agent.daemon.vmm.qemu import qemu
+from agent.daemon.vmm.qemu.qemu_binary import find_qemu
 
 pytestmark = pytest.mark.timeout(60)
 # As much as may happen at once when an agent starts; one alone meets the fault now and then only.
@@ -66,7 +66,7 @@ async def test_each_child_has_one_owner(kind: str, tmp_path: Path, caplog: pytes
         if kind == "trial":
             assert not await AcceleratorProbe(tmp_path, tmp_path, tmp_path)._boots(path)
         elif kind == "qemu":
-            assert (await qemu.find_qemu(path))[1] == "10.0.2"
+            assert (await find_qemu(path))[1] == "10.0.2"
         else:
             assert (await cloud_hypervisor.find(path, tmp_path))[1] == "53.0"
 

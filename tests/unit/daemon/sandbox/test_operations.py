@@ -339,7 +339,7 @@ async def test_a_state_that_is_stored_when_its_work_is_cancelled_keeps_what_it_n
     assert (node.host.paths.memory(made.id) / "state").exists()
     machine = node.manager._entries[made.id].machine
     assert machine is not None
-    await machine.vanish()  # as the next agent removes it
+    await machine.release()  # as the next agent removes it
     with pytest.raises(InvalidState):
         await node.manager.resume(made.id)
     assert (stored(node, made.id).state, stored(node, made.id).standing) == (State.RUNNING, True)
