@@ -79,10 +79,10 @@ class QemuDriver:
         async with AsyncExitStack() as undo:
             undo.callback(reclaim)
             undo.callback(remove_sockets, spec.run_dir, SOCKETS)
-            console = Console(spec.run_dir, spec.console_limit_bytes)
-            undo.push_async_callback(console.aclose)
             process = await self._spawn(spec, accelerator, backend)
             undo.push_async_callback(_kill, process)
+            console = Console(spec.run_dir, spec.console_limit_bytes)
+            undo.push_async_callback(_kill_and_close, process, console)
             await _run(process, console, spec)
             await process.joined_cgroup()
             undo.pop_all()
@@ -170,6 +170,12 @@ def _devices(spec: VmSpec, accelerator: str, backend: HostProcess | None) -> lis
 
 async def _kill(process: HostProcess) -> None:
     await asyncio.shield(asyncio.ensure_future(process.kill()))
+
+
+async def _kill_and_close(process: HostProcess, console: Console) -> None:
+    """Kill QEMU first: the console is read to its end, which comes with QEMU's."""
+    await _kill(process)
+    await console.aclose()
 
 
 def _adopt_process(token: Mapping[str, str], prefix: str, stderr_path: Path) -> HostProcess | None:
