@@ -91,7 +91,7 @@ def test_what_is_in_a_group_is_ended_until_it_can_be_removed(tmp_path: Path, mon
 
 
 def test_a_group_that_stays_busy_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroup, "_END_S", 0.05)
+    monkeypatch.setattr(cgroup, "_KILL_TIMEOUT_S", 0.05)
     (tmp_path / "sbx-1").mkdir()
     busy(monkeypatch, 10_000)
     with pytest.raises(HostError, match=r"cannot remove .*sbx-1: refused"):

@@ -109,7 +109,7 @@ class NoThread(threading.Thread):
         super().start()
 
 
-@pytest.mark.parametrize("name", ["spawn", "place"])
+@pytest.mark.parametrize("name", ["spawn", "join-cgroup"])
 async def test_process_without_a_thread_for_it_is_not_left_behind(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -355,7 +355,7 @@ async def test_a_fork_without_enough_users_leaves_no_copy(node: Bench, monkeypat
             raise ResourceExhausted("no user is left", reason="NO_UID")
         return left.pop()
 
-    monkeypatch.setattr(node.host.uids, "take", take)
+    monkeypatch.setattr(node.host.uids, "reserve", take)
     with pytest.raises(ResourceExhausted, match="no user is left"):
         await node.manager.fork(made.id, 3, labels={}, lifetime=None, request_id="")
     await until(lambda: [found.id for found in node.manager.list()] == [made.id])
