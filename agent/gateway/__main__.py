@@ -1,4 +1,4 @@
-"""`sandboxd-gateway`: the Deno-compatible edge. Exit status 2 for wrong settings, 1 if it cannot start."""
+"""`sandboxd-gateway`: the API of the Deno Sandbox SDKs. Exit status 2 for wrong settings, 1 if it cannot start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def _run(settings: Settings) -> None:
     from agent.gateway.app import gateway
     from agent.gateway.metrics import BACKGROUND_FAILING, BACKGROUND_FAILURES
 
-    # The agent's own metrics address is the agent's.
+    # [metrics] is the daemon's; the gateway has gateway.metrics_address.
     telemetry.setup(settings.log, MetricsSettings(), settings.tracing, settings.node.name, "sandboxd-gateway")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -37,7 +37,7 @@ async def _run(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Entry point of `sandboxd-gateway`."""
+    """Run `sandboxd-gateway`."""
     parser = argparse.ArgumentParser(prog="sandboxd-gateway", description="Serves the Deno Sandbox SDKs.")
     parser.add_argument("--config", type=Path, help="TOML file (default: /etc/sandboxd/config.toml, if it exists)")
     parser.add_argument("--check", action="store_true", help="check the settings and exit")
@@ -47,12 +47,12 @@ def main() -> None:
         if not arguments.check:
             asyncio.run(_run(settings))
     except ConfigError as error:
-        sys.exit(_complain(error, 2))
+        sys.exit(_report(error, 2))
     except (AgentError, OSError) as error:
-        sys.exit(_complain(error, 1))
+        sys.exit(_report(error, 1))
 
 
-def _complain(error: Exception, status: int) -> int:
+def _report(error: Exception, status: int) -> int:
     sys.stderr.write(f"sandboxd-gateway: {error}\n")
     return status
 

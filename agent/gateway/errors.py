@@ -1,4 +1,8 @@
-"""Errors as the SDKs get them: the error object of a call, the body of a refused request."""
+"""Errors in the form that the SDKs expect.
+
+Two kinds: `CallError` is the error object of a JSON-RPC call, `HttpError` is the JSON body of a failed HTTP request.
+Both have a translation from a failed gRPC call to a node.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import grpc
 
 from agent.common.api_client import reason_of
 
-# Deno's own convention for errno(3) names.
+# Class names of Deno's errors for errno(3) names.
 _BY_ERRNO = {
     "ENOENT": "NotFound", "EACCES": "PermissionDenied", "EPERM": "PermissionDenied", "EEXIST": "AlreadyExists",
     "ENOTDIR": "NotADirectory", "EISDIR": "IsADirectory", "ELOOP": "FilesystemLoop", "EBADF": "BadResource",
@@ -27,12 +31,12 @@ _BY_STATUS = {
 }  # fmt: skip
 
 
-class Failure(Exception):
-    """A call failed: what the client's SDK makes its exception of.
+class CallError(Exception):
+    """Error of a JSON-RPC call, from which the client's SDK makes an exception.
 
-    :param kind: class name, such as "NotFound"; see agent/gateway/errors.py for which there are.
-    :param code: errno name.
-    :param name: of a DOMException.
+    :param kind: name of the JavaScript class, such as "NotFound" or "TypeError".
+    :param code: errno(3) name, such as "ENOENT".
+    :param name: name of a DOMException, such as "AbortError".
     """
 
     def __init__(self, kind: str, message: str, *, code: str | None = None, name: str | None = None) -> None:
@@ -44,15 +48,15 @@ class Failure(Exception):
         self.stack: str | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Returns the error object of the protocol."""
+        """Return the error object of the protocol."""
         return {
             "constructorName": self.kind, "message": self.message, "code": self.code, "name": self.name,
             "stack": self.stack, "cause": None, "errors": None, "error": None, "suppressed": None,
         }  # fmt: skip
 
 
-class Refusal(Exception):
-    """A request is answered with an HTTP status and {"code", "message"}."""
+class HttpError(Exception):
+    """Error response to an HTTP request: a status, and {"code", "message"} as its JSON body."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -61,31 +65,31 @@ class Refusal(Exception):
         self.message = message
 
 
-def aborted() -> Failure:
-    """Returns the failure of a call whose AbortSignal fired."""
-    return Failure("DOMException", "The signal has been aborted", name="AbortError")
+def aborted() -> CallError:
+    """Return the error of a call whose AbortSignal fired."""
+    return CallError("DOMException", "The signal has been aborted", name="AbortError")
 
 
-def process_gone(pid: int) -> Failure:
-    """Returns the failure of what can only be done to a running process; both SDKs know it by its code."""
-    return Failure("TypeError", f"process {pid} has exited already, or there is none", code="ENOENT")
+def process_gone(pid: int) -> CallError:
+    """Return the error of an operation on a process that has exited or never existed; the SDKs recognize ENOENT."""
+    return CallError("TypeError", f"process {pid} has exited or does not exist", code="ENOENT")
 
 
-def from_errno(name: str, message: str) -> Failure:
-    """Returns the failure that stands for an errno(3) name."""
-    return Failure(_BY_ERRNO.get(name, "Error"), message, code=name or None)
+def call_error_from_errno(name: str, message: str) -> CallError:
+    """Return the error for an errno(3) name."""
+    return CallError(_BY_ERRNO.get(name, "Error"), message, code=name or None)
 
 
-def from_rpc(error: grpc.aio.AioRpcError) -> Failure:
-    """Returns the failure that stands for a failed call to a node."""
+def call_error_from_rpc(error: grpc.aio.AioRpcError) -> CallError:
+    """Return the call's error for a failed gRPC call to a node."""
     reason, message = reason_of(error), error.details() or "the call failed"
     if reason in _BY_ERRNO:
-        return from_errno(reason, message)
+        return call_error_from_errno(reason, message)
     if reason in _BY_REASON:
         kind, code = _BY_REASON[reason]
-        return Failure(kind, message, code=code)
+        return CallError(kind, message, code=code)
     is_errno = reason.startswith("E") and reason.isalnum()
-    return Failure(_BY_STATUS.get(error.code(), "Error"), message, code=reason if is_errno else None)
+    return CallError(_BY_STATUS.get(error.code(), "Error"), message, code=reason if is_errno else None)
 
 
 _HTTP_STATUS = {
@@ -95,8 +99,8 @@ _HTTP_STATUS = {
 }  # fmt: skip
 
 
-def refusal_from_rpc(error: grpc.aio.AioRpcError) -> Refusal:
-    """Returns the refusal that stands for a failed call to a node."""
-    return Refusal(
+def http_error_from_rpc(error: grpc.aio.AioRpcError) -> HttpError:
+    """Return the error response for a failed gRPC call to a node."""
+    return HttpError(
         _HTTP_STATUS.get(error.code(), 500), reason_of(error) or error.code().name, error.details() or "the call failed"
     )

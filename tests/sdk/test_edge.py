@@ -14,8 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.gateway.jsonrpc import websockets  # noqa: F401  enters all methods
-from agent.gateway.jsonrpc.connection import METHODS
+from agent.gateway.methods.table import METHODS
 from tests.support.daemon import until
 from tests.support.gateway import ORG, Gateway
 from tests.support.rawclient import RawClient, Socket, all_messages, config_header, listed, raw

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from agent.gateway.nodes.ids import from_sdk
+from agent.gateway.sandboxes.ids import from_sdk
 from sandboxd.v1 import sandbox_pb2
 from tests.support import gateway as gateways
 from tests.support.daemon import Daemon, connected, daemon_with, until

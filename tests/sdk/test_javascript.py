@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.gateway.jsonrpc import websockets  # noqa: F401  enters all methods
-from agent.gateway.jsonrpc.connection import METHODS
+from agent.gateway.methods.table import METHODS
 from tests.sdk.node_sdk import JS
 from tests.support.gateway import Gateway
 

@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from agent.gateway.jsonrpc import websockets  # noqa: F401  enters all methods
-from agent.gateway.jsonrpc.connection import METHODS
+from agent.gateway.methods.table import METHODS
 from tests.support.gateway import Gateway
 
 SUITE = Path(__file__).parent / "python" / "suite.py"

@@ -1,4 +1,4 @@
-"""One session of SSH: a shell, a command, or sftp, as a process of the sandbox."""
+"""SSH session channel: a shell, a command or sftp, as a process of the sandbox."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import grpc
 
 from agent.common.aio import quietly
 from agent.common.api_client import Api, opened
+from agent.common.model import DEFAULT_USER
 from agent.common.telemetry import log
-from agent.gateway.jsonrpc.session import USER
 from sandboxd.v1 import process_pb2 as pb
 
-# The guest's own server, as sshd has it: rights and semantics are then the system's.
+# The guest's own server, like sshd, so that permissions and semantics are those of the guest.
 _SFTP = "/usr/lib/openssh/sftp-server"
 _SHELL = "/bin/bash"
-_MAX_WAITING = 16  # messages of the client that the guest has not taken
+_MAX_QUEUED = 16  # messages to the process; beyond it, the client's channel is paused
 _MAX_ENV = 64
 
 
-class Session(asyncssh.SSHServerSession[bytes]):
-    """Carries one channel."""
+class SshSession(asyncssh.SSHServerSession[bytes]):
+    """One session channel and its process."""
 
     def __init__(self, sandbox_id: str, api: Api) -> None:
         self._id = sandbox_id
@@ -36,12 +36,12 @@ class Session(asyncssh.SSHServerSession[bytes]):
         self._writable.set()
         self._task: asyncio.Task[None] | None = None
 
-    # -- what the client asks for; called by asyncssh ------------------------------------------------------------------
+    # -- requests of the client, called by asyncssh --------------------------------------------------------------------
 
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
         self._chan = chan
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  the base class has it
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  of the base class
         if self._task is not None:
             self._task.cancel()
 
@@ -65,17 +65,17 @@ class Session(asyncssh.SSHServerSession[bytes]):
         self._task = asyncio.create_task(self._run())
 
     def data_received(self, data: bytes, datatype: Any) -> None:  # noqa: ARG002
-        self._take(pb.ExecRequest(stdin=data))
+        self._enqueue(pb.ExecRequest(stdin=data))
 
     def eof_received(self) -> bool:
-        self._take(pb.ExecRequest(stdin_eof=True))
-        return True  # our side stays open
+        self._enqueue(pb.ExecRequest(stdin_eof=True))
+        return True  # keeps the server's direction open
 
     def terminal_size_changed(self, width: int, height: int, pixwidth: int, pixheight: int) -> None:  # noqa: ARG002
-        self._take(pb.ExecRequest(resize=pb.Terminal(cols=max(width, 1), rows=max(height, 1))))
+        self._enqueue(pb.ExecRequest(resize=pb.Terminal(cols=max(width, 1), rows=max(height, 1))))
 
     def signal_received(self, signal: str) -> None:
-        self._take(pb.ExecRequest(signal=signal[:32]))
+        self._enqueue(pb.ExecRequest(signal=signal[:32]))
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -83,9 +83,9 @@ class Session(asyncssh.SSHServerSession[bytes]):
     def resume_writing(self) -> None:
         self._writable.set()
 
-    def _take(self, request: pb.ExecRequest) -> None:
+    def _enqueue(self, request: pb.ExecRequest) -> None:
         self._input.put_nowait(request)
-        if self._input.qsize() >= _MAX_WAITING and self._chan is not None:
+        if self._input.qsize() >= _MAX_QUEUED and self._chan is not None:
             self._chan.pause_reading()
 
     # -- the process ---------------------------------------------------------------------------------------------------
@@ -93,34 +93,34 @@ class Session(asyncssh.SSHServerSession[bytes]):
     async def _run(self) -> None:
         assert self._chan is not None
         call = opened(self._api.processes.Exec)
-        feeder = None
+        input_task = None
         try:
             start = pb.ExecRequest.Start(sandbox_id=self._id, spec=self._spec(self._chan))
             await call.write(pb.ExecRequest(start=start))
-            feeder = asyncio.create_task(self._feed(call, self._chan))
-            await self._follow(call, self._chan)
+            input_task = asyncio.create_task(self._relay_input(call, self._chan))
+            await self._relay_output(call, self._chan)
         except grpc.aio.AioRpcError as error:
             self._chan.write_stderr(f"{error.details()}\r\n".encode())
             self._chan.exit(127)
         except OSError:
-            self._chan.close()  # the client is gone
-        except Exception:  # noqa: BLE001  a defect of ours ends this session alone
+            self._chan.close()  # the client disconnected
+        except Exception:  # noqa: BLE001  a bug must end this session alone
             log.exception("ssh session failed")
             self._chan.exit(255)
         finally:
             call.cancel()
-            if feeder is not None:
-                feeder.cancel()
-                await quietly(feeder)
+            if input_task is not None:
+                input_task.cancel()
+                await quietly(input_task)
 
     def _spec(self, chan: asyncssh.SSHServerChannel[bytes]) -> pb.ProcessSpec:
-        asked = list(chan.get_environment().items())[:_MAX_ENV]
-        env = {name: value for name, value in asked if name == "LANG" or name.startswith("LC_")}
+        requested = list(chan.get_environment().items())[:_MAX_ENV]
+        env = {name: value for name, value in requested if name == "LANG" or name.startswith("LC_")}
         return pb.ProcessSpec(
-            argv=self._argv, user=USER, env=env, stdin=pb.ProcessSpec.STDIN_PIPE, terminal=self._terminal
+            argv=self._argv, user=DEFAULT_USER, env=env, stdin=pb.ProcessSpec.STDIN_PIPE, terminal=self._terminal
         )
 
-    async def _follow(self, call: Any, chan: asyncssh.SSHServerChannel[bytes]) -> None:
+    async def _relay_output(self, call: Any, chan: asyncssh.SSHServerChannel[bytes]) -> None:
         async for response in call:
             kind = response.WhichOneof("message")
             if kind == "exit":
@@ -136,10 +136,10 @@ class Session(asyncssh.SSHServerSession[bytes]):
             elif kind == "stderr":
                 chan.write_stderr(response.stderr)
 
-    async def _feed(self, call: Any, chan: asyncssh.SSHServerChannel[bytes]) -> None:
-        # Whatever ends the call is told by the side that reads it.
+    async def _relay_input(self, call: Any, chan: asyncssh.SSHServerChannel[bytes]) -> None:
+        # `_relay_output` reports how the call ended.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, OSError):
             while True:
                 await call.write(await self._input.get())
-                if self._input.qsize() < _MAX_WAITING:
+                if self._input.qsize() < _MAX_QUEUED:
                     chan.resume_reading()

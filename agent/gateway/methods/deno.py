@@ -1,4 +1,4 @@
-"""The methods that run Deno in the sandbox: programs, watched programs, REPLs, and VS Code beside them."""
+"""Methods that run Deno in the sandbox (programs, watched programs, REPLs), and code-server."""
 
 from __future__ import annotations
 
@@ -13,49 +13,52 @@ from collections.abc import Callable
 import grpc
 
 from agent.common.api_client import reason_of
-from agent.gateway.errors import Failure, process_gone
-from agent.gateway.jsonrpc import schema
-from agent.gateway.jsonrpc.connection import Connection, method
-from agent.gateway.jsonrpc.session import USER, Attachment
-from agent.gateway.jsonrpc.streams import notification
-from agent.gateway.methods.files import make_temp
-from agent.gateway.methods.processes import Child, send_signal, start, wait_for
-from agent.gateway.methods.repl import Repl
-from agent.gateway.nodes.guest_tcp import GuestStream
-from sandboxd.v1 import file_pb2, network_pb2
+from agent.gateway.errors import CallError, process_gone
+from agent.gateway.jsonrpc.child_process import ChildProcess
+from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.messages import notification
+from agent.gateway.methods.files import file_fields, make_temp
+from agent.gateway.methods.network import wait_for_listener
+from agent.gateway.methods.params import path_params, process_params
+from agent.gateway.methods.processes import send_signal, start_process, wait_for_exit
+from agent.gateway.nodes.guest_repl import GuestRepl
+from agent.gateway.nodes.guest_stream import GuestStream
+from agent.gateway.sandboxes.session import Session
+from sandboxd.v1 import file_pb2
 
 _RUN = ("deno", "run", "--allow-all")
 _REPL = ("deno", "repl", "--allow-all", "--quiet", "--json")
-# What `deno run --watch` writes to stderr when it restarts: since 2.9 at the latest, and before.
+# Written by `deno run --watch` to stderr at a restart; the first form by 2.9, the second by older releases.
 _RESTARTED = re.compile(rb"Restarting! File change detected|File change detected! Restarting!")
-_RESTARTED_BYTES = 40
+_NOTICE_BYTES = 40  # a notice may be split over two pieces of output
 _CLOSE_GRACE_S = 2.0
-_VSCODE_PORTS = (32000, 60000)
-_VSCODE = "code-server"
+_WRITE_BYTES = 256 << 10
+_VSCODE_PORTS = range(32000, 60000)
+_CODE_SERVER = "code-server"
 _VSCODE_SETTINGS = ".local/share/code-server/User/settings.json"
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------
 
 
-@method("spawnDeno", schema.SpawnDeno)
-async def spawn_deno(connection: Connection, params: schema.SpawnDeno) -> object:
-    """Runs a program, given by its file or as code."""
+async def spawn_deno(connection: Connection, params: process_params.SpawnDeno) -> object:
+    """Run a program, given as a file or as source code."""
     folder = ""
     if params.entrypoint is not None:
         target = params.entrypoint
     elif params.code is not None:
-        folder = await make_temp(connection, schema.TempOptions(prefix="deno-"), directory=True)
+        folder = await make_temp(connection, path_params.TempOptions(prefix="deno-"), directory=True)
         target = f"{folder}/main.{params.extension or 'ts'}"
-        await _write(connection.attachment, target, params.code)
+        await _write_text(connection, target, params.code)
     else:
-        raise Failure("TypeError", "entrypoint or code must be given")
+        raise CallError("TypeError", "entrypoint or code must be given")
     watcher = str(uuid.uuid4()) if params.watch else None
     argv = [*_RUN, *_watch_options(params.watch), target, *(params.script_args or [])]
-    child = await start(connection, argv, params, on_stderr=_restart_notices(connection, watcher) if watcher else None)
+    on_stderr = _restart_notifier(connection, watcher) if watcher else None
+    child = await start_process(connection, argv, params, on_stderr=on_stderr)
     if folder:
         connection.spawn(_remove_after(connection, child, folder))
-    return {**child.describe(), "watcherId": watcher}
+    return {**child.to_json(), "watcherId": watcher}
 
 
 def _watch_options(watch: bool | list[str] | None) -> list[str]:
@@ -65,140 +68,126 @@ def _watch_options(watch: bool | list[str] | None) -> list[str]:
     return [f"--watch={paths}" if paths else "--watch", "--no-clear-screen"]
 
 
-async def _write(attachment: Attachment, path: str, text: str) -> None:
-    begin = file_pb2.WriteFileRequest.Open(sandbox_id=attachment.id, path=path, user=USER, make_parents=True)
-    requests = [file_pb2.WriteFileRequest(open=begin)]
+async def _write_text(connection: Connection, path: str, text: str) -> None:
+    opening = file_pb2.WriteFileRequest.Open(**file_fields(connection), path=path, make_parents=True)
+    requests = [file_pb2.WriteFileRequest(open=opening)]
     data = text.encode()
-    requests += [file_pb2.WriteFileRequest(data=data[at : at + (256 << 10)]) for at in range(0, len(data), 256 << 10)]
-    await attachment.api.files.WriteFile(iter(requests))
+    for start in range(0, len(data), _WRITE_BYTES):
+        requests.append(file_pb2.WriteFileRequest(data=data[start : start + _WRITE_BYTES]))
+    await connection.session.api.files.WriteFile(iter(requests))
 
 
-def _restart_notices(connection: Connection, watcher: str) -> Callable[[bytes], None]:
-    """Returns what sees the program's stderr, and tells the client of each restart."""
+def _restart_notifier(connection: Connection, watcher: str) -> Callable[[bytes], None]:
+    """Return a function that takes pieces of stderr, and notifies the client of each restart of the program."""
     tail = b""
 
-    def look(data: bytes) -> None:
+    def search(data: bytes) -> None:
         nonlocal tail
-        text, seen = tail + data, 0
+        text, end = tail + data, 0
         for match in _RESTARTED.finditer(text):
-            seen = match.end()
+            end = match.end()
             connection.spawn(connection.send(notification("$sandbox.deno.watcher.restart", watcherId=watcher)))
-        tail = text[seen:][-_RESTARTED_BYTES:]
+        tail = text[end:][-_NOTICE_BYTES:]
 
-    return look
+    return search
 
 
-async def _remove_after(connection: Connection, child: Child, folder: str) -> None:
-    attachment = connection.attachment
-    with contextlib.suppress(Failure, grpc.aio.AioRpcError, asyncio.CancelledError):
+async def _remove_after(connection: Connection, child: ChildProcess, folder: str) -> None:
+    with contextlib.suppress(CallError, grpc.aio.AioRpcError, asyncio.CancelledError):
         await asyncio.shield(child.exit)
-        request = file_pb2.RemoveRequest(sandbox_id=attachment.id, path=folder, recursive=True, user=USER)
-        await attachment.api.files.Remove(request)
+        request = file_pb2.RemoveRequest(**file_fields(connection), path=folder, recursive=True)
+        await connection.session.api.files.Remove(request)
 
 
-@method("denoHttpWait", schema.Pid)
-async def http_wait(connection: Connection, params: schema.Pid) -> object:
-    """Whether a program listens, once it does; false if it ends first."""
-    attachment = connection.attachment
-    if params.pid in attachment.repls:  # asked for every REPL, which is no server
-        await wait_for(connection, params.pid)
+async def http_wait(connection: Connection, params: process_params.Pid) -> object:
+    """Wait until a program listens on a port; return false if it exits first."""
+    session = connection.session
+    if params.pid in session.repls:  # the SDKs call this for each REPL, which is not a server
+        await wait_for_exit(connection, params.pid)
         return False
-    return await listener(attachment, params.pid) is not None
-
-
-async def listener(attachment: Attachment, pid: int) -> network_pb2.Listener | None:
-    """Returns where a process listens, once it does; None if it ends first. :raises Failure: there is none."""
-    request = network_pb2.WaitForListenerRequest(sandbox_id=attachment.id, process_id=await attachment.process_id(pid))
-    try:
-        return await attachment.api.network.WaitForListener(request)
-    except grpc.aio.AioRpcError as error:
-        if reason_of(error) == "PROCESS_EXITED":
-            return None
-        raise
+    return await wait_for_listener(session, params.pid) is not None
 
 
 # -- REPLs -------------------------------------------------------------------------------------------------------------
 
 
-@method("spawnDenoRepl", schema.SpawnRepl)
-async def spawn_repl(connection: Connection, params: schema.SpawnRepl) -> object:
-    """Starts a REPL."""
-    attachment = connection.attachment
+async def spawn_repl(connection: Connection, params: process_params.SpawnRepl) -> object:
+    """Start a REPL."""
+    session = connection.session
     script_args = ["--", *params.script_args] if params.script_args else []
-    child = await start(connection, [*_REPL, *script_args], params, channel=True)
-    repl = Repl(child.pid, await GuestStream.channel(attachment.api, attachment.id, child.process_id))
-    attachment.repls[child.pid] = repl
-    connection.spawn(_forget_after(attachment, child, repl))
-    return child.describe()
+    child = await start_process(connection, [*_REPL, *script_args], params, channel=True)
+    channel = await GuestStream.channel(session.api, session.sandbox_id, child.process_id)
+    repl = GuestRepl(child.pid, channel)
+    session.repls[child.pid] = repl
+    connection.spawn(_close_after(session, child, repl))
+    return child.to_json()
 
 
-async def _forget_after(attachment: Attachment, child: Child, repl: Repl) -> None:
+async def _close_after(session: Session, child: ChildProcess, repl: GuestRepl) -> None:
     try:
-        with contextlib.suppress(Failure, asyncio.CancelledError):
+        with contextlib.suppress(CallError, asyncio.CancelledError):
             await asyncio.shield(child.exit)
     finally:
         repl.close()
-        if attachment.repls.get(child.pid) is repl:
-            del attachment.repls[child.pid]
+        if session.repls.get(child.pid) is repl:
+            del session.repls[child.pid]
 
 
-def _repl(connection: Connection, pid: int) -> Repl:
-    repl = connection.attachment.repls.get(pid)
+def _repl(connection: Connection, pid: int) -> GuestRepl:
+    repl = connection.session.repls.get(pid)
     if repl is None:
         raise process_gone(pid)
     return repl
 
 
-@method("denoReplEval", schema.ReplEval)
-async def repl_eval(connection: Connection, params: schema.ReplEval) -> object:
-    """The value of a snippet."""
+async def repl_eval(connection: Connection, params: process_params.ReplEval) -> object:
+    """Evaluate a snippet and return its value."""
     return await _repl(connection, params.pid).evaluate(params.code)
 
 
-@method("denoReplCall", schema.ReplCall)
-async def repl_call(connection: Connection, params: schema.ReplCall) -> object:
-    """What a function returns."""
+async def repl_call(connection: Connection, params: process_params.ReplCall) -> object:
+    """Call a function and return its result."""
     return await _repl(connection, params.pid).call(params.fn, params.args)
 
 
-@method("denoReplClose", schema.Pid)
-async def repl_close(connection: Connection, params: schema.Pid) -> object:
-    """Ends a REPL; one that is busy is ended by a signal."""
+async def repl_close(connection: Connection, params: process_params.Pid) -> object:
+    """Ask a REPL to exit; kill one that is still busy after 2 s."""
     await _repl(connection, params.pid).exit()
     try:
         async with asyncio.timeout(_CLOSE_GRACE_S):
-            await wait_for(connection, params.pid)
+            await wait_for_exit(connection, params.pid)
     except TimeoutError:
-        with contextlib.suppress(Failure):
-            await send_signal(connection.attachment, params.pid, "SIGKILL")
+        with contextlib.suppress(CallError):
+            await send_signal(connection.session, params.pid, "SIGKILL")
     return None
 
 
 # -- VS Code -----------------------------------------------------------------------------------------------------------
 
 
-@method("vscode", schema.Vscode)
-async def vscode(connection: Connection, params: schema.Vscode) -> object:
-    """Starts code-server, for images that have it."""
-    port = _VSCODE_PORTS[0] + secrets.randbelow(_VSCODE_PORTS[1] - _VSCODE_PORTS[0])
+async def vscode(connection: Connection, params: process_params.Vscode) -> object:
+    """Start code-server, if the image has it."""
+    port = secrets.choice(_VSCODE_PORTS)
     argv = [
-        _VSCODE, "--bind-addr", f"127.0.0.1:{port}", "--auth", "none", "--disable-telemetry", "--disable-update-check",
-        params.path,
+        _CODE_SERVER, "--bind-addr", f"127.0.0.1:{port}", "--auth", "none", "--disable-telemetry",
+        "--disable-update-check", params.path,
     ]  # fmt: skip
     try:
         for extension in params.extensions:
-            installing = await start(
-                connection, [_VSCODE, "--install-extension", extension], schema.Start(stdout="null", stderr="null")
+            installing = await start_process(
+                connection,
+                [_CODE_SERVER, "--install-extension", extension],
+                process_params.StartProcess(stdout="null", stderr="null"),
             )
-            await wait_for(connection, installing.pid)
+            await wait_for_exit(connection, installing.pid)
         if params.editor_settings:
-            await _write(connection.attachment, _VSCODE_SETTINGS, json.dumps(params.editor_settings))
-        child = await start(connection, argv, schema.Start(env=params.env))
+            await _write_text(connection, _VSCODE_SETTINGS, json.dumps(params.editor_settings))
+        child = await start_process(connection, argv, process_params.StartProcess(env=params.env))
     except grpc.aio.AioRpcError as error:
         if reason_of(error) == "EXEC_NOT_FOUND":
-            raise Failure(
-                "NotFound", f"this sandbox's image has no {_VSCODE}, which VS Code in a browser needs: add it to the "
-                "image, or use a volume as root that has it", code="ENOENT",
+            raise CallError(
+                "NotFound", f"this sandbox's image has no {_CODE_SERVER}, which VS Code in a browser needs: add it to "
+                "the image, or use a volume as root that has it", code="ENOENT",
             ) from None  # fmt: skip
         raise
-    return {**child.describe(), "port": port}
+    return {**child.to_json(), "port": port}

@@ -1,106 +1,49 @@
-"""The methods on files, as the sandbox's user. Semantics are those of Deno's functions of the same names."""
+"""Methods on paths, as the sandbox's default user. Each has the semantics of the Deno function with its name."""
 
 from __future__ import annotations
 
 import posixpath
-import stat
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
-from agent.gateway.errors import Failure
-from agent.gateway.jsonrpc import schema
-from agent.gateway.jsonrpc.connection import Connection, method
-from agent.gateway.jsonrpc.session import USER
+from agent.common.model import DEFAULT_USER
+from agent.gateway.errors import CallError
+from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.methods.file_info import entry_kind, file_info, times
+from agent.gateway.methods.params import path_params
 from sandboxd.v1 import file_pb2 as pb
 
-_Type = pb.FileInfo.Type
-_FORMAT = {
-    _Type.TYPE_FILE: stat.S_IFREG, _Type.TYPE_DIRECTORY: stat.S_IFDIR, _Type.TYPE_SYMLINK: stat.S_IFLNK,
-    _Type.TYPE_BLOCK_DEVICE: stat.S_IFBLK, _Type.TYPE_CHARACTER_DEVICE: stat.S_IFCHR, _Type.TYPE_FIFO: stat.S_IFIFO,
-    _Type.TYPE_SOCKET: stat.S_IFSOCK,
-}  # fmt: skip
-_FIRST_S, _LAST_S = -62_135_596_800, 253_402_300_799  # years 1 to 9999: what a date can say
 _DIRECTORY_MODE = 0o777
 
 
-def _iso(time: Timestamp) -> str:
-    seconds = min(max(time.seconds, _FIRST_S), _LAST_S)
-    moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=time.nanos // 1000 % 1_000_000)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def file_fields(connection: Connection) -> dict[str, Any]:
+    """Return the fields that all file requests of the API have in common."""
+    return {"sandbox_id": connection.session.sandbox_id, "user": DEFAULT_USER}
 
 
-def file_info(info: pb.FileInfo) -> dict[str, object]:
-    """Returns the FileInfo of the SDKs."""
-    kind = info.type
-    return {
-        **entry_kind(info), "size": info.size_bytes, "mtime": _iso(info.modify_time), "atime": _iso(info.access_time),
-        "birthtime": _iso(info.change_time), "ctime": _iso(info.change_time), "dev": info.device, "ino": info.inode,
-        "mode": _FORMAT.get(kind, 0) | info.mode, "nlink": info.link_count, "uid": info.uid & 0xFFFF_FFFF,
-        "gid": info.gid & 0xFFFF_FFFF, "rdev": info.device_number, "blksize": info.block_size, "blocks": info.blocks,
-        "isBlockDevice": kind == _Type.TYPE_BLOCK_DEVICE, "isCharDevice": kind == _Type.TYPE_CHARACTER_DEVICE,
-        "isFifo": kind == _Type.TYPE_FIFO, "isSocket": kind == _Type.TYPE_SOCKET,
-    }  # fmt: skip
+def apply_umask(connection: Connection, mode: int | None, default: int) -> int:
+    """Return the permission bits of a new file: `mode`, or `default` if it is None, without the bits of the umask."""
+    return (default if mode is None else mode & 0o7777) & ~connection.session.umask
 
 
-def entry_kind(info: pb.FileInfo) -> dict[str, object]:
-    """Returns the three kinds that an entry of a directory has."""
-    return {
-        "isFile": info.type == _Type.TYPE_FILE, "isDirectory": info.type == _Type.TYPE_DIRECTORY,
-        "isSymlink": info.type == _Type.TYPE_SYMLINK,
-    }  # fmt: skip
+# -- queries -----------------------------------------------------------------------------------------------------------
 
 
-def times(atime: schema.Time, mtime: schema.Time) -> dict[str, Any]:
-    """Returns the two fields of a request. :raises Failure: no time."""
-    return {"access_time": _timestamp(atime), "modify_time": _timestamp(mtime)}
+async def stat_file(connection: Connection, params: path_params.PathOnly) -> object:
+    """Return metadata of a file; symbolic links are followed."""
+    return file_info(
+        await connection.session.api.files.Stat(pb.StatRequest(**file_fields(connection), path=params.path))
+    )
 
 
-def _timestamp(value: schema.Time) -> Timestamp:
-    try:
-        if isinstance(value, str):
-            moment = datetime.fromisoformat(value)
-            micros = round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1e6)
-        else:
-            micros = round(value * 1e6)
-        result = Timestamp()
-        result.FromMicroseconds(micros)
-    except (ValueError, OverflowError):
-        raise Failure("TypeError", f"{value!r:.80} is not a time: give a date, or seconds since 1970") from None
-    return result
+async def lstat_file(connection: Connection, params: path_params.PathOnly) -> object:
+    """Return metadata of a file; a symbolic link is not followed."""
+    request = pb.StatRequest(**file_fields(connection), path=params.path, no_follow=True)
+    return file_info(await connection.session.api.files.Stat(request))
 
 
-def within(connection: Connection) -> dict[str, Any]:
-    """Returns the fields that every request about a file has."""
-    return {"sandbox_id": connection.attachment.id, "user": USER}
-
-
-def masked(connection: Connection, mode: int | None, default: int) -> int:
-    """Returns the permission bits of a new file: what was asked for, without what the mask takes away."""
-    return (default if mode is None else mode & 0o7777) & ~connection.attachment.umask
-
-
-# -- facts -------------------------------------------------------------------------------------------------------------
-
-
-@method("stat", schema.Path)
-async def stat_file(connection: Connection, params: schema.Path) -> object:
-    """Facts of what a path leads to."""
-    return file_info(await connection.attachment.api.files.Stat(pb.StatRequest(**within(connection), path=params.path)))
-
-
-@method("lstat", schema.Path)
-async def lstat_file(connection: Connection, params: schema.Path) -> object:
-    """Facts of what is at a path."""
-    request = pb.StatRequest(**within(connection), path=params.path, no_follow=True)
-    return file_info(await connection.attachment.api.files.Stat(request))
-
-
-@method("readDir", schema.Path)
-async def read_dir(connection: Connection, params: schema.Path) -> object:
-    """The entries of a directory, in any order."""
+async def read_dir(connection: Connection, params: path_params.PathOnly) -> object:
+    """Return the entries of a directory, unordered."""
     return [
         {"name": posixpath.basename(info.path), **entry_kind(info)}
         async for info in list_directory(connection, params.path)
@@ -108,157 +51,154 @@ async def read_dir(connection: Connection, params: schema.Path) -> object:
 
 
 async def list_directory(connection: Connection, path: str) -> AsyncIterator[pb.FileInfo]:
-    """Yields the entries of a directory. :raises grpc.aio.AioRpcError:"""
-    request = pb.ListDirectoryRequest(**within(connection), path=path)
-    async for page in connection.attachment.api.files.ListDirectory(request):
+    """Yield the entries of a directory, unordered.
+
+    :raises grpc.aio.AioRpcError: it is not a readable directory.
+    """
+    request = pb.ListDirectoryRequest(**file_fields(connection), path=path)
+    async for page in connection.session.api.files.ListDirectory(request):
         for info in page.entries:
             yield info
 
 
 async def lstat(connection: Connection, path: str) -> pb.FileInfo:
-    """Returns facts of what is at a path. :raises grpc.aio.AioRpcError:"""
-    return await connection.attachment.api.files.Stat(pb.StatRequest(**within(connection), path=path, no_follow=True))
+    """Return metadata of a file without following a symbolic link.
+
+    :raises grpc.aio.AioRpcError: it does not exist.
+    """
+    return await connection.session.api.files.Stat(pb.StatRequest(**file_fields(connection), path=path, no_follow=True))
 
 
 async def real_path(connection: Connection, path: str) -> str:
-    """Returns a path with all links resolved. :raises grpc.aio.AioRpcError:"""
-    return (await connection.attachment.api.files.RealPath(pb.RealPathRequest(**within(connection), path=path))).path
+    """Return a path with all symbolic links resolved.
+
+    :raises grpc.aio.AioRpcError: it does not exist.
+    """
+    return (await connection.session.api.files.RealPath(pb.RealPathRequest(**file_fields(connection), path=path))).path
 
 
-@method("readLink", schema.Path)
-async def read_link(connection: Connection, params: schema.Path) -> object:
-    """What a symbolic link says."""
-    request = pb.ReadLinkRequest(**within(connection), path=params.path)
-    return (await connection.attachment.api.files.ReadLink(request)).target
+async def read_link(connection: Connection, params: path_params.PathOnly) -> object:
+    """Return the target of a symbolic link."""
+    request = pb.ReadLinkRequest(**file_fields(connection), path=params.path)
+    return (await connection.session.api.files.ReadLink(request)).target
 
 
-@method("realPath", schema.Path)
-async def real_path_of(connection: Connection, params: schema.Path) -> object:
-    """The path with all links resolved."""
+async def real_path_of(connection: Connection, params: path_params.PathOnly) -> object:
+    """Return a path with all symbolic links resolved."""
     return await real_path(connection, params.path)
 
 
 # -- changes -----------------------------------------------------------------------------------------------------------
 
 
-@method("remove", schema.Remove)
-async def remove(connection: Connection, params: schema.Remove) -> object:
-    """Removes a file or directory."""
+async def remove(connection: Connection, params: path_params.Remove) -> object:
+    """Remove a file or directory."""
     recursive = bool(params.options and params.options.recursive)
-    await connection.attachment.api.files.Remove(
-        pb.RemoveRequest(**within(connection), path=params.path, recursive=recursive)
+    await connection.session.api.files.Remove(
+        pb.RemoveRequest(**file_fields(connection), path=params.path, recursive=recursive)
     )
     return None
 
 
-@method("mkdir", schema.Mkdir)
-async def mkdir(connection: Connection, params: schema.Mkdir) -> object:
-    """Makes a directory."""
-    options = params.options or schema.MkdirOptions()
-    mode = masked(connection, options.mode, _DIRECTORY_MODE)
+async def mkdir(connection: Connection, params: path_params.Mkdir) -> object:
+    """Create a directory."""
+    options = params.options or path_params.MkdirOptions()
+    mode = apply_umask(connection, options.mode, _DIRECTORY_MODE)
     request = pb.MakeDirectoryRequest(
-        **within(connection), path=params.path, parents=bool(options.recursive), mode=mode
+        **file_fields(connection), path=params.path, parents=bool(options.recursive), mode=mode
     )
-    await connection.attachment.api.files.MakeDirectory(request)
+    await connection.session.api.files.MakeDirectory(request)
     return None
 
 
-@method("rename", schema.Rename)
-async def rename(connection: Connection, params: schema.Rename) -> object:
-    """Renames a file or directory."""
-    request = pb.RenameRequest(**within(connection), path=params.old_path, new_path=params.new_path)
-    await connection.attachment.api.files.Rename(request)
+async def rename(connection: Connection, params: path_params.Rename) -> object:
+    """Rename a file or directory."""
+    request = pb.RenameRequest(**file_fields(connection), path=params.old_path, new_path=params.new_path)
+    await connection.session.api.files.Rename(request)
     return None
 
 
-@method("chmod", schema.Chmod)
-async def chmod(connection: Connection, params: schema.Chmod) -> object:
-    """Sets permission bits."""
-    request = pb.ChmodRequest(**within(connection), path=params.path, mode=params.mode & 0o7777)
-    await connection.attachment.api.files.Chmod(request)
+async def chmod(connection: Connection, params: path_params.Chmod) -> object:
+    """Set permission bits."""
+    request = pb.ChmodRequest(**file_fields(connection), path=params.path, mode=params.mode & 0o7777)
+    await connection.session.api.files.Chmod(request)
     return None
 
 
-@method("chown", schema.Chown)
-async def chown(connection: Connection, params: schema.Chown) -> object:
-    """Sets owner and group."""
-    request = pb.ChownRequest(**within(connection), path=params.path)
+async def chown(connection: Connection, params: path_params.Chown) -> object:
+    """Set owner and group."""
+    request = pb.ChownRequest(**file_fields(connection), path=params.path)
     for name in ("uid", "gid"):
         value = getattr(params, name)
         if value is not None:
             if value >= 1 << 31:
-                raise Failure("PermissionDenied", f"{name} {value} is out of range", code="EPERM")
+                raise CallError("PermissionDenied", f"{name} {value} is out of range", code="EPERM")
             setattr(request, name, value)
-    await connection.attachment.api.files.Chown(request)
+    await connection.session.api.files.Chown(request)
     return None
 
 
-@method("copyFile", schema.CopyFile)
-async def copy_file(connection: Connection, params: schema.CopyFile) -> object:
-    """Copies contents and permissions."""
-    request = pb.CopyRequest(**within(connection), path=params.from_path, new_path=params.to_path)
-    await connection.attachment.api.files.Copy(request)
+async def copy_file(connection: Connection, params: path_params.CopyFile) -> object:
+    """Copy contents and permission bits."""
+    request = pb.CopyRequest(**file_fields(connection), path=params.from_path, new_path=params.to_path)
+    await connection.session.api.files.Copy(request)
     return None
 
 
-@method("link", schema.Link)
-async def link(connection: Connection, params: schema.Link) -> object:
-    """Makes a hard link."""
-    request = pb.LinkRequest(**within(connection), path=params.target, new_path=params.path)
-    await connection.attachment.api.files.Link(request)
+async def link(connection: Connection, params: path_params.MakeLink) -> object:
+    """Create a hard link."""
+    request = pb.LinkRequest(**file_fields(connection), path=params.target, new_path=params.path)
+    await connection.session.api.files.Link(request)
     return None
 
 
-@method("symlink", schema.Link)
-async def symlink(connection: Connection, params: schema.Link) -> object:
-    """Makes a symbolic link."""
-    request = pb.SymlinkRequest(**within(connection), target=params.target, new_path=params.path)
-    await connection.attachment.api.files.Symlink(request)
+async def symlink(connection: Connection, params: path_params.MakeLink) -> object:
+    """Create a symbolic link."""
+    request = pb.SymlinkRequest(**file_fields(connection), target=params.target, new_path=params.path)
+    await connection.session.api.files.Symlink(request)
     return None
 
 
-async def make_temp(connection: Connection, options: schema.TempOptions | None, *, directory: bool) -> str:
-    """Makes a temporary file or directory and returns its path. :raises grpc.aio.AioRpcError:"""
-    options = options or schema.TempOptions()
+async def make_temp(connection: Connection, options: path_params.TempOptions | None, *, directory: bool) -> str:
+    """Create a temporary file or directory and return its path.
+
+    :raises grpc.aio.AioRpcError: it cannot be created.
+    """
+    options = options or path_params.TempOptions()
     request = pb.MakeTempRequest(
-        **within(connection), directory=options.dir or "", prefix=options.prefix or "", suffix=options.suffix or "",
-        make_directory=directory,
+        **file_fields(connection), directory=options.dir or "", prefix=options.prefix or "",
+        suffix=options.suffix or "", make_directory=directory,
     )  # fmt: skip
-    return (await connection.attachment.api.files.MakeTemp(request)).path
+    return (await connection.session.api.files.MakeTemp(request)).path
 
 
-@method("makeTempDir", schema.Temp)
-async def make_temp_dir(connection: Connection, params: schema.Temp) -> object:
-    """Makes a temporary directory."""
+async def make_temp_dir(connection: Connection, params: path_params.Temp) -> object:
+    """Create a temporary directory."""
     return await make_temp(connection, params.options, directory=True)
 
 
-@method("makeTempFile", schema.Temp)
-async def make_temp_file(connection: Connection, params: schema.Temp) -> object:
-    """Makes a temporary file."""
+async def make_temp_file(connection: Connection, params: path_params.Temp) -> object:
+    """Create a temporary file."""
     return await make_temp(connection, params.options, directory=False)
 
 
-@method("truncate", schema.Truncate)
-async def truncate(connection: Connection, params: schema.Truncate) -> object:
-    """Sets a file's size."""
-    request = pb.TruncateRequest(**within(connection), path=params.name, size_bytes=params.length or 0)
-    await connection.attachment.api.files.Truncate(request)
+async def truncate(connection: Connection, params: path_params.Truncate) -> object:
+    """Set a file's size."""
+    request = pb.TruncateRequest(**file_fields(connection), path=params.name, size_bytes=params.length or 0)
+    await connection.session.api.files.Truncate(request)
     return None
 
 
-@method("umask", schema.Umask)
-async def umask(connection: Connection, params: schema.Umask) -> object:
-    """Sets the mask of new files' modes, if one is given; the one before."""
-    before = connection.attachment.umask
+async def umask(connection: Connection, params: path_params.Umask) -> object:
+    """Set the session's umask, if one is given; return the previous one."""
+    before = connection.session.umask
     if params.mask is not None:
-        connection.attachment.umask = params.mask
+        connection.session.umask = params.mask
     return before
 
 
-@method("utime", schema.Utime)
-async def utime(connection: Connection, params: schema.Utime) -> object:
-    """Sets access and modification time."""
-    request = pb.SetTimesRequest(**within(connection), path=params.path, **times(params.atime, params.mtime))
-    await connection.attachment.api.files.SetTimes(request)
+async def utime(connection: Connection, params: path_params.Utime) -> object:
+    """Set access and modification time."""
+    request = pb.SetTimesRequest(**file_fields(connection), path=params.path, **times(params.atime, params.mtime))
+    await connection.session.api.files.SetTimes(request)
     return None

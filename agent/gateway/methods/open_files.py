@@ -1,180 +1,133 @@
-"""The methods on open files. Each is one call of the API, OpenFile, that lasts as long as the file is open."""
+"""Methods on open files. A file belongs to the connection that opened it, and is closed with it."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from typing import Any
 
-from agent.common.api_client import opened
-from agent.gateway.errors import Failure, from_errno
-from agent.gateway.jsonrpc import schema
-from agent.gateway.jsonrpc.connection import Connection, method
-from agent.gateway.jsonrpc.session import USER
-from agent.gateway.methods.files import file_info, times
+from agent.gateway.errors import CallError
+from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.methods.file_info import file_info, times
+from agent.gateway.methods.files import apply_umask, file_fields
+from agent.gateway.methods.params import open_file_params, path_params
+from agent.gateway.nodes.guest_file import GuestFile
 from sandboxd.v1 import file_pb2 as pb
 
-_MAX_HANDLES = 1024
-_MAX_IO_BYTES = 1 << 20
+_MAX_OPEN_FILES = 1024
+_MAX_WRITE_BYTES = 1 << 20
+_MAX_READ_BYTES = 1 << 19  # fits into a message of both SDKs as base64
 _FILE_MODE = 0o666
-_ids = itertools.count(1)
+_handle_ids = itertools.count(1)
 
 
-class OpenFile:
-    """One open file. Operations are carried out in the order in which they are asked for."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-        self._turn = asyncio.Lock()
-
-    async def ask(self, **request: Any) -> pb.OpenFileResponse:
-        """Carries out one operation. :raises Failure: it failed. :raises grpc.aio.AioRpcError: the file is lost."""
-        async with self._turn:
-            await self._call.write(pb.OpenFileRequest(**request))
-            response: Any = await self._call.read()
-        if not isinstance(response, pb.OpenFileResponse):
-            await self._call.code()
-            raise Failure("BadResource", "the file was closed by the sandbox", code="EBADF")
-        if response.HasField("error"):
-            raise from_errno(response.error.reason, response.error.message)
-        return response
-
-    def close(self) -> None:
-        """Closes the file. Idempotent."""
-        self._call.cancel()
+async def _open(connection: Connection, path: str, **options: Any) -> dict[str, object]:
+    """Open a file and return the result with its handle id. :param options: fields of OpenFileRequest.Open."""
+    if len(connection.open_files) >= _MAX_OPEN_FILES:
+        raise CallError("Error", f"{_MAX_OPEN_FILES} files are open on this connection; close some", code="EMFILE")
+    request = pb.OpenFileRequest.Open(**file_fields(connection), path=path, **options)
+    file = await GuestFile.open(connection.session.api, request)
+    handle_id = next(_handle_ids)
+    connection.open_files[handle_id] = file
+    return {"fileHandleId": handle_id}
 
 
-async def open_file(connection: Connection, path: str, **how: Any) -> int:
-    """Opens a file and returns its handle. :raises Failure: :raises grpc.aio.AioRpcError:"""
-    if len(connection.handles) >= _MAX_HANDLES:
-        raise Failure("Error", f"{_MAX_HANDLES} files are open on this connection; close some", code="EMFILE")
-    attachment = connection.attachment
-    call = opened(attachment.api.files.OpenFile)
-    handle = OpenFile(call)
-    try:
-        await handle.ask(open=pb.OpenFileRequest.Open(sandbox_id=attachment.id, path=path, user=USER, **how))
-    except BaseException:
-        handle.close()
-        raise
-    number = next(_ids)
-    connection.handles[number] = handle
-    return number
+def _open_file(connection: Connection, params: open_file_params.Handle) -> GuestFile:
+    file = connection.open_files.get(params.file_handle_id)
+    if file is None:
+        raise CallError("BadResource", f"no open file has the handle id {params.file_handle_id}", code="EBADF")
+    return file
 
 
-def _handle(connection: Connection, params: schema.Handle) -> OpenFile:
-    handle = connection.handles.get(params.file_handle_id)
-    if handle is None:
-        raise Failure("BadResource", f"no file is open as {params.file_handle_id}", code="EBADF")
-    return handle
-
-
-@method("open", schema.Open)
-async def open_path(connection: Connection, params: schema.Open) -> object:
-    """Opens a file, to read unless the options say otherwise."""
-    options = params.options or schema.OpenOptions()
+async def open_path(connection: Connection, params: open_file_params.Open) -> object:
+    """Open a file, for reading unless the options set write or append."""
+    options = params.options or open_file_params.OpenOptions()
     write, append = bool(options.write), bool(options.append)
-    mode = _FILE_MODE if options.mode is None else options.mode & 0o7777
-    number = await open_file(
+    return await _open(
         connection, params.path, read=bool(options.read) or not (write or append), write=write, append=append,
         truncate=bool(options.truncate), create=bool(options.create), create_new=bool(options.create_new),
-        mode=mode & ~connection.attachment.umask,
+        mode=apply_umask(connection, options.mode, _FILE_MODE),
     )  # fmt: skip
-    return {"fileHandleId": number}
 
 
-@method("create", schema.Path)
-async def create(connection: Connection, params: schema.Path) -> object:
-    """Makes or empties a file, and opens it to read and write."""
-    number = await open_file(
+async def create(connection: Connection, params: path_params.PathOnly) -> object:
+    """Create or truncate a file, and open it for reading and writing."""
+    return await _open(
         connection, params.path, read=True, write=True, truncate=True, create=True,
-        mode=_FILE_MODE & ~connection.attachment.umask,
+        mode=apply_umask(connection, None, _FILE_MODE),
     )  # fmt: skip
-    return {"fileHandleId": number}
 
 
-@method("fileRead", schema.HandleRead)
-async def read(connection: Connection, params: schema.HandleRead) -> object:
-    """Reads at most so many bytes; null at the end."""
-    # No more than what both SDKs take as one message.
-    length = min(params.length, _MAX_IO_BYTES // 2)
+async def read(connection: Connection, params: open_file_params.HandleRead) -> object:
+    """Read at most `length` bytes; null at the end of the file."""
+    length = min(params.length, _MAX_READ_BYTES)
     if not length:
         return {"data": b""}
-    data = (await _handle(connection, params).ask(read=pb.OpenFileRequest.Read(length=length))).data
+    data = (await _open_file(connection, params).request(read=pb.OpenFileRequest.Read(length=length))).data
     return {"data": data or None}
 
 
-@method("fileWrite", schema.HandleWrite)
-async def write(connection: Connection, params: schema.HandleWrite) -> object:
-    """Writes bytes; perhaps not all of them."""
-    answer = await _handle(connection, params).ask(write=params.data[:_MAX_IO_BYTES])
+async def write(connection: Connection, params: open_file_params.HandleWrite) -> object:
+    """Write bytes; the result may be fewer than given."""
+    answer = await _open_file(connection, params).request(write=params.data[:_MAX_WRITE_BYTES])
     return {"bytesWritten": answer.written_bytes}
 
 
-@method("fileSeek", schema.HandleSeek)
-async def seek(connection: Connection, params: schema.HandleSeek) -> object:
-    """Moves the position and returns it."""
+async def seek(connection: Connection, params: open_file_params.HandleSeek) -> object:
+    """Set the position and return it."""
     offset = int(params.offset)
     if not -(1 << 63) <= offset < 1 << 63:
-        raise Failure("RangeError", f"offset {offset} is out of range")
+        raise CallError("RangeError", f"offset {offset} is out of range")
     whence = pb.OpenFileRequest.Seek.Whence.ValueType(params.whence)
-    answer = await _handle(connection, params).ask(seek=pb.OpenFileRequest.Seek(offset=offset, whence=whence))
+    answer = await _open_file(connection, params).request(seek=pb.OpenFileRequest.Seek(offset=offset, whence=whence))
     return {"position": answer.position}
 
 
-@method("fileStat", schema.Handle)
-async def stat(connection: Connection, params: schema.Handle) -> object:
-    """Facts of the open file."""
-    return file_info((await _handle(connection, params).ask(stat=pb.OpenFileRequest.Stat())).info)
+async def stat(connection: Connection, params: open_file_params.Handle) -> object:
+    """Return metadata of an open file."""
+    return file_info((await _open_file(connection, params).request(stat=pb.OpenFileRequest.Stat())).info)
 
 
-@method("fileTruncate", schema.HandleTruncate)
-async def truncate(connection: Connection, params: schema.HandleTruncate) -> object:
-    """Sets the size."""
+async def truncate(connection: Connection, params: open_file_params.HandleTruncate) -> object:
+    """Set an open file's size."""
     size = params.size if params.len is None else params.len
-    await _handle(connection, params).ask(truncate=pb.OpenFileRequest.Truncate(size_bytes=size or 0))
+    await _open_file(connection, params).request(truncate=pb.OpenFileRequest.Truncate(size_bytes=size or 0))
     return None
 
 
-@method("fileSync", schema.Handle)
-async def sync(connection: Connection, params: schema.Handle) -> object:
-    """Has all written to the disk."""
-    await _handle(connection, params).ask(sync=pb.OpenFileRequest.Sync())
+async def sync(connection: Connection, params: open_file_params.Handle) -> object:
+    """Flush data and metadata to disk."""
+    await _open_file(connection, params).request(sync=pb.OpenFileRequest.Sync())
     return None
 
 
-@method("fileSyncData", schema.Handle)
-async def sync_data(connection: Connection, params: schema.Handle) -> object:
-    """Has the data written to the disk."""
-    await _handle(connection, params).ask(sync=pb.OpenFileRequest.Sync(data_only=True))
+async def sync_data(connection: Connection, params: open_file_params.Handle) -> object:
+    """Flush data to disk."""
+    await _open_file(connection, params).request(sync=pb.OpenFileRequest.Sync(data_only=True))
     return None
 
 
-@method("fileLock", schema.HandleLock)
-async def lock(connection: Connection, params: schema.HandleLock) -> object:
-    """Waits for the lock."""
+async def lock(connection: Connection, params: open_file_params.HandleLock) -> object:
+    """Wait for the advisory lock of an open file."""
     exclusive = bool(params.exclusive)
-    await _handle(connection, params).ask(lock=pb.OpenFileRequest.Lock(exclusive=exclusive))
+    await _open_file(connection, params).request(lock=pb.OpenFileRequest.Lock(exclusive=exclusive))
     return None
 
 
-@method("fileUnlock", schema.Handle)
-async def unlock(connection: Connection, params: schema.Handle) -> object:
-    """Gives the lock back."""
-    await _handle(connection, params).ask(unlock=pb.OpenFileRequest.Unlock())
+async def unlock(connection: Connection, params: open_file_params.Handle) -> object:
+    """Release the advisory lock."""
+    await _open_file(connection, params).request(unlock=pb.OpenFileRequest.Unlock())
     return None
 
 
-@method("fileUtime", schema.HandleUtime)
-async def utime(connection: Connection, params: schema.HandleUtime) -> object:
-    """Sets access and modification time."""
+async def utime(connection: Connection, params: open_file_params.HandleUtime) -> object:
+    """Set access and modification time."""
     change = pb.OpenFileRequest.SetTimes(**times(params.atime, params.mtime))
-    await _handle(connection, params).ask(set_times=change)
+    await _open_file(connection, params).request(set_times=change)
     return None
 
 
-@method("fileClose", schema.Handle)
-async def close(connection: Connection, params: schema.Handle) -> object:
-    """Closes the file; what is under way on it fails."""
-    _handle(connection, params).close()
-    del connection.handles[params.file_handle_id]
+async def close(connection: Connection, params: open_file_params.Handle) -> object:
+    """Close a file; its running operations fail."""
+    _open_file(connection, params).close()
+    del connection.open_files[params.file_handle_id]
     return None

@@ -1,10 +1,10 @@
-"""Patterns of clients: JavaScript regular expressions and globs, as compiled `regex` patterns.
+"""Compile patterns of clients, JavaScript regular expressions and globs, with the package `regex`.
 
-Patterns are searched in `_TIMEOUT_S` at most each, since a hostile one can take for ever.
+Each search has a timeout, because a hostile pattern can backtrack for ever.
 
 Globs are those of Deno's @std/path (globToRegExp), and wcmatch 12 cannot replace this module: a differential test
 found 1 to 3 % of random pairs that differ. In wcmatch, `a/` does not match "a", `*` matches neither "." nor "", `{}`
-stands for itself, and a backslash at the end for nothing. Nor has it a time limit for a match.
+is literal, and a trailing backslash matches the empty string. It has no timeout for a match either.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import regex
 
-from agent.gateway.errors import Failure
+from agent.gateway.errors import CallError
 
 _TIMEOUT_S = 0.05
 _FLAGS = {"i": regex.IGNORECASE, "m": regex.MULTILINE, "s": regex.DOTALL, "u": 0, "v": 0, "g": 0, "y": 0, "d": 0}
@@ -24,76 +24,79 @@ Matcher = Callable[[str], bool]
 
 
 def from_javascript(source: str, flags: str) -> Matcher:
-    """Returns whether a text has a match of a RegExp. :raises Failure: it is none, or has no counterpart here."""
+    """Return a function that searches a text for a JavaScript RegExp.
+
+    :raises CallError: the pattern or a flag is invalid or unsupported; from the function, the search timed out.
+    """
     bits = regex.V1
     for flag in flags:
         if flag not in _FLAGS:
-            raise Failure("SyntaxError", f"unknown flag {flag!r} of a regular expression")
+            raise CallError("SyntaxError", f"unknown flag {flag!r} of a regular expression")
         bits |= _FLAGS[flag]
-    return _compiled(_translated(source, multiline="m" in flags), bits, source)
+    return _compile(_translate(source, multiline="m" in flags), bits, source)
 
 
-def _compiled(pattern: str, bits: int, shown: str) -> Matcher:
+def _compile(pattern: str, bits: int, shown: str) -> Matcher:
     try:
         compiled = regex.compile(pattern, bits)
     except (regex.error, RecursionError, OverflowError) as error:
-        raise Failure("SyntaxError", f"invalid pattern {shown[:200]!r}: {error}") from None
+        raise CallError("SyntaxError", f"invalid pattern {shown[:200]!r}: {error}") from None
 
     def matches(text: str) -> bool:
         try:
             return compiled.search(text, timeout=_TIMEOUT_S) is not None
         except TimeoutError:
-            raise Failure("Error", f"the pattern {shown[:200]!r} takes too long") from None
+            raise CallError("Error", f"the pattern {shown[:200]!r} takes too long") from None
 
     return matches
 
 
-def _translated(source: str, *, multiline: bool) -> str:
-    """Returns the same pattern in the words of `regex`, where the two languages differ."""
+def _translate(source: str, *, multiline: bool) -> str:
+    """Translate JavaScript syntax that `regex` does not have, or has with another meaning."""
     out = []
     in_class = False
     at = 0
     while at < len(source):
-        letter = source[at]
+        character = source[at]
         if (reference := _NAMED.match(source, at)) and not in_class:
             out.append(f"(?P={reference[1]})")
             at = reference.end()
             continue
-        if letter == "\\" and at + 1 < len(source):
-            out.append(_escape(source[at + 1], in_class=in_class))
+        if character == "\\" and at + 1 < len(source):
+            out.append(_translate_escape(source[at + 1], in_class=in_class))
             at += 2
             continue
         if in_class:
-            in_class = letter != "]"
-            out.append("\\[" if letter == "[" else "\\" + letter if letter in "&~|" else letter)
+            in_class = character != "]"
+            out.append("\\[" if character == "[" else "\\" + character if character in "&~|" else character)
         elif source.startswith("[^]", at) or source.startswith("[]", at):
             out.append("(?s:.)" if source[at + 1] == "^" else "(?!)")
             at += 3 if source[at + 1] == "^" else 2
             continue
-        elif letter == "[":
+        elif character == "[":
             in_class = True
-            out.append(letter)
+            out.append(character)
             if source.startswith("[^", at):
                 out.append("^")
                 at += 1
-        elif letter == "$" and not multiline:
-            out.append(r"\Z")  # not before a last line break, as there
+        elif character == "$" and not multiline:
+            out.append(r"\Z")  # `$` of `regex` also matches before a last line break
         else:
-            out.append(letter)
+            out.append(character)
         at += 1
     return "".join(out)
 
 
-def _escape(letter: str, *, in_class: bool) -> str:
-    if letter in _ASCII_CLASSES:
-        return _ASCII_CLASSES[letter] if in_class else f"[{_ASCII_CLASSES[letter]}]"
-    if letter in "DW" and not in_class:
-        return f"[^{_ASCII_CLASSES[letter.lower()]}]"
-    if letter == "/":
+def _translate_escape(character: str, *, in_class: bool) -> str:
+    if character in _ASCII_CLASSES:
+        return _ASCII_CLASSES[character] if in_class else f"[{_ASCII_CLASSES[character]}]"
+    if character in "DW" and not in_class:
+        return f"[^{_ASCII_CLASSES[character.lower()]}]"
+    if character == "/":
         return "/"
-    if letter == "c":
-        raise Failure("SyntaxError", "\\c is not supported in patterns")
-    return f"\\{letter}"
+    if character == "c":
+        raise CallError("SyntaxError", "\\c is not supported in patterns")
+    return f"\\{character}"
 
 
 # -- globs -------------------------------------------------------------------------------------------------------------
@@ -108,8 +111,11 @@ _CLASSES = {
 
 
 def from_glob(glob: str, *, extended: bool = True, globstar: bool = True, case_insensitive: bool = False) -> Matcher:
-    """Returns whether a whole path matches a glob: `*`, `?`, `**` as a whole segment, `[...]`, `{a,b}`; extended also
-    `?(a|b)`, `*(a|b)`, `+(a|b)`, `@(a|b)`, `!(a|b)`. :raises Failure: it cannot be a pattern.
+    """Return a function that matches a whole path against a glob of @std/path.
+
+    :param extended: allow `?(a|b)`, `*(a|b)`, `+(a|b)`, `@(a|b)`, `!(a|b)` besides `*`, `?`, `[...]`, `{a,b}`.
+    :param globstar: a segment `**` matches any number of directories.
+    :raises CallError: the glob is invalid; from the function, the match timed out.
     """
     segments = [segment for segment in glob.split("/") if segment] if glob.strip("/") else []
     pattern = "/+" if glob.startswith("/") else ""
@@ -117,59 +123,59 @@ def from_glob(glob: str, *, extended: bool = True, globstar: bool = True, case_i
         if globstar and segment == "**":
             pattern += "(?:[^/]*(?:/|$)+)*"
             continue
-        pattern += _segment(segment, extended=extended)
+        pattern += _translate_segment(segment, extended=extended)
         pattern += "/+" if index + 1 < len(segments) else "/*"
-    return _compiled(rf"\A(?:{pattern})\Z", regex.V1 | (regex.IGNORECASE if case_insensitive else 0), glob)
+    return _compile(rf"\A(?:{pattern})\Z", regex.V1 | (regex.IGNORECASE if case_insensitive else 0), glob)
 
 
-def _segment(text: str, *, extended: bool) -> str:
+def _translate_segment(text: str, *, extended: bool) -> str:
     out = []
     closers: list[str] = []
     at = 0
     while at < len(text):
-        letter, following = text[at], text[at + 1 : at + 2]
-        if letter == "\\" and following:
-            out.append(_escaped(following))
+        character, following = text[at], text[at + 1 : at + 2]
+        if character == "\\" and following:
+            out.append(_escape_literal(following))
             at += 2
-        elif letter == "[" and (end := _class_end(text, at)):
-            out.append(_class(text[at + 1 : end]))
+        elif character == "[" and (end := _class_end(text, at)):
+            out.append(_translate_class(text[at + 1 : end]))
             at = end + 1
-        elif extended and letter in _GROUPS and following == "(":
-            out.append("(?!" if letter == "!" else "(?:")
-            closers.append(_GROUPS[letter])
+        elif extended and character in _GROUPS and following == "(":
+            out.append("(?!" if character == "!" else "(?:")
+            closers.append(_GROUPS[character])
             at += 2
         else:
-            out.append(_letter(letter, closers))
+            out.append(_translate_character(character, closers))
             at += 1
-    if closers:  # a group that is not closed stands for itself
-        return _escaped(text)
+    if closers:  # an unclosed group makes the whole segment literal
+        return _escape_literal(text)
     return "".join(out)
 
 
-def _letter(letter: str, closers: list[str]) -> str:
-    """Returns what one letter of a glob stands for inside the groups that are open; opens and closes groups."""
+def _translate_character(character: str, closers: list[str]) -> str:
+    """Translate one character of a glob; push and pop the closing parts of open groups."""
     innermost = closers[-1] if closers else ""
     in_braces, in_group = innermost == "}", innermost not in ("", "}")
-    if letter == ")" and in_group:
+    if character == ")" and in_group:
         return closers.pop()
-    if letter == "}" and in_braces:
+    if character == "}" and in_braces:
         closers.pop()
         return ")"
-    if letter == "{":
+    if character == "{":
         closers.append("}")
         return "(?:"
-    if (letter == "|" and in_group) or (letter == "," and in_braces):
+    if (character == "|" and in_group) or (character == "," and in_braces):
         return "|"
-    return {"*": "[^/]*", "?": "[^/]"}.get(letter) or _escaped(letter)
+    return {"*": "[^/]*", "?": "[^/]"}.get(character) or _escape_literal(character)
 
 
-def _escaped(text: str) -> str:
+def _escape_literal(text: str) -> str:
     escaped: str = regex.escape(text)
     return escaped
 
 
 def _class_end(text: str, start: int) -> int:
-    """Returns where a class ends, 0 if it does not."""
+    """Return the index of the `]` that ends a character class, or 0."""
     at = start + 1
     if text[at : at + 1] in ("!", "^"):
         at += 1
@@ -185,7 +191,7 @@ def _class_end(text: str, start: int) -> int:
     return 0
 
 
-def _class(inside: str) -> str:
+def _translate_class(inside: str) -> str:
     negated = inside[:1] in ("!", "^")
     if negated:
         inside = inside[1:]

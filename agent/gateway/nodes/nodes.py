@@ -1,36 +1,29 @@
-"""The nodes behind the gateway: their channels, which one takes a new sandbox, and which sandboxes are gone."""
+"""Clients of the nodes behind the gateway: one gRPC channel per node, node selection, and lookups over all nodes."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from agent.common.api_client import KEEPALIVE, OPTIONS, Api, api_over
-from agent.common.background import QUICK, BackgroundLoop, Supervisor
 from agent.common.config.gateway import GatewaySettings
 from agent.common.config.settings import ConfigError
 from agent.common.telemetry import log, trace_headers
-from agent.gateway.errors import Refusal
+from agent.gateway.errors import HttpError
 from sandboxd.v1 import node_pb2, sandbox_pb2
 
-_RETRY_S = 1.0
-_ANSWER_S = 5.0
-_RUNNING = sandbox_pb2.Sandbox.STATE_RUNNING
-_OVER = (
-    sandbox_pb2.Sandbox.STATE_FAILED, sandbox_pb2.Sandbox.STATE_DELETING, sandbox_pb2.Sandbox.STATE_DELETED,
-)  # fmt: skip
+_TIMEOUT_S = 5.0
+_PAGE_SIZE = 1000
 
 
 @dataclass(eq=False)
-class NodeLink:
-    """One node. `region` is empty until it has answered once."""
+class Node:
+    """One node. `region` is empty until the node has answered once."""
 
     address: str
     channel: grpc.aio.Channel
@@ -38,18 +31,18 @@ class NodeLink:
     region: str = ""
 
 
-class _Traced(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Tells the node below which span of ours a call is."""
+class _TraceInterceptor(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+    """Sends the W3C trace context of the current span with each unary call."""
 
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        """Called by grpc for each unary call."""
+        """Add trace headers to one call; called by grpc."""
         metadata = [*(client_call_details.metadata or ()), *trace_headers().items()]
         details = client_call_details._replace(metadata=grpc.aio.Metadata(*metadata))
         return await continuation(details, request)
 
 
 def _channel(address: str, settings: GatewaySettings, *, traced: bool) -> grpc.aio.Channel:
-    interceptors: Any = [_Traced()] if traced else None  # the stubs do not know of None
+    interceptors: Any = [_TraceInterceptor()] if traced else None  # the stubs do not allow None
     if address.startswith("unix:"):
         return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=interceptors)
     names = (settings.node_tls_ca, settings.node_tls_key, settings.node_tls_cert)
@@ -64,118 +57,101 @@ def _channel(address: str, settings: GatewaySettings, *, traced: bool) -> grpc.a
 
 
 class Nodes:
-    """All nodes.
+    """All nodes of this gateway.
 
-    :param traced: whether calls are spans of a trace that goes on in the node.
-    :param on_gone: called with a sandbox's id and the reason once it is no more, or has failed.
+    :param addresses: "unix:/path" or "host:port".
+    :param traced: send the trace context with each call, so that the nodes' spans join the gateway's traces.
+    :raises ConfigError: a TCP address without a complete set of certificate files.
     """
 
-    def __init__(
-        self, addresses: Sequence[str], settings: GatewaySettings, supervisor: Supervisor, *, traced: bool = False
-    ) -> None:
-        self._supervisor = supervisor
-        self.links: list[NodeLink] = []
+    def __init__(self, addresses: Sequence[str], settings: GatewaySettings, *, traced: bool = False) -> None:
+        self.members: list[Node] = []
         for address in addresses:
             channel = _channel(address, settings, traced=traced)
-            self.links.append(NodeLink(address, channel, api_over(channel)))
-        self.on_gone: Callable[[str, str], None] = lambda _id, _reason: None
-        self.is_watched: Callable[[NodeLink], set[str]] = lambda _link: set()
-        self._watching: list[BackgroundLoop] = []
-
-    def start(self) -> None:
-        """Begins to watch the nodes' sandboxes."""
-        self._watching = [
-            self._supervisor.start(f"watch {link.address}", partial(self._watch, link), QUICK) for link in self.links
-        ]
+            self.members.append(Node(address, channel, api_over(channel)))
 
     async def aclose(self) -> None:
-        """Ends the watch and closes the channels."""
-        for loop in self._watching:
-            await loop.stop()
-        for link in self.links:
-            await link.channel.close(None)
+        """Close the channels."""
+        for node in self.members:
+            await node.channel.close(None)
 
-    async def candidates(self, region: str | None, allowed: Sequence[str]) -> list[NodeLink]:
-        """Returns the nodes that may take a sandbox, that with the most free memory first.
+    def api_of(self, address: str) -> Api | None:
+        """Return the API of the node with this address, or None."""
+        return next((node.api for node in self.members if node.address == address), None)
 
-        :param region: the one that was asked for; None: any of `allowed`, which is all if empty.
-        :raises Refusal: no node is there, or none in this region.
+    async def candidates(self, region: str | None, allowed: Sequence[str]) -> list[Node]:
+        """Return the nodes that may take a sandbox, ordered by allocatable memory, largest first.
+
+        :param region: required region, or None for any region of `allowed`.
+        :param allowed: regions of the token; empty means all.
+        :raises HttpError: no node answers, or no node is in an allowed region.
         """
-        described = await asyncio.gather(*(self._describe(link) for link in self.links))
-        ready = [(link, node) for link, node in zip(self.links, described, strict=True) if node is not None]
+        described = await asyncio.gather(*(self._describe(node) for node in self.members))
+        ready = [(node, facts) for node, facts in zip(self.members, described, strict=True) if facts is not None]
         if not ready:
-            raise Refusal(503, "NO_NODE", "no node answers; try again later")
-        regions = sorted({node.region for _, node in ready})
+            raise HttpError(503, "NO_NODE", "no node answers; try again later")
+        regions = sorted({facts.region for _, facts in ready})
         fitting = [
-            (link, node)
-            for link, node in ready
-            if (region is None or node.region == region) and (not allowed or node.region in allowed)
+            (node, facts)
+            for node, facts in ready
+            if (region is None or facts.region == region) and (not allowed or facts.region in allowed)
         ]
         if not fitting:
             asked = f"region {region!r} is" if region is not None else "the regions of this token are"
-            raise Refusal(400, "REGION_NOT_AVAILABLE", f"{asked} not served here; there are: {', '.join(regions)}")
+            raise HttpError(
+                400, "REGION_NOT_AVAILABLE", f"{asked} not served here; available regions: {', '.join(regions)}"
+            )
         fitting.sort(key=lambda pair: pair[1].memory_bytes.allocated - pair[1].memory_bytes.allocatable)
-        return [link for link, _ in fitting]
+        return [node for node, _ in fitting]
 
-    async def _describe(self, link: NodeLink) -> node_pb2.Node | None:
-        if len(self.links) == 1 and link.region:  # there is nothing to choose
-            return node_pb2.Node(region=link.region)
+    async def _describe(self, node: Node) -> node_pb2.Node | None:
+        if len(self.members) == 1 and node.region:  # a single node needs no comparison of free memory
+            return node_pb2.Node(region=node.region)
         try:
-            node = await link.api.nodes.GetNode(node_pb2.GetNodeRequest(), timeout=_ANSWER_S)
+            facts = await node.api.nodes.GetNode(node_pb2.GetNodeRequest(), timeout=_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            log.warning("node does not answer", node=link.address, code=error.code().name)
+            log.warning("node does not answer", node=node.address, code=error.code().name)
             return None
-        link.region = node.region
-        return node
+        node.region = facts.region
+        return facts
 
-    async def find(self, sandbox_id: str, org: str) -> tuple[NodeLink, sandbox_pb2.Sandbox]:
-        """Returns a running sandbox of an organization, with its node. :raises Refusal: there is none."""
+    async def find_sandbox(self, sandbox_id: str, org: str) -> tuple[Node, sandbox_pb2.Sandbox]:
+        """Return a running sandbox of an organization and its node.
 
-        async def ask(link: NodeLink) -> sandbox_pb2.Sandbox | None:
+        :raises HttpError: 404, no node that answers has a running sandbox with this id in this organization.
+        """
+
+        async def get(node: Node) -> sandbox_pb2.Sandbox | None:
             try:
                 request = sandbox_pb2.GetSandboxRequest(id=sandbox_id)
-                return await link.api.sandboxes.GetSandbox(request, timeout=_ANSWER_S)
+                return await node.api.sandboxes.GetSandbox(request, timeout=_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.NOT_FOUND:
-                    log.warning("node does not answer", node=link.address, code=error.code().name)
+                    log.warning("node does not answer", node=node.address, code=error.code().name)
                 return None
 
-        for link, found in zip(self.links, await asyncio.gather(*map(ask, self.links)), strict=True):
-            if found is not None and found.tenant == org and found.state == _RUNNING:
-                return link, found
-        raise Refusal(404, "SANDBOX_NOT_FOUND", "there is no such sandbox; it may have expired")
+        for node, found in zip(self.members, await asyncio.gather(*map(get, self.members)), strict=True):
+            if found is not None and found.tenant == org and found.state == sandbox_pb2.Sandbox.STATE_RUNNING:
+                return node, found
+        raise HttpError(404, "SANDBOX_NOT_FOUND", "there is no such sandbox; it may have expired")
 
-    async def sandboxes_of(self, org: str, labels: dict[str, str]) -> list[sandbox_pb2.Sandbox]:
-        """Returns the organization's sandboxes on all nodes, oldest first. :raises grpc.aio.AioRpcError:"""
-        pages = await asyncio.gather(*(self._pages(link, org, labels) for link in self.links))
+    async def list_sandboxes(self, org: str, labels: dict[str, str]) -> list[sandbox_pb2.Sandbox]:
+        """Return the sandboxes of an organization on all nodes that have these labels, oldest first.
+
+        :raises grpc.aio.AioRpcError: a node did not answer.
+        """
+        pages = await asyncio.gather(*(_list_node(node, org, labels) for node in self.members))
         found = [sandbox for page in pages for sandbox in page]
         return sorted(found, key=lambda sandbox: (sandbox.create_time.ToNanoseconds(), sandbox.id))
 
-    async def _pages(self, link: NodeLink, org: str, labels: dict[str, str]) -> list[sandbox_pb2.Sandbox]:
-        found: list[sandbox_pb2.Sandbox] = []
-        token = ""
-        while True:
-            request = sandbox_pb2.ListSandboxesRequest(tenant=org, labels=labels, page_size=1000, page_token=token)
-            answer = await link.api.sandboxes.ListSandboxes(request, timeout=_ANSWER_S)
-            found += answer.sandboxes
-            token = answer.next_page_token
-            if not token:
-                return found
 
-    async def _watch(self, link: NodeLink) -> None:
-        while True:
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                await self._follow(link)
-            await asyncio.sleep(_RETRY_S)
-
-    async def _follow(self, link: NodeLink) -> None:
-        present: set[str] | None = set()
-        async for event in link.api.sandboxes.WatchSandboxes(sandbox_pb2.WatchSandboxesRequest()):
-            if event.type == sandbox_pb2.SandboxEvent.TYPE_SYNCED and present is not None:
-                for sandbox_id in self.is_watched(link) - present:  # gone while we were not looking
-                    self.on_gone(sandbox_id, "gone")
-                present = None
-            elif event.type == sandbox_pb2.SandboxEvent.TYPE_SNAPSHOT and present is not None:
-                present.add(event.sandbox.id)
-            if event.sandbox.state in _OVER and event.type != sandbox_pb2.SandboxEvent.TYPE_DENIED:
-                self.on_gone(event.sandbox.id, event.reason or "failed")
+async def _list_node(node: Node, org: str, labels: dict[str, str]) -> list[sandbox_pb2.Sandbox]:
+    found: list[sandbox_pb2.Sandbox] = []
+    token = ""
+    while True:
+        request = sandbox_pb2.ListSandboxesRequest(tenant=org, labels=labels, page_size=_PAGE_SIZE, page_token=token)
+        answer = await node.api.sandboxes.ListSandboxes(request, timeout=_TIMEOUT_S)
+        found += answer.sandboxes
+        token = answer.next_page_token
+        if not token:
+            return found

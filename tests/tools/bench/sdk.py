@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.gateway.nodes.ids import from_sdk
+from agent.gateway.sandboxes.ids import from_sdk
 from sandboxd.v1 import file_pb2, node_pb2, sandbox_pb2
 from tests.sdk.node_sdk import SDK, install
 from tests.support import gateway as gateways

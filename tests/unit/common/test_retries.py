@@ -16,9 +16,8 @@ from agent.daemon.host.cgroup import Cgroups
 from agent.daemon.sandbox.machine import guest_setup
 from agent.daemon.vmm.driver import Vm
 from agent.daemon.vmm.qemu import vsock_backend
-from agent.gateway.jsonrpc.session import Attachment
-from agent.gateway.nodes import sandboxes
-from agent.gateway.nodes.sandboxes import Sandboxes
+from agent.gateway.sandboxes import lease
+from agent.gateway.sandboxes.session import Session
 
 Code = grpc.StatusCode
 
@@ -144,7 +143,7 @@ class LeaseApi:
         self.ends = list(ends)
         self.renewals = self.cancelled = 0
         self.deleted: list[str] = []
-        self.id, self.link, self.api, self.sandboxes = "sbx-1", self, self, self
+        self.sandbox_id, self.node, self.api, self.sandboxes = "sbx-1", self, self, self
 
     def KeepAlive(self) -> LeaseApi:  # noqa: N802  as the API calls it
         self.end = self.ends.pop(0)
@@ -165,14 +164,13 @@ class LeaseApi:
 
 
 async def keep_alive(api: LeaseApi, max_lifetime_s: int) -> None:
-    known = Sandboxes.__new__(Sandboxes)  # nothing of it is used but its methods
-    await known.keep_alive(cast("Attachment", api), max_lifetime_s)
+    await lease.keep_alive(cast("Session", api), max_lifetime_s)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandboxes, "_RETRY_S", 0.001)
-    monkeypatch.setattr(sandboxes, "_RENEW_S", 0.001)
+    monkeypatch.setattr(lease, "_RETRY_S", 0.001)
+    monkeypatch.setattr(lease, "_RENEW_S", 0.001)
 
 
 @pytest.mark.usefixtures("quick")

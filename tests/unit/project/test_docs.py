@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.gateway.jsonrpc import websockets  # noqa: F401  enters all methods
-from agent.gateway.jsonrpc.connection import METHODS
+from agent.gateway.methods.table import METHODS
 
 ROOT = Path(__file__).parents[3]
 SDK = (ROOT / "docs/deno-sdk.md").read_text()

@@ -1,4 +1,4 @@
-"""Byte streams into a sandbox: a TCP port of its guest, what the guest may reach, or the channel of a process."""
+"""Byte stream into a sandbox through the API's call Dial: a TCP connection of the guest, or a process's channel."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sandboxd.v1 import network_pb2 as pb
 _WRITE_BYTES = 256 << 10
 
 
-def why(error: BaseException) -> str:
-    """Returns what to say of a connection that failed."""
+def describe_error(error: BaseException) -> str:
+    """Return one line for a client about a connection that failed."""
     return error.details() or "lost" if isinstance(error, grpc.aio.AioRpcError) else str(error)
 
 
 class GuestStream:
-    """One connection. Made with `dial` or `channel`."""
+    """One stream, made by `dial` or `channel`."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
@@ -26,12 +26,18 @@ class GuestStream:
 
     @classmethod
     async def dial(cls, api: Api, sandbox_id: str, host: str, port: int) -> GuestStream:
-        """Connects to an address of the guest or beyond. :raises grpc.aio.AioRpcError: see NetworkService.Dial."""
+        """Connect to a TCP address from inside the sandbox: its own ports, or what its egress policy allows.
+
+        :raises grpc.aio.AioRpcError: see NetworkService.Dial.
+        """
         return await cls._open(api, pb.DialRequest.Open(sandbox_id=sandbox_id, host=host, port=port))
 
     @classmethod
     async def channel(cls, api: Api, sandbox_id: str, process_id: int) -> GuestStream:
-        """Takes the channel of a process. :raises grpc.aio.AioRpcError: it has none, or somebody else has it."""
+        """Open the channel (descriptor 3) of a process.
+
+        :raises grpc.aio.AioRpcError: the process has no channel, or another client has opened it.
+        """
         return await cls._open(api, pb.DialRequest.Open(sandbox_id=sandbox_id, process_id=process_id))
 
     @classmethod
@@ -39,14 +45,17 @@ class GuestStream:
         call = opened(api.network.Dial)
         try:
             await call.write(pb.DialRequest(open=target))
-            await call.read()  # empty: the connection is there
+            await call.read()  # an empty first message: the connection is established
         except BaseException:
             call.cancel()
             raise
         return cls(call)
 
     async def read(self) -> bytes:
-        """Returns the next bytes; b"" at the end. :raises grpc.aio.AioRpcError: the connection is lost."""
+        """Return the next bytes, or b"" at the end.
+
+        :raises grpc.aio.AioRpcError: the connection is lost.
+        """
         while not self._eof:
             message: Any = await self._call.read()
             if not isinstance(message, pb.DialResponse) or message.eof:
@@ -57,14 +66,18 @@ class GuestStream:
         return b""
 
     async def write(self, data: bytes) -> None:
-        """Sends bytes; waits while the other side does not read. :raises grpc.aio.AioRpcError, InvalidStateError:"""
+        """Send bytes; wait while the peer does not read.
+
+        :raises grpc.aio.AioRpcError: the connection is lost.
+        :raises asyncio.InvalidStateError: the call has ended.
+        """
         for start in range(0, len(data), _WRITE_BYTES):
             await self._call.write(pb.DialRequest(data=data[start : start + _WRITE_BYTES]))
 
     async def write_eof(self) -> None:
-        """Ends our bytes; the other direction goes on."""
+        """Close the sending direction; the receiving direction stays open."""
         await self._call.done_writing()
 
     def close(self) -> None:
-        """Closes the connection. Idempotent."""
+        """Close both directions. Idempotent."""
         self._call.cancel()

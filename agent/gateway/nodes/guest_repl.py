@@ -1,7 +1,7 @@
-"""A Deno REPL in a sandbox: `deno repl --json`, whose protocol is on descriptor 3 (seen with Deno 2.9.6): a message is
-its length, u32 LE, and JSON. {"type": "Run", "code", "output"} is answered by RunSuccess, RunFailure or Error.
+"""Client of a Deno REPL in a sandbox: `deno repl --json`, which speaks on descriptor 3 (observed with Deno 2.9.6).
 
-Everything that comes back is hostile.
+A message is its length, u32 LE, and JSON. The request {"type": "Run", "code", "output"} is answered by RunSuccess,
+RunFailure or Error. Answers come from the guest and are hostile.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import grpc
 import msgspec
 
-from agent.gateway.errors import Failure, process_gone
-from agent.gateway.nodes.guest_tcp import GuestStream
+from agent.gateway.errors import CallError, process_gone
+from agent.gateway.nodes.guest_stream import GuestStream
 
 _LENGTH = struct.Struct("<I")
 _MAX_ANSWER_BYTES = 64 << 20
-# The REPL keeps the last value and the last error in `_` and `_error`, until the user gives these names to something
-# else; so their getters are put aside first. Text is all that a run gives back.
+# The REPL keeps the last value and the last error in `_` and `_error`, until user code redefines these names; so their
+# getters are saved first. The output of a run is text.
 _PREPARE = """{
   const kept = (name) => Object.getOwnPropertyDescriptor(globalThis, name).get;
   const [value, error] = [kept("_"), kept("_error")];
@@ -40,8 +40,8 @@ _ERROR = 'globalThis[Symbol.for("sandboxd.repl")].error()'
 _EXIT = "Deno.exit(0)"
 
 
-class Repl:
-    """One REPL. Snippets are evaluated one after another."""
+class GuestRepl:
+    """One REPL process. Concurrent calls are evaluated one after another."""
 
     def __init__(self, pid: int, stream: GuestStream) -> None:
         self._pid = pid
@@ -51,9 +51,9 @@ class Repl:
         self._prepared = False
 
     async def evaluate(self, code: str) -> msgspec.Raw:
-        """Returns the JSON of a snippet's completion value; null for what JSON cannot say.
+        """Evaluate a snippet and return the JSON of its completion value; undefined and functions become null.
 
-        :raises Failure: the snippet threw, or is no program, or the REPL has ended.
+        :raises CallError: the snippet threw, does not parse, or its value has no JSON form; or the REPL has ended.
         """
         async with self._turn:
             if not self._prepared:
@@ -61,26 +61,29 @@ class Repl:
                 self._prepared = True
             answer = await self._run(code)
             if answer.get("type") == "Error":
-                raise Failure("SyntaxError", str(answer.get("error")).removeprefix("SyntaxError: "))
+                raise CallError("SyntaxError", str(answer.get("error")).removeprefix("SyntaxError: "))
             if answer.get("type") != "RunSuccess":
-                raise await self._thrown()
+                raise await self._thrown_error()
             answer = await self._run(_VALUE)
             if answer.get("type") != "RunSuccess":  # such as a cycle, or a bigint
-                raise await self._thrown()
+                raise await self._thrown_error()
             return _checked_json(answer.get("output"))
 
     async def call(self, function: str, args: list[Any]) -> msgspec.Raw:
-        """Calls a function, given by its name or as an expression, and awaits what it returns. :raises Failure:"""
+        """Call a function, given by name or as an expression, and return the JSON of its awaited result.
+
+        :raises CallError: as for `evaluate`.
+        """
         text = json.dumps(json.dumps(args))
         return await self.evaluate(f"await ({function})(...JSON.parse({text}))")
 
-    async def _thrown(self) -> Failure:
+    async def _thrown_error(self) -> CallError:
         answer = await self._run(_ERROR)
         try:
             error = msgspec.json.decode(str(answer.get("output")), type=dict[str, str | None])
         except msgspec.DecodeError:
-            return Failure("Error", "the snippet failed, and the REPL cannot say how")
-        failure = Failure(
+            return CallError("Error", "the snippet failed, and the REPL reported no error")
+        failure = CallError(
             error.get("constructorName") or "Error", error.get("message") or "", code=error.get("code"),
             name=error.get("name"),
         )  # fmt: skip
@@ -93,7 +96,7 @@ class Repl:
             await self._stream.write(_LENGTH.pack(len(message)) + message)
             (length,) = _LENGTH.unpack(await self._read(_LENGTH.size))
             if length > _MAX_ANSWER_BYTES:
-                raise Failure("RangeError", f"the value takes {length} bytes; at most {_MAX_ANSWER_BYTES} are carried")
+                raise CallError("RangeError", f"the value has {length} bytes of JSON; the limit is {_MAX_ANSWER_BYTES}")
             answer = msgspec.json.decode(await self._read(length))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, EOFError, msgspec.DecodeError):
             self._stream.close()
@@ -111,7 +114,10 @@ class Repl:
         return data
 
     async def exit(self) -> None:
-        """Asks the REPL to end. :raises Failure: it has ended already."""
+        """Ask the REPL to exit.
+
+        :raises CallError: it has exited already.
+        """
         message = json.dumps({"type": "Run", "code": _EXIT, "output": False}).encode()
         try:
             await self._stream.write(_LENGTH.pack(len(message)) + message)
@@ -119,13 +125,16 @@ class Repl:
             raise process_gone(self._pid) from None
 
     def close(self) -> None:
-        """Closes the channel, which ends the REPL. Idempotent."""
+        """Close the channel, which ends the REPL. Idempotent."""
         self._stream.close()
 
 
 def _checked_json(text: object) -> msgspec.Raw:
-    """Returns JSON that can go into an answer as it is. :raises Failure: it is none: somebody tampers with the REPL."""
+    """Decode and encode JSON again, so that it can be embedded in a response.
+
+    :raises CallError: it is not JSON: code in the sandbox has tampered with the REPL.
+    """
     try:
         return msgspec.Raw(msgspec.json.encode(msgspec.json.decode(str(text))))
     except (msgspec.DecodeError, RecursionError):
-        raise Failure("InvalidData", "the REPL answered with something that is not JSON") from None
+        raise CallError("InvalidData", "the REPL answered with something that is not JSON") from None
