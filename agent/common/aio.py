@@ -1,4 +1,4 @@
-"""Awaiting work that cannot be undone half-way."""
+"""Helpers for asyncio tasks: run work to completion, cancel tasks and wait for them, keep sets of tasks."""
 
 from __future__ import annotations
 
@@ -11,30 +11,35 @@ _T = TypeVar("_T")
 
 
 async def to_the_end(work: Awaitable[_T]) -> _T:
-    """Awaits work that goes on in a thread or a task; a caller that is cancelled meanwhile gets that after its end.
+    """Await `work` to completion even if cancelled; re-raise the cancellation afterwards.
 
-    What undoes the work must come after it. The outcome of work whose caller was cancelled stays in the future that was
-    given; its failure is not reported again.
+    For work in a thread or a task that cannot be undone half-way: its cleanup must not begin before it has ended. After
+    a cancellation the outcome stays in the future that was given, and a failure of the work is not reported.
     """
     future = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        while not future.done():  # however often the caller is cancelled
+        while not future.done():  # the caller may be cancelled more than once
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({future})
         if not future.cancelled():
-            future.exception()  # retrieved: the cancellation is what counts
+            future.exception()  # retrieved, lest asyncio logs it: the cancellation is what the caller gets
         raise
 
 
-async def quietly(*tasks: asyncio.Task[None]) -> None:
-    """Awaits tasks that were cancelled; how they end is of no interest any more."""
+async def quietly(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until all have ended. Their results and exceptions are ignored. Idempotent."""
+    for task in tasks:
+        task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class TaskSet:
-    """Tasks that run until they end or are cancelled together. asyncio alone keeps only weak references to tasks."""
+    """Tasks that run until they end or are cancelled together.
+
+    It keeps a reference to each: asyncio has only weak ones, so that a running task could be garbage-collected.
+    """
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -49,11 +54,8 @@ class TaskSet:
     async def wait(self) -> None:
         """Wait until no task is left, including tasks that are spawned meanwhile."""
         while self._tasks:
-            await quietly(*self._tasks)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def cancel(self) -> None:
-        """Cancel the tasks of this moment and wait until they have ended."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await quietly(*tasks)
+        """Cancel the tasks that are in the set now, and wait until they have ended."""
+        await quietly(*self._tasks)
