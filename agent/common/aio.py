@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 
-async def to_the_end(work: Awaitable[_T]) -> _T:
+async def run_to_completion(work: Awaitable[_T]) -> _T:
     """Await `work` to completion even if cancelled; re-raise the cancellation afterwards.
 
     For work in a thread or a task that cannot be undone half-way: its cleanup must not begin before it has ended. After
@@ -28,7 +28,7 @@ async def to_the_end(work: Awaitable[_T]) -> _T:
         raise
 
 
-async def quietly(*tasks: asyncio.Task[Any]) -> None:
+async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks and wait until all have ended. Their results and exceptions are ignored. Idempotent."""
     for task in tasks:
         task.cancel()
@@ -58,4 +58,4 @@ class TaskSet:
 
     async def cancel(self) -> None:
         """Cancel the tasks that are in the set now, and wait until they have ended."""
-        await quietly(*self._tasks)
+        await cancel_and_wait(*self._tasks)

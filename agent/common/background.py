@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from agent.common.aio import quietly
+from agent.common.aio import cancel_and_wait
 from agent.common.errors import AgentError
 
 _MAX_DOUBLINGS = 32
@@ -71,7 +71,7 @@ class BackgroundLoop:
     async def stop(self) -> None:
         """Cancel the loop and wait until it has ended. Idempotent."""
         self._task.cancel()
-        await quietly(self._task)
+        await cancel_and_wait(self._task)
         self._supervisor.forget(self)  # a task that is cancelled before its first step runs none of its code
 
     async def _run(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.background import Supervisor
 from agent.common.config.paths import Paths
 from agent.common.config.settings import NodeSettings, PathSettings, SandboxSettings, Settings, TemplateSettings
@@ -263,7 +263,7 @@ class FakeNetwork:
 
     async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
         stack.push_async_callback(self.remove, sandbox_id)
-        await to_the_end(self.world.make_namespace(sandbox_id))
+        await run_to_completion(self.world.make_namespace(sandbox_id))
 
     async def adopt(self, record: Record, vmm_pid: int) -> None:
         self.world.namespaces.add(record.id)

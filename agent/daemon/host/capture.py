@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.daemon.host import process as host_process
 
 
@@ -46,4 +46,4 @@ async def stdout_of(argv: Sequence[str], *, stderr: int = subprocess.DEVNULL) ->
             transport.close()
     finally:
         output.close()
-        await to_the_end(process.kill())
+        await run_to_completion(process.kill())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.errors import VmmError
 from agent.daemon.host.root_view import RootView, enter_root_view
 from agent.daemon.host.syscalls import enter_netns
@@ -202,7 +202,7 @@ async def spawn(
         raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
     try:
         # Uncancellable: a cancelled caller would lose the PID of a process that is about to exist.
-        pid, group = await to_the_end(started)
+        pid, group = await run_to_completion(started)
     except asyncio.CancelledError:
         if not started.cancelled() and started.exception() is None:
             _undo_start(started.result())

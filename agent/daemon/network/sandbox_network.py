@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.background import Supervisor
 from agent.common.ca import LocalCa
 from agent.common.config.egress import EgressSettings
@@ -107,7 +107,7 @@ class SandboxNetwork:
     async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
         """Makes a namespace with a tap that leads nowhere; `stack` removes it. :raises HostError:"""
         stack.push_async_callback(self.remove, sandbox_id)
-        await to_the_end(namespaces.make(sandbox_id))
+        await run_to_completion(namespaces.make(sandbox_id))
 
     async def adopt(self, record: Record, vmm_pid: int) -> None:
         """Takes over the network of a sandbox, in which its VMM is, from an earlier agent. :raises AgentError:"""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.common import stored_json
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.atomic_file import publish_directory, write_atomically
 from agent.common.errors import AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound, ResourceExhausted
 from agent.common.telemetry import log, step
@@ -215,7 +215,7 @@ class Volumes:
         try:
             with step("volume.make"):
                 writing = asyncio.ensure_future(asyncio.to_thread(self._write, volume, source))
-                await to_the_end(writing)
+                await run_to_completion(writing)
         finally:
             if writing.done() and not writing.cancelled() and writing.exception() is None:
                 self._known[volume.id] = volume  # for a caller that was cancelled, too: the disk is there
@@ -257,7 +257,7 @@ class Volumes:
         except OSError as error:
             raise HostError(f"cannot delete {volume.id}: {error.strerror}", reason="REMOVE_FAILED") from error
         del self._known[volume.id]
-        await to_the_end(asyncio.to_thread(shutil.rmtree, doomed, ignore_errors=True))
+        await run_to_completion(asyncio.to_thread(shutil.rmtree, doomed, ignore_errors=True))
         log.info("volume deleted", volume=volume.id, slug=volume.slug)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import h11
 
-from agent.common.aio import quietly
+from agent.common.aio import cancel_and_wait
 from agent.gateway.nodes.guest_stream import GuestStream
 
 MAX_HEADER_BYTES = 64 << 10
@@ -74,7 +74,7 @@ class H1Exchange:
                     return
         finally:
             sending.cancel()
-            await quietly(sending)
+            await cancel_and_wait(sending)
 
     async def _send(self, event: Any) -> None:
         data = self._h11.send(event)

@@ -19,7 +19,7 @@ import h2.exceptions
 import h2.settings
 import h11
 
-from agent.common.aio import quietly
+from agent.common.aio import cancel_and_wait
 from agent.gateway.ingress.h1_exchange import MAX_HEADER_BYTES, H1Exchange, Headers, request_from_h2
 from agent.gateway.ingress.relay import READ_BYTES
 from agent.gateway.nodes.guest_stream import GuestStream, describe_error
@@ -113,7 +113,7 @@ class _H2Connection:
         finally:
             for task in self._tasks.values():
                 task.cancel()
-            await quietly(*self._tasks.values())
+            await cancel_and_wait(*self._tasks.values())
 
     async def _read(self, reader: asyncio.StreamReader) -> bytes:
         """Return the next bytes of the client; b"" at its end, or after a while without any open stream."""

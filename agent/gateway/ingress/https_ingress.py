@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grpc
 
-from agent.common.aio import quietly
+from agent.common.aio import cancel_and_wait
 from agent.common.api_client import Api
 from agent.common.ca import LocalCa, read_ca
 from agent.common.config.gateway import GatewaySettings
@@ -108,7 +108,7 @@ class Ingress:
             self._server.close()
         for task in self._connections:
             task.cancel()
-        await quietly(*self._connections)
+        await cancel_and_wait(*self._connections)
 
     def close_sandbox(self, sandbox_id: str) -> None:
         """Close the connections to a sandbox. Idempotent."""

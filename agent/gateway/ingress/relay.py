@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from agent.common.aio import quietly
+from agent.common.aio import cancel_and_wait
 from agent.gateway.nodes.guest_stream import GuestStream
 
 READ_BYTES = 256 << 10
@@ -38,4 +38,4 @@ async def relay(reader: Any, writer: Any, stream: GuestStream) -> None:
     finally:
         sending.cancel()
         stream.close()
-        await quietly(sending)
+        await cancel_and_wait(sending)

@@ -9,7 +9,7 @@ from typing import Any
 import asyncssh
 import grpc
 
-from agent.common.aio import quietly
+from agent.common.aio import cancel_and_wait
 from agent.common.api_client import Api, opened
 from agent.common.model import DEFAULT_USER
 from agent.common.telemetry import log
@@ -111,7 +111,7 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
             call.cancel()
             if input_task is not None:
                 input_task.cancel()
-                await quietly(input_task)
+                await cancel_and_wait(input_task)
 
     def _spec(self, chan: asyncssh.SSHServerChannel[bytes]) -> pb.ProcessSpec:
         requested = list(chan.get_environment().items())[:_MAX_ENV]

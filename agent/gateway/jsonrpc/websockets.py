@@ -8,7 +8,7 @@ import contextlib
 from aiohttp import web
 from opentelemetry import trace
 
-from agent.common.aio import quietly
+from agent.common.aio import cancel_and_wait
 from agent.common.config.gateway import GatewaySettings
 from agent.gateway.jsonrpc.connection import Connection
 from agent.gateway.jsonrpc.dispatch import MethodTable
@@ -56,7 +56,7 @@ class WebSockets:
         finally:
             if renewing is not None:
                 renewing.cancel()
-                await quietly(renewing)
+                await cancel_and_wait(renewing)
             if not upgraded:
                 self._sandboxes.abandon(session)
             elif is_leased:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import grpc
 
-from agent.common.aio import quietly
+from agent.common.aio import cancel_and_wait
 from agent.common.api_client import opened, reason_of
 from agent.common.model import DEFAULT_USER
 from agent.gateway.errors import CallError, call_error_from_rpc, process_gone
@@ -77,7 +77,7 @@ async def _relay(connection: Connection, child: ChildProcess, stdin_stream_id: i
         child.call.cancel()
         if input_task is not None:
             input_task.cancel()
-            await quietly(input_task)
+            await cancel_and_wait(input_task)
         for stream in child.streams:
             connection.streams.remove(stream)
         if connection.children.get(child.pid) is child:

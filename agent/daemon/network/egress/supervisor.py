@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.atomic_file import write_atomically
 from agent.common.config.egress import EgressSettings
 from agent.common.errors import HostError, VmmError
@@ -203,6 +203,6 @@ class Own:
             if reached is None:
                 raise HostError(f"the egress process does not answer: {self.said()}", reason="EGRESS_FAILED")
         except BaseException:  # also a cancelled caller: nobody else knows of it
-            await to_the_end(process.kill())
+            await run_to_completion(process.kill())
             raise
         return reached

@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.errors import HostError
 from agent.common.model import GATEWAY_IPV4, GATEWAY_IPV6, ID_PREFIX
 from agent.daemon.host.syscalls import CLONE_NEWNET, MNT_DETACH, MS_BIND, mount, setns, umount, unshare
@@ -140,7 +140,7 @@ async def run_in(fd: int, work: Callable[[], _T], what: str) -> _T:
         return work()
 
     try:
-        return await to_the_end(run_in_thread("netns-work", inside))
+        return await run_to_completion(run_in_thread("netns-work", inside))
     except OSError as error:
         raise HostError(f"cannot {what}: {error}", reason="NETNS_FAILED") from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.common import stored_json
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.background import QUICK, BackgroundLoop, Supervisor
 from agent.common.errors import AgentError
 from agent.common.telemetry import DRAINING, log
@@ -64,7 +64,7 @@ class Drain:
         :param keep: also for the next agent.
         :raises HostError: it cannot be stored; the node drains no more than before.
         """
-        await to_the_end(self._begin(evict_after_s, why, keep=keep))
+        await run_to_completion(self._begin(evict_after_s, why, keep=keep))
 
     async def _begin(self, evict_after_s: float | None, why: str, *, keep: bool) -> None:
         async with self._changing:
@@ -79,7 +79,7 @@ class Drain:
 
         :raises HostError: it cannot be stored; the node drains on.
         """
-        await to_the_end(self._end())
+        await run_to_completion(self._end())
 
     async def _end(self) -> None:
         async with self._changing:

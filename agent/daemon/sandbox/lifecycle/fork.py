@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.errors import InvalidSpec, InvalidState
 from agent.common.model import State
 from agent.common.telemetry import step
@@ -42,7 +42,7 @@ async def freeze(host: HostServices, parent: Record, machine: Machine, children:
     """
     await snapshot.save(machine, directory)
     with step("fork.disks"):
-        await to_the_end(asyncio.to_thread(_copy_disks, host, parent, children))
+        await run_to_completion(asyncio.to_thread(_copy_disks, host, parent, children))
 
 
 def _copy_disks(host: HostServices, parent: Record, children: list[Record]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.errors import AgentError, AlreadyExists, InvalidState
 from agent.common.model import Lifetime, State, new_sandbox_id
 from agent.common.telemetry import log, step
@@ -73,7 +73,7 @@ class Standing(Lifecycle):
                     await self._moved(entry, State.SUSPENDED, lambda draft: draft.token.clear(), durable=True)
             finally:
                 if entry.record.state is not State.SUSPENDED:  # a write may succeed although it is cancelled
-                    await to_the_end(asyncio.to_thread(resources.remove_tree, saved))
+                    await run_to_completion(asyncio.to_thread(resources.remove_tree, saved))
         entry.machine, entry.needs_cleanup = None, True
         entry.cleanup_stack.close()
         with step("pause.machine"):
@@ -145,7 +145,7 @@ class Standing(Lifecycle):
             await self._going_on(entry, machine, timeout_s)
             await self._note_standing(entry, standing=False)
             with step("resume.saved"):
-                await to_the_end(asyncio.to_thread(resources.remove_tree, saved))
+                await run_to_completion(asyncio.to_thread(resources.remove_tree, saved))
         else:
             self.running(record.id)  # says why not
 
@@ -267,7 +267,7 @@ class Standing(Lifecycle):
 
         async def make() -> Machine:
             ready.set()
-            await to_the_end(asyncio.shield(frozen))  # whoever freezes makes files of this child
+            await run_to_completion(asyncio.shield(frozen))  # whoever freezes makes files of this child
             machine = await snapshot.restore(self._host, child, image, directory)
             try:
                 with step("token"):
@@ -304,7 +304,7 @@ class Standing(Lifecycle):
         except AgentError as error:
             log.warning("fork failed", sandbox_id=parent.record.id, error=error.message)
         finally:
-            await to_the_end(asyncio.to_thread(resources.remove_tree, directory))
+            await run_to_completion(asyncio.to_thread(resources.remove_tree, directory))
 
     async def _freeze(self, parent: Entry, children: list[Record], directory: Path) -> None:
         machine = self._standing(parent)

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.errors import AgentError, NotFound
 from agent.common.model import NetSpec, SecretSpec
 from agent.common.telemetry import log
@@ -70,7 +70,7 @@ async def in_force(
     holding = asyncio.ensure_future(host.network.hold(both, values))
     told = False
     try:
-        await to_the_end(holding)
+        await run_to_completion(holding)
         record.net, record.secrets = new.net, new.secrets
         await host.network.update(record)
         order = await host.network.trust(record)
@@ -84,7 +84,7 @@ async def in_force(
             # The guest of a sandbox that is being deleted is not waited for.
             tell = told and not isinstance(error, asyncio.CancelledError)
             undo_guest = (lambda: _tell(channel, trusted, added)) if tell else None
-            await to_the_end(_undo(host, store, record, before, holding.result(), undo_guest))
+            await run_to_completion(_undo(host, store, record, before, holding.result(), undo_guest))
         raise
     if removed:
         await _forget_removed(host, record)
@@ -119,6 +119,6 @@ async def _undo(
 async def _forget_removed(host: HostServices, record: Record) -> None:
     """Forget the values of removed secrets. The change is stored by now, so a failure does not undo it."""
     try:
-        await to_the_end(host.network.hold(record, {}))
+        await run_to_completion(host.network.hold(record, {}))
     except AgentError as error:  # the next change or the delete forgets them
         log.error("values of removed secrets are still stored", sandbox_id=record.id, error=error.message)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.errors import HostError
 from agent.common.telemetry import step
 from agent.daemon.host.cgroup import CgroupLimits, block_device
@@ -92,10 +92,10 @@ async def create_disks(host: HostServices, plan: VmPlan) -> None:
         match plan.data_disk:
             case FreshDisk(size_bytes):
                 disk.unlink(missing_ok=True)
-                await to_the_end(host.disks.make_disk(disk, size_bytes))
+                await run_to_completion(host.disks.make_disk(disk, size_bytes))
             case SnapshotDisk(snapshot):
                 disk.unlink(missing_ok=True)
-                await to_the_end(host.volumes.copy(snapshot, disk))
+                await run_to_completion(host.volumes.copy(snapshot, disk))
         create_empty_slots(host, plan.sandbox_id, plan.shape.slots)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.atomic_file import publish_directory
 from agent.common.errors import HostError, InvalidState, ResourceExhausted
 from agent.common.telemetry import step
@@ -33,15 +33,15 @@ async def save(machine: Machine, directory: Path) -> None:
     :raises AgentError: the VMM or the file system failed; the machine is paused all the same.
     """
     draft = directory.with_name(directory.name + _DRAFT)
-    await to_the_end(asyncio.to_thread(remove_tree, draft))
+    await run_to_completion(asyncio.to_thread(remove_tree, draft))
     try:
         draft.mkdir(mode=0o700, parents=True)
         with step("vmm.save"):
             await machine.save(draft)
         with step("vmm.saved"):
-            await to_the_end(asyncio.to_thread(publish_directory, draft, directory))
+            await run_to_completion(asyncio.to_thread(publish_directory, draft, directory))
     except BaseException as error:
-        await to_the_end(asyncio.to_thread(remove_tree, draft))
+        await run_to_completion(asyncio.to_thread(remove_tree, draft))
         if isinstance(error, OSError):
             if error.errno in NO_SPACE:
                 raise _no_space(directory) from error

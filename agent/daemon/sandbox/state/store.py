@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from agent.common.aio import to_the_end
+from agent.common.aio import run_to_completion
 from agent.common.atomic_file import write_atomically
 from agent.common.errors import HostError, InvalidState
 from agent.common.telemetry import STATE_REBUILT, log
@@ -150,7 +150,7 @@ class Store:
             edit(draft)
             writing = asyncio.ensure_future(self._run(self._writer(draft, durable=durable)))
             try:
-                await to_the_end(writing)
+                await run_to_completion(writing)
             finally:
                 if writing.done() and not writing.cancelled() and writing.exception() is None:
                     for name in (field.name for field in dataclasses.fields(Record)):
