@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from agent.common.errors import InvalidSpec
 from agent.common.telemetry import RPC_SECONDS, log, remote_parent, tracer
-from agent.daemon.rpc.convert.convert import printable
+from agent.daemon.rpc.convert.guest_values import printable
 from agent.daemon.rpc.status import to_status
 
 Handler = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Any]

@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 from agent.common import errors
 from agent.common.errors import AgentError
 from agent.common.telemetry import ERRORS, log
-from agent.daemon.rpc.convert.convert import printable
+from agent.daemon.rpc.convert.guest_values import printable
 from agent.daemon.sandbox.state.events import WatcherTooSlowError
 
 DOMAIN = "sandboxd"

@@ -12,8 +12,8 @@ import grpc
 from agent.common.errors import AgentError, GuestUnreachable, InvalidSpec
 from agent.common.telemetry import STREAM_BYTES
 from agent.daemon.guestlink.stream import CallStream
-from agent.daemon.rpc.convert import convert
-from agent.daemon.rpc.convert.file_fields import count, info, mode_bits, nanoseconds, path
+from agent.daemon.rpc.convert.file_messages import count, info, mode_bits, nanoseconds, path
+from agent.daemon.rpc.convert.guest_values import guest_int, guest_list, guest_text
 from agent.daemon.rpc.services import open_file
 from agent.daemon.rpc.services.process_service import pages
 from agent.daemon.sandbox.service import Manager
@@ -96,7 +96,7 @@ class FileService(file_pb2_grpc.FileServiceServicer):
     async def _entries(self, request: Any, op: str, /, **fields: object) -> AsyncIterator[list[pb.FileInfo]]:
         channel = await self._manager.channel(request.sandbox_id)
         async for page in pages(channel.stream(op, user=request.user or None, **fields)):
-            yield [info(item) for item in convert.guest_list(page, "entries")]
+            yield [info(item) for item in guest_list(page, "entries")]
 
     async def ListDirectory(  # noqa: N802
         self, request: pb.ListDirectoryRequest, context: Context
@@ -150,12 +150,12 @@ class FileService(file_pb2_grpc.FileServiceServicer):
     async def ReadLink(self, request: pb.ReadLinkRequest, context: Context) -> pb.ReadLinkResponse:  # noqa: N802
         """See file.proto."""
         result = await self._call(request, "fs.readlink", path=path(request.path))
-        return pb.ReadLinkResponse(target=convert.guest_text(result, "target"))
+        return pb.ReadLinkResponse(target=guest_text(result, "target"))
 
     async def RealPath(self, request: pb.RealPathRequest, context: Context) -> pb.RealPathResponse:  # noqa: N802
         """See file.proto."""
         result = await self._call(request, "fs.realpath", path=path(request.path))
-        return pb.RealPathResponse(path=convert.guest_text(result, "path"))
+        return pb.RealPathResponse(path=guest_text(result, "path"))
 
     async def Chmod(self, request: pb.ChmodRequest, context: Context) -> pb.ChmodResponse:  # noqa: N802
         """See file.proto."""
@@ -193,7 +193,7 @@ class FileService(file_pb2_grpc.FileServiceServicer):
             directory=path(request.directory or "/tmp", "directory"),  # noqa: S108  the guest's
             prefix=request.prefix, suffix=request.suffix, make_directory=request.make_directory,
         )  # fmt: skip
-        return pb.MakeTempResponse(path=convert.guest_text(result, "path"))
+        return pb.MakeTempResponse(path=guest_text(result, "path"))
 
     async def Walk(self, request: pb.WalkRequest, context: Context) -> AsyncIterator[pb.WalkResponse]:  # noqa: N802
         """See file.proto."""
@@ -232,8 +232,8 @@ class FileService(file_pb2_grpc.FileServiceServicer):
                 yield pb.WatchResponse(type=pb.WatchResponse.TYPE_READY, path=request.path)
                 continue
             kind = _WATCH_TYPES.get(str(event.get("type")), pb.WatchResponse.TYPE_OVERFLOW)
-            new_path = convert.guest_text(event, "new_path") if event.get("new_path") else ""
-            yield pb.WatchResponse(type=kind, path=convert.guest_text(event, "path"), new_path=new_path)
+            new_path = guest_text(event, "new_path") if event.get("new_path") else ""
+            yield pb.WatchResponse(type=kind, path=guest_text(event, "path"), new_path=new_path)
 
 
 async def _feed(stream: CallStream, requests: AsyncIterator[pb.WriteFileRequest]) -> None:
@@ -251,7 +251,7 @@ async def _written(stream: CallStream, feeder: asyncio.Task[None]) -> pb.WriteFi
     async def result() -> int:
         while (frame := await stream.recv()) is not None:
             if frame[0] is Frame.RESULT:
-                return convert.guest_int(frame[1], "bytes")
+                return guest_int(frame[1], "bytes")
         raise GuestUnreachable("the guest did not say how much it wrote")
 
     waiter = asyncio.create_task(result())

@@ -12,7 +12,7 @@ import grpc
 from agent.common.errors import GuestUnreachable, InvalidSpec
 from agent.common.telemetry import STREAM_BYTES
 from agent.daemon.guestlink.stream import CallStream
-from agent.daemon.rpc.convert import convert
+from agent.daemon.rpc.convert.guest_values import guest_int, guest_text
 from agent.daemon.sandbox.service import Manager
 from guest.wire import Frame
 from sandboxd.v1 import network_pb2 as pb
@@ -60,7 +60,7 @@ class NetworkService(network_pb2_grpc.NetworkServiceServicer):
         """See network.proto."""
         channel = await self._manager.channel(request.sandbox_id)
         found = await channel.call("proc.listener", timeout_s=None, id=request.process_id)
-        return pb.Listener(host=convert.guest_text(found, "host"), port=convert.guest_int(found, "port", 1, 65535))
+        return pb.Listener(host=guest_text(found, "host"), port=guest_int(found, "port", 1, 65535))
 
     async def GetCertificateAuthority(  # noqa: N802
         self, request: pb.GetCertificateAuthorityRequest, context: Context

@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 
 from agent.common.errors import InvalidSpec, InvalidState
-from agent.daemon.rpc.convert import convert
+from agent.daemon.rpc.convert.node_messages import image_message, node_message
+from agent.daemon.rpc.convert.times import timestamp
 from agent.daemon.sandbox.service import Manager
 from agent.daemon.sandbox.state.events import WatcherTooSlowError
 from sandboxd.v1 import node_pb2 as pb
@@ -32,7 +33,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 
     async def _node(self) -> pb.Node:
         images = await asyncio.to_thread(self._manager.images.list)
-        return convert.node(self._manager.describe_node(), images, _VERSION)
+        return node_message(self._manager.describe_node(), images, _VERSION)
 
     async def GetNode(self, request: pb.GetNodeRequest, context: Context) -> pb.Node:  # noqa: N802
         """See node.proto."""
@@ -77,7 +78,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         async for progress in self._manager.drain.progress():
             message = pb.DrainProgress(remaining=progress.remaining)
             if progress.evict_in_s is not None:
-                message.evict_time.CopyFrom(convert.timestamp(time.time() + progress.evict_in_s))
+                message.evict_time.CopyFrom(timestamp(time.time() + progress.evict_in_s))
             yield message
 
     async def UndrainNode(self, request: pb.UndrainNodeRequest, context: Context) -> pb.Node:  # noqa: N802
@@ -95,11 +96,11 @@ class ImageService(node_pb2_grpc.ImageServiceServicer):
     async def ListImages(self, request: pb.ListImagesRequest, context: Context) -> pb.ListImagesResponse:  # noqa: N802
         """See node.proto."""
         images = await asyncio.to_thread(self._manager.images.list)
-        return pb.ListImagesResponse(images=[convert.image(value) for value in images])
+        return pb.ListImagesResponse(images=[image_message(value) for value in images])
 
     async def GetImage(self, request: pb.GetImageRequest, context: Context) -> pb.Image:  # noqa: N802
         """See node.proto."""
-        return convert.image(await asyncio.to_thread(self._manager.images.get, request.name), packages=True)
+        return image_message(await asyncio.to_thread(self._manager.images.get, request.name), packages=True)
 
     async def DeleteImage(self, request: pb.DeleteImageRequest, context: Context) -> pb.DeleteImageResponse:  # noqa: N802
         """See node.proto."""

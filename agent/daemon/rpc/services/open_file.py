@@ -8,8 +8,8 @@ from typing import Any
 from agent.common.errors import GuestUnreachable, InvalidSpec
 from agent.common.telemetry import STREAM_BYTES
 from agent.daemon.guestlink.stream import CallStream
-from agent.daemon.rpc.convert import convert
-from agent.daemon.rpc.convert.file_fields import count, info, mode_bits, nanoseconds, path
+from agent.daemon.rpc.convert.file_messages import count, info, mode_bits, nanoseconds, path
+from agent.daemon.rpc.convert.guest_values import guest_dict, guest_int, guest_text
 from guest.wire import Frame
 from sandboxd.v1 import file_pb2 as pb
 
@@ -32,7 +32,7 @@ async def serve(stream: CallStream, requests: AsyncIterator[pb.OpenFileRequest])
 
     :raises InvalidSpec: a malformed request, which ends the call. :raises AgentError: the file cannot be opened.
     """
-    yield pb.OpenFileResponse(info=info(convert.guest_dict(await _answer(stream), "info")))
+    yield pb.OpenFileResponse(info=info(guest_dict(await _answer(stream), "info")))
     async for request in requests:
         kind = request.WhichOneof("message")
         if kind == "write":
@@ -41,8 +41,8 @@ async def serve(stream: CallStream, requests: AsyncIterator[pb.OpenFileRequest])
             await stream.send_json(_operation(request, kind))
         answer = await _answer(stream)
         if "error" in answer:
-            error = convert.guest_dict(answer, "error")
-            reason, message = convert.guest_text(error, "errno"), convert.guest_text(error, "message")
+            error = guest_dict(answer, "error")
+            reason, message = guest_text(error, "errno"), guest_text(error, "message")
             yield pb.OpenFileResponse(error=pb.OpenFileResponse.Error(reason=reason, message=message))
         else:
             yield await _response(stream, kind, answer)
@@ -94,11 +94,11 @@ async def _answer(stream: CallStream) -> dict[str, Any]:
 async def _response(stream: CallStream, kind: str | None, answer: dict[str, Any]) -> pb.OpenFileResponse:
     match kind:
         case "read":
-            return pb.OpenFileResponse(data=await _data(stream, convert.guest_int(answer, "size", 0, _MAX_IO_BYTES)))
+            return pb.OpenFileResponse(data=await _data(stream, guest_int(answer, "size", 0, _MAX_IO_BYTES)))
         case "write":
-            return pb.OpenFileResponse(written_bytes=convert.guest_int(answer, "written", 0, _MAX_IO_BYTES))
+            return pb.OpenFileResponse(written_bytes=guest_int(answer, "written", 0, _MAX_IO_BYTES))
         case "seek":
-            return pb.OpenFileResponse(position=convert.guest_int(answer, "position"))
+            return pb.OpenFileResponse(position=guest_int(answer, "position"))
         case "stat":
             return pb.OpenFileResponse(info=info(answer))
     return pb.OpenFileResponse(done=pb.OpenFileResponse.Done())

@@ -12,7 +12,8 @@ import grpc
 from agent.common.errors import AgentError, GuestUnreachable, InvalidSpec
 from agent.common.telemetry import PROCESSES, STREAM_BYTES
 from agent.daemon.guestlink.stream import CallStream
-from agent.daemon.rpc.convert import convert
+from agent.daemon.rpc.convert.guest_values import guest_dict, guest_int, guest_list, guest_text
+from agent.daemon.rpc.convert.process_messages import exit_message, process_message, system_process_message
 from agent.daemon.sandbox.service import Manager
 from agent.daemon.sandbox.state.validation import check_env
 from guest.wire import Frame
@@ -76,7 +77,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         """See process.proto."""
         started = await self._call(request.sandbox_id, "proc.start", **spec_fields(request.spec))
         PROCESSES.inc()
-        return convert.process(started)
+        return process_message(started)
 
     async def Exec(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.ExecRequest], context: Context
@@ -122,7 +123,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         """See process.proto."""
         channel = await self._manager.channel(request.sandbox_id)
         result = await channel.call("proc.wait", timeout_s=None, id=request.process_id)
-        return pb.WaitResponse(exit=convert.exit_message(convert.guest_dict(result, "exit")))
+        return pb.WaitResponse(exit=exit_message(guest_dict(result, "exit")))
 
     async def ListProcesses(  # noqa: N802
         self, request: pb.ListProcessesRequest, context: Context
@@ -131,11 +132,11 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         channel = await self._manager.channel(request.sandbox_id)
         response = pb.ListProcessesResponse()
         async for page in pages(channel.stream("proc.list")):
-            response.processes.extend(convert.process(item) for item in convert.guest_list(page, "processes"))
+            response.processes.extend(process_message(item) for item in guest_list(page, "processes"))
         if request.all_processes:
             async for page in pages(channel.stream("sys.processes")):
-                items = convert.guest_list(page, "processes")
-                response.system_processes.extend(convert.system_process(item) for item in items)
+                items = guest_list(page, "processes")
+                response.system_processes.extend(system_process_message(item) for item in items)
         return response
 
     async def GetEnvironment(  # noqa: N802
@@ -143,8 +144,8 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
     ) -> pb.Environment:
         """See process.proto."""
         result = await self._call(request.sandbox_id, "proc.env", user=_text(request.user, "user", 64))
-        variables = convert.guest_dict(result, "env")
-        return pb.Environment(variables={name: convert.guest_text(variables, name) for name in variables})
+        variables = guest_dict(result, "env")
+        return pb.Environment(variables={name: guest_text(variables, name) for name in variables})
 
     async def UpdateEnvironment(  # noqa: N802
         self, request: pb.UpdateEnvironmentRequest, context: Context
@@ -185,7 +186,7 @@ async def _relay(
             elif kind is Frame.EVENT:
                 yield _started(value, response)
             elif kind is Frame.RESULT:
-                yield response(exit=convert.exit_message(convert.guest_dict(value, "exit")))
+                yield response(exit=exit_message(guest_dict(value, "exit")))
     finally:
         feeder.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -203,9 +204,9 @@ async def _receive(stream: CallStream, feeder: asyncio.Task[None]) -> tuple[Fram
 
 
 def _started(value: dict[str, Any], response: type[pb.ExecResponse] | type[pb.AttachResponse]) -> Any:
-    message = response(process=convert.process(convert.guest_dict(value, "process")))
+    message = response(process=process_message(guest_dict(value, "process")))
     if isinstance(message, pb.AttachResponse):
-        message.dropped_bytes = convert.guest_int(value, "dropped")
+        message.dropped_bytes = guest_int(value, "dropped")
     return message
 
 

@@ -13,7 +13,16 @@ import grpc
 from agent.common.config.settings import Settings
 from agent.common.errors import InvalidSpec, InvalidState, NotFound
 from agent.common.model import State
-from agent.daemon.rpc.convert import convert
+from agent.daemon.rpc.convert.guest_values import guest_float, guest_int
+from agent.daemon.rpc.convert.sandbox_messages import (
+    STATE_OF,
+    event_message,
+    lifetime_from,
+    net_spec_from,
+    sandbox_message,
+    secrets_from,
+)
+from agent.daemon.rpc.convert.times import duration, timestamp, unix_time_s
 from agent.daemon.sandbox.lifecycle.policy_change import PolicyChange
 from agent.daemon.sandbox.service import Manager
 from agent.daemon.sandbox.state.record import Record
@@ -41,11 +50,11 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         self._settings = settings
 
     def _message(self, record: Record) -> pb.Sandbox:
-        return convert.sandbox(record, self._settings.node.region)
+        return sandbox_message(record, self._settings.node.region)
 
     async def CreateSandbox(self, request: pb.CreateSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
         """See sandbox.proto."""
-        secrets = convert.secrets_from(request.secrets)
+        secrets = secrets_from(request.secrets)
         root, mounts, image = self._volumes(request)
         disk_bytes = request.disk_bytes if root is None else root.capacity_bytes
         spec = complete(
@@ -56,9 +65,9 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             disk_bytes=disk_bytes,
             env=request.env,
             labels=request.labels,
-            lifetime=convert.lifetime_from(request.lifetime),
+            lifetime=lifetime_from(request.lifetime),
             request_id=request.request_id,
-            net=convert.net_from(request.network, request.tenant),
+            net=net_spec_from(request.network, request.tenant),
             secrets=tuple(secret for secret, _ in secrets.values()),
             root="" if root is None else root.id,
             volumes=mounts,
@@ -94,7 +103,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         if not 1 <= size <= _MAX_PAGE:
             raise InvalidSpec(f"page_size is {size}; it must be from 1 to {_MAX_PAGE}")
         after = _parse_token(request.page_token)
-        states = {convert.STATE_OF.get(number) for number in request.states}
+        states = {STATE_OF.get(number) for number in request.states}
         labels = dict(request.labels)
         found = [
             record
@@ -112,11 +121,11 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         """See sandbox.proto."""
         network = None
         if request.HasField("network"):
-            network = convert.net_from(request.network, self._manager.get(request.id).net.tenant)
-        change = PolicyChange(network, convert.secrets_from(request.set_secrets), tuple(request.remove_secrets))
+            network = net_spec_from(request.network, self._manager.get(request.id).net.tenant)
+        change = PolicyChange(network, secrets_from(request.set_secrets), tuple(request.remove_secrets))
         record = await self._manager.update(
             request.id,
-            expire_time=convert.seconds(request.expire_time) if request.HasField("expire_time") else None,
+            expire_time=unix_time_s(request.expire_time) if request.HasField("expire_time") else None,
             clear_expire_time=request.clear_expire_time,
             set_labels=request.set_labels,
             remove_labels=request.remove_labels,
@@ -150,7 +159,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         """See sandbox.proto."""
         lifetime = None
         if request.HasField("lifetime"):
-            lifetime = convert.lifetime_from(request.lifetime)
+            lifetime = lifetime_from(request.lifetime)
             check_lifetime(lifetime)
         check_request_id(request.request_id, 120)
         records = await self._manager.fork(
@@ -166,7 +175,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         async for request in request_iterator:
             sandbox_id = request.id or sandbox_id
             expire_time = await self._manager.renew_lease(sandbox_id)
-            yield pb.KeepAliveResponse(expire_time=convert.timestamp(expire_time))
+            yield pb.KeepAliveResponse(expire_time=timestamp(expire_time))
 
     async def WatchSandboxes(  # noqa: N802
         self, request: pb.WatchSandboxesRequest, context: Context
@@ -178,7 +187,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             return request.id in ("", record.id) and _matches(record, labels)
 
         async for event in self._manager.watch(wanted):
-            yield convert.event(event, self._settings.node.region)
+            yield event_message(event, self._settings.node.region)
 
     async def GetConsole(  # noqa: N802
         self, request: pb.GetConsoleRequest, context: Context
@@ -213,16 +222,16 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         loads = {str(index): value for index, value in enumerate(load)} if isinstance(load, list) else {}
         usage = await asyncio.to_thread(running.usage)
         return pb.SandboxStats(
-            memory_total_bytes=convert.guest_int(stats, "memory_total"),
-            memory_available_bytes=convert.guest_int(stats, "memory_available"),
-            load1=convert.guest_float(loads, "0"),
-            load5=convert.guest_float(loads, "1"),
-            load15=convert.guest_float(loads, "2"),
-            disk_total_bytes=convert.guest_int(stats, "disk_total"),
-            disk_available_bytes=convert.guest_int(stats, "disk_available"),
-            process_count=convert.guest_int(stats, "processes", 0, 1 << 30),
-            uptime=convert.duration(convert.guest_float(stats, "uptime_s")),
-            vmm_cpu=convert.duration(usage.cpu_s),
+            memory_total_bytes=guest_int(stats, "memory_total"),
+            memory_available_bytes=guest_int(stats, "memory_available"),
+            load1=guest_float(loads, "0"),
+            load5=guest_float(loads, "1"),
+            load15=guest_float(loads, "2"),
+            disk_total_bytes=guest_int(stats, "disk_total"),
+            disk_available_bytes=guest_int(stats, "disk_available"),
+            process_count=guest_int(stats, "processes", 0, 1 << 30),
+            uptime=duration(guest_float(stats, "uptime_s")),
+            vmm_cpu=duration(usage.cpu_s),
             vmm_pss_bytes=usage.pss_bytes,
             net_received_bytes=usage.net_received_bytes,
             net_sent_bytes=usage.net_sent_bytes,

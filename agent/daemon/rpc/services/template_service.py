@@ -10,7 +10,7 @@ import grpc
 from agent.common.config.settings import Settings
 from agent.common.errors import InvalidState, ResourceExhausted
 from agent.common.model import Lifetime
-from agent.daemon.rpc.convert import convert
+from agent.daemon.rpc.convert.node_messages import template_message
 from agent.daemon.sandbox.service import Manager
 from agent.daemon.sandbox.state.validation import complete
 from agent.daemon.sandbox.templates.catalog import Templates
@@ -42,7 +42,7 @@ class TemplateService(node_pb2_grpc.TemplateServiceServicer):
         if self._manager.templates is None:
             return pb.ListTemplatesResponse()
         present = await asyncio.to_thread(self._manager.templates.list)
-        return pb.ListTemplatesResponse(templates=[convert.template(value) for value in present])
+        return pb.ListTemplatesResponse(templates=[template_message(value) for value in present])
 
     async def PrepareTemplate(self, request: pb.PrepareTemplateRequest, context: Context) -> pb.Template:  # noqa: N802
         """See node.proto."""
@@ -57,7 +57,7 @@ class TemplateService(node_pb2_grpc.TemplateServiceServicer):
             raise ResourceExhausted(
                 f"no sandbox of this size could run here ({'; '.join(lacking)})", reason="NODE_FULL"
             )
-        return convert.template(await templates.get(image, spec.vcpu_count, spec.memory_bytes))
+        return template_message(await templates.get(image, spec.vcpu_count, spec.memory_bytes))
 
     async def DeleteTemplate(  # noqa: N802
         self, request: pb.DeleteTemplateRequest, context: Context

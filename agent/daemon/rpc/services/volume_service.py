@@ -9,7 +9,7 @@ import grpc
 
 from agent.common.config.settings import Settings
 from agent.common.errors import InvalidSpec
-from agent.daemon.rpc.convert import convert
+from agent.daemon.rpc.convert.times import timestamp
 from agent.daemon.sandbox.service import Manager
 from agent.daemon.storage.volumes import SNAPSHOT, VOLUME, Volume
 from sandboxd.v1 import volume_pb2 as pb
@@ -33,7 +33,7 @@ class VolumeService(volume_pb2_grpc.VolumeServiceServicer):
         return pb.Volume(
             id=volume.id, slug=volume.slug, tenant=volume.tenant, region=self._region, image=volume.image,
             capacity_bytes=volume.capacity_bytes, used_bytes=self._volumes.used_bytes(volume), base_snapshot=base,
-            sandbox_id=self._volumes.user(volume), create_time=convert.timestamp(volume.create_time),
+            sandbox_id=self._volumes.user(volume), create_time=timestamp(volume.create_time),
         )  # fmt: skip
 
     def _snapshot(self, snapshot: Volume) -> pb.Snapshot:
@@ -41,7 +41,7 @@ class VolumeService(volume_pb2_grpc.VolumeServiceServicer):
         return pb.Snapshot(
             id=snapshot.id, slug=snapshot.slug, tenant=snapshot.tenant, region=self._region, image=snapshot.image,
             capacity_bytes=snapshot.capacity_bytes, used_bytes=self._volumes.used_bytes(snapshot),
-            volume=pb.Origin(id=origin[0], slug=origin[1]), create_time=convert.timestamp(snapshot.create_time),
+            volume=pb.Origin(id=origin[0], slug=origin[1]), create_time=timestamp(snapshot.create_time),
         )  # fmt: skip
 
     async def CreateVolume(self, request: pb.CreateVolumeRequest, context: Context) -> pb.Volume:  # noqa: N802

@@ -24,7 +24,7 @@ from agent.common.errors import GuestError, GuestUnreachable, NotFound
 from agent.common.telemetry import ERRORS
 from agent.daemon.rpc import status
 from agent.daemon.rpc.auth.peercred import PeerSocket
-from agent.daemon.rpc.convert import convert
+from agent.daemon.rpc.convert.guest_values import guest_float, guest_int
 from agent.daemon.rpc.server import ApiServer
 from guest.wire import Frame
 from sandboxd.v1 import node_pb2, process_pb2, sandbox_pb2
@@ -326,10 +326,10 @@ def test_every_error_of_ours_has_a_code() -> None:
 def test_numbers_of_guests_are_checked() -> None:
     for value in (None, "1", True, -1, 1 << 70, 1.5):
         with pytest.raises(GuestUnreachable):
-            convert.guest_int({"n": value}, "n")
+            guest_int({"n": value}, "n")
     for number in (None, "1", True, float("nan"), float("inf")):
         with pytest.raises(GuestUnreachable):
-            convert.guest_float({"n": number}, "n")
+            guest_float({"n": number}, "n")
 
 
 async def test_the_node_and_its_changes(api: Api) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.common.errors import GuestUnreachable, InvalidSpec
-from agent.daemon.rpc.convert import convert
+from agent.daemon.rpc.convert.guest_values import guest_int, guest_text, printable
+from agent.daemon.rpc.convert.times import timestamp_ns
 from sandboxd.v1 import file_pb2 as pb
 
 _MAX_PATH_BYTES = 4095
@@ -54,27 +55,27 @@ def info(values: dict[str, Any]) -> pb.FileInfo:
     kind = _TYPES.get(str(values.get("type")))
     if not isinstance(raw, str) or kind is None:
         raise GuestUnreachable("the guest described a file wrongly", reason="GUEST_MALFORMED")
-    shown = convert.printable(raw)
+    shown = printable(raw)
     message = pb.FileInfo(
         path=shown, path_bytes=b"" if shown == raw else raw.encode(errors="surrogateescape"), type=kind,
-        size_bytes=convert.guest_int(values, "size"), mode=convert.guest_int(values, "mode", 0, 0o7777),
+        size_bytes=guest_int(values, "size"), mode=guest_int(values, "mode", 0, 0o7777),
         uid=_id(values, "uid"), gid=_id(values, "gid"),
         modify_time=_time(values, "mtime_ns"), access_time=_time(values, "atime_ns"),
-        change_time=_time(values, "ctime_ns"), link_count=convert.guest_int(values, "nlink"),
-        inode=convert.guest_int(values, "ino", 0, (1 << 64) - 1),
-        device=convert.guest_int(values, "dev", 0, (1 << 64) - 1), blocks=convert.guest_int(values, "blocks"),
-        block_size=convert.guest_int(values, "blksize"),
-        device_number=convert.guest_int(values, "rdev", 0, (1 << 64) - 1),
+        change_time=_time(values, "ctime_ns"), link_count=guest_int(values, "nlink"),
+        inode=guest_int(values, "ino", 0, (1 << 64) - 1),
+        device=guest_int(values, "dev", 0, (1 << 64) - 1), blocks=guest_int(values, "blocks"),
+        block_size=guest_int(values, "blksize"),
+        device_number=guest_int(values, "rdev", 0, (1 << 64) - 1),
     )  # fmt: skip
     if kind == pb.FileInfo.TYPE_SYMLINK:
-        message.link_target = convert.guest_text(values, "target")
+        message.link_target = guest_text(values, "target")
     return message
 
 
 def _id(values: dict[str, Any], name: str) -> int:
-    number = convert.guest_int(values, name, 0, (1 << 32) - 1)
+    number = guest_int(values, name, 0, (1 << 32) - 1)
     return number - (1 << 32) if number > (1 << 31) - 1 else number
 
 
 def _time(values: dict[str, Any], name: str) -> Any:
-    return convert.timestamp_ns(convert.guest_int(values, name, -(1 << 62), 1 << 62))
+    return timestamp_ns(guest_int(values, name, -(1 << 62), 1 << 62))
