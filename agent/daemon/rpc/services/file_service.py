@@ -1,28 +1,28 @@
-"""FileService: see file.proto. Bytes are streamed with the guest's own flow control; no file is ever held."""
+"""Serve FileService (file.proto). File contents are streamed under the guest link's flow control, never buffered."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
+from agent.common.aio import cancel_and_wait
 from agent.common.errors import AgentError, GuestUnreachable, InvalidSpec
 from agent.common.telemetry import STREAM_BYTES
 from agent.daemon.guestlink.stream import CallStream
 from agent.daemon.rpc.convert.file_messages import count, info, mode_bits, nanoseconds, path
 from agent.daemon.rpc.convert.guest_values import guest_int, guest_list, guest_text
 from agent.daemon.rpc.services import open_file
-from agent.daemon.rpc.services.process_service import pages
+from agent.daemon.rpc.services.streams import events, first_message
 from agent.daemon.sandbox.service import Manager
 from guest.wire import Frame
 from sandboxd.v1 import file_pb2 as pb
 from sandboxd.v1 import file_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
-_HEAR_OUT_S = 0.5
+_DRAIN_TIMEOUT_S = 0.5
 _OUT = STREAM_BYTES.labels("file", "from_guest")
 _IN = STREAM_BYTES.labels("file", "to_guest")
 _DISPOSITIONS = {
@@ -40,25 +40,25 @@ _WATCH_TYPES = {
 
 
 class FileService(file_pb2_grpc.FileServiceServicer):
-    """Servicer over the sandboxes' links."""
+    """Servicer of FileService, over the links to the guests."""
 
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
 
-    async def _call(self, request: Any, op: str, /, **fields: object) -> dict[str, Any]:
-        """Makes a call as the request's user, in the request's sandbox."""
+    async def _call(self, request: Any, op: str, /, **params: object) -> dict[str, Any]:
+        """Call an operation of the guest as the request's user."""
         channel = await self._manager.channel(request.sandbox_id)
-        # Copies and removals of large trees take as long as they take; the client's own deadline ends them.
-        return await channel.call(op, timeout_s=None, user=request.user or None, **fields)
+        # No limit here: copies and removals of large trees are ended by the client's own deadline.
+        return await channel.call(op, timeout_s=None, user=request.user or None, **params)
 
     async def ReadFile(self, request: pb.ReadFileRequest, context: Context) -> AsyncIterator[pb.ReadFileResponse]:  # noqa: N802
         """See file.proto."""
-        fields = {
+        params = {
             "path": path(request.path), "offset": count(request.offset, "offset"),
             "length": count(request.length, "length"), "user": request.user or None,
         }  # fmt: skip
         channel = await self._manager.channel(request.sandbox_id)
-        async with channel.stream("fs.read", **fields) as stream:
+        async with channel.stream("fs.read", **params) as stream:
             while (frame := await stream.recv()) is not None:
                 if frame[0] is Frame.DATA:
                     _OUT.inc(len(frame[1]))
@@ -68,34 +68,30 @@ class FileService(file_pb2_grpc.FileServiceServicer):
         self, request_iterator: AsyncIterator[pb.WriteFileRequest], context: Context
     ) -> pb.WriteFileResponse:
         """See file.proto."""
-        first = await anext(request_iterator, None)
-        if first is None or first.WhichOneof("message") != "open":
-            raise InvalidSpec("the first message must carry open")
+        first = await first_message(request_iterator, "open")
         opened = first.open
-        fields = {
+        params = {
             "path": path(opened.path), "disposition": _DISPOSITIONS.get(opened.disposition, "truncate"),
             "offset": count(opened.offset, "offset"),
             "mode": mode_bits(opened.mode if opened.HasField("mode") else 0o644),
             "must_exist": opened.must_exist, "user": opened.user or None, "parents": opened.make_parents,
         }  # fmt: skip
         channel = await self._manager.channel(opened.sandbox_id)
-        async with channel.stream("fs.write", **fields) as stream:
+        async with channel.stream("fs.write", **params) as stream:
             feeder = asyncio.create_task(_feed(stream, request_iterator))
             try:
                 return await _written(stream, feeder)
             finally:
-                feeder.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await feeder
+                await cancel_and_wait(feeder)
 
     async def Stat(self, request: pb.StatRequest, context: Context) -> pb.FileInfo:  # noqa: N802
         """See file.proto."""
         follow = not request.no_follow
         return info(await self._call(request, "fs.stat", path=path(request.path), follow=follow))
 
-    async def _entries(self, request: Any, op: str, /, **fields: object) -> AsyncIterator[list[pb.FileInfo]]:
+    async def _entries(self, request: Any, op: str, /, **params: object) -> AsyncIterator[list[pb.FileInfo]]:
         channel = await self._manager.channel(request.sandbox_id)
-        async for page in pages(channel.stream(op, user=request.user or None, **fields)):
+        async for page in events(channel.stream(op, user=request.user or None, **params)):
             yield [info(item) for item in guest_list(page, "entries")]
 
     async def ListDirectory(  # noqa: N802
@@ -198,28 +194,26 @@ class FileService(file_pb2_grpc.FileServiceServicer):
     async def Walk(self, request: pb.WalkRequest, context: Context) -> AsyncIterator[pb.WalkResponse]:  # noqa: N802
         """See file.proto."""
         depth = count(request.max_depth, "max_depth") if request.HasField("max_depth") else None
-        fields = {"path": path(request.path), "max_depth": depth, "follow": request.follow_symlinks}
-        async for entries in self._entries(request, "fs.walk", **fields):
+        params = {"path": path(request.path), "max_depth": depth, "follow": request.follow_symlinks}
+        async for entries in self._entries(request, "fs.walk", **params):
             yield pb.WalkResponse(entries=entries)
 
     async def Glob(self, request: pb.GlobRequest, context: Context) -> AsyncIterator[pb.GlobResponse]:  # noqa: N802
         """See file.proto."""
-        fields = {
+        params = {
             "pattern": path(request.pattern, "pattern"), "root": path(request.root or "/home/sandbox", "root"),
             "exclude_directories": request.exclude_directories, "include_hidden": request.include_hidden,
         }  # fmt: skip
-        async for entries in self._entries(request, "fs.glob", **fields):
+        async for entries in self._entries(request, "fs.glob", **params):
             yield pb.GlobResponse(entries=entries)
 
     async def OpenFile(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.OpenFileRequest], context: Context
     ) -> AsyncIterator[pb.OpenFileResponse]:
         """See file.proto."""
-        first = await anext(request_iterator, None)
-        if first is None or first.WhichOneof("message") != "open":
-            raise InvalidSpec("the first message must carry open")
+        first = await first_message(request_iterator, "open")
         channel = await self._manager.channel(first.open.sandbox_id)
-        async with channel.stream("fs.open", **open_file.open_fields(first.open)) as stream:
+        async with channel.stream("fs.open", **open_file.open_params(first.open)) as stream:
             async for response in open_file.serve(stream, request_iterator):
                 yield response
 
@@ -227,7 +221,7 @@ class FileService(file_pb2_grpc.FileServiceServicer):
         """See file.proto."""
         channel = await self._manager.channel(request.sandbox_id)
         opened = channel.stream("fs.watch", path=path(request.path), recursive=request.recursive)
-        async for event in pages(opened):
+        async for event in events(opened):
             if event.get("ready"):
                 yield pb.WatchResponse(type=pb.WatchResponse.TYPE_READY, path=request.path)
                 continue
@@ -237,6 +231,10 @@ class FileService(file_pb2_grpc.FileServiceServicer):
 
 
 async def _feed(stream: CallStream, requests: AsyncIterator[pb.WriteFileRequest]) -> None:
+    """Send the client's bytes to the guest.
+
+    :raises InvalidSpec: a message after the first carries no data.
+    """
     async for request in requests:
         if request.WhichOneof("message") != "data":
             raise InvalidSpec("only the first message may carry open")
@@ -246,13 +244,13 @@ async def _feed(stream: CallStream, requests: AsyncIterator[pb.WriteFileRequest]
 
 
 async def _written(stream: CallStream, feeder: asyncio.Task[None]) -> pb.WriteFileResponse:
-    """Returns the guest's count; a failure of either side ends the call at once."""
+    """Return the response with the guest's byte count; fail as soon as either side fails."""
 
     async def result() -> int:
         while (frame := await stream.recv()) is not None:
             if frame[0] is Frame.RESULT:
                 return guest_int(frame[1], "bytes")
-        raise GuestUnreachable("the guest did not say how much it wrote")
+        raise GuestUnreachable("the guest ended the write without a result")
 
     waiter = asyncio.create_task(result())
     try:
@@ -262,10 +260,8 @@ async def _written(stream: CallStream, feeder: asyncio.Task[None]) -> pb.WriteFi
         try:
             return pb.WriteFileResponse(written_bytes=await waiter)
         except AgentError:
-            # What the client still sends is dropped now. A client whose write fails does not look at our status.
-            await asyncio.wait({feeder}, timeout=_HEAR_OUT_S)
+            # Read and drop what the client still sends: a client whose write fails does not read the status.
+            await asyncio.wait({feeder}, timeout=_DRAIN_TIMEOUT_S)
             raise
     finally:
-        waiter.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await waiter
+        await cancel_and_wait(waiter)

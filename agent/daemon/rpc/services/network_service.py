@@ -1,18 +1,19 @@
-"""NetworkService: see network.proto."""
+"""Serve NetworkService (network.proto)."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
-from agent.common.errors import GuestUnreachable, InvalidSpec
+from agent.common.aio import cancel_and_wait
+from agent.common.errors import AgentError, GuestUnreachable, InvalidSpec
 from agent.common.telemetry import STREAM_BYTES
 from agent.daemon.guestlink.stream import CallStream
 from agent.daemon.rpc.convert.guest_values import guest_int, guest_text
+from agent.daemon.rpc.services.streams import first_message, recv_or_fail
 from agent.daemon.sandbox.service import Manager
 from guest.wire import Frame
 from sandboxd.v1 import network_pb2 as pb
@@ -24,7 +25,7 @@ _IN = STREAM_BYTES.labels("dial", "to_guest")
 
 
 class NetworkService(network_pb2_grpc.NetworkServiceServicer):
-    """Servicer over the sandboxes' links."""
+    """Servicer of NetworkService, over the links to the guests."""
 
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
@@ -33,15 +34,13 @@ class NetworkService(network_pb2_grpc.NetworkServiceServicer):
         self, request_iterator: AsyncIterator[pb.DialRequest], context: Context
     ) -> AsyncIterator[pb.DialResponse]:
         """See network.proto."""
-        first = await anext(request_iterator, None)
-        if first is None or first.WhichOneof("message") != "open":
-            raise InvalidSpec("the first message must carry open")
-        op, fields = _target(first.open)
+        first = await first_message(request_iterator, "open")
+        op, params = _target(first.open)
         channel = await self._manager.channel(first.open.sandbox_id)
-        async with channel.stream(op, **fields) as stream:
+        async with channel.stream(op, **params) as stream:
             feeder = asyncio.create_task(_feed(stream, request_iterator))
             try:
-                while (frame := await stream.recv()) is not None:
+                while (frame := await recv_or_fail(stream, feeder)) is not None:
                     if frame[0] is Frame.DATA:
                         _OUT.inc(len(frame[1]))
                         yield pb.DialResponse(data=frame[1])
@@ -50,9 +49,7 @@ class NetworkService(network_pb2_grpc.NetworkServiceServicer):
                     elif frame[0] is Frame.EOF:
                         yield pb.DialResponse(eof=True)
             finally:
-                feeder.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await feeder
+                await cancel_and_wait(feeder)
 
     async def WaitForListener(  # noqa: N802
         self, request: pb.WaitForListenerRequest, context: Context
@@ -70,7 +67,10 @@ class NetworkService(network_pb2_grpc.NetworkServiceServicer):
 
 
 def _target(opened: pb.DialRequest.Open) -> tuple[str, dict[str, object]]:
-    """Returns the guest's operation and its fields. :raises InvalidSpec: no port, and no process."""
+    """Return the guest's operation and its parameters.
+
+    :raises InvalidSpec: neither a process alone nor a valid host and port.
+    """
     if opened.process_id and not opened.port and not opened.host:
         return "proc.channel", {"id": opened.process_id}
     if opened.process_id or not 1 <= opened.port <= 65535 or len(opened.host) > 255 or "\0" in opened.host:
@@ -79,9 +79,18 @@ def _target(opened: pb.DialRequest.Open) -> tuple[str, dict[str, object]]:
 
 
 async def _feed(stream: CallStream, requests: AsyncIterator[pb.DialRequest]) -> None:
-    with contextlib.suppress(GuestUnreachable):  # the receiving side reports it
+    """Send the client's bytes to the guest.
+
+    :raises AgentError: a message is not valid; the guest's call is ended first.
+    """
+    try:
         async for request in requests:
             if request.data:
                 _IN.inc(len(request.data))
                 await stream.send(Frame.DATA, request.data)
         await stream.send_eof()
+    except GuestUnreachable:
+        return  # recv_or_fail reports it
+    except AgentError:
+        stream.end()
+        raise

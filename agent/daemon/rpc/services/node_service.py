@@ -1,4 +1,4 @@
-"""NodeService and ImageService: see node.proto."""
+"""Serve NodeService and ImageService (node.proto)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 
 import grpc
 
+from agent.common.aio import cancel_and_wait
 from agent.common.errors import InvalidSpec, InvalidState
 from agent.daemon.rpc.convert.node_messages import image_message, node_message
-from agent.daemon.rpc.convert.times import timestamp
+from agent.daemon.rpc.convert.times import duration_s, timestamp
 from agent.daemon.sandbox.service import Manager
-from agent.daemon.sandbox.state.events import WatcherTooSlowError
 from sandboxd.v1 import node_pb2 as pb
 from sandboxd.v1 import node_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _MAX_INTERVAL_S = 3600
-_SETTLE_S = 0.05  # one message for changes that come together
+_SETTLE_S = 0.05  # changes within this time share one message
 _VERSION = version("sandboxd")
 
 
 class NodeService(node_pb2_grpc.NodeServiceServicer):
-    """Servicer over the manager."""
+    """Servicer of NodeService."""
 
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
@@ -40,7 +40,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         return await self._node()
 
     async def WatchNode(self, request: pb.WatchNodeRequest, context: Context) -> AsyncIterator[pb.Node]:  # noqa: N802
-        """See node.proto: a change is a sandbox that comes, goes, or changes its state."""
+        """See node.proto. Sends the node after each event of a sandbox, and every `interval_seconds` without one."""
         interval = request.interval_seconds or 10
         if not 1 <= interval <= _MAX_INTERVAL_S:
             raise InvalidSpec(f"interval_seconds is {interval}; it must be from 1 to {_MAX_INTERVAL_S}")
@@ -61,9 +61,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
                 await asyncio.sleep(_SETTLE_S)
         finally:
             self._manager.node.on_change.discard(changed.set)
-            listener.cancel()
-            with contextlib.suppress(asyncio.CancelledError, WatcherTooSlowError):
-                await listener
+            await cancel_and_wait(listener)
 
     async def DrainNode(  # noqa: N802
         self, request: pb.DrainNodeRequest, context: Context
@@ -71,7 +69,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         """See node.proto."""
         evict_after_s = None
         if request.HasField("evict_after"):
-            evict_after_s = request.evict_after.seconds + request.evict_after.nanos / 1e9
+            evict_after_s = duration_s(request.evict_after)
             if evict_after_s < 0:
                 raise InvalidSpec("evict_after must not be negative")
         await self._manager.drain.begin(evict_after_s)
@@ -88,7 +86,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 
 
 class ImageService(node_pb2_grpc.ImageServiceServicer):
-    """Servicer over the image store."""
+    """Servicer of ImageService."""
 
     def __init__(self, manager: Manager) -> None:
         self._manager = manager

@@ -1,4 +1,4 @@
-"""The call OpenFile of FileService: requests of the client become operations on the guest's open file, one for one."""
+"""Serve the call OpenFile of FileService: each request becomes one operation on a file that is open in the guest."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ _IN = STREAM_BYTES.labels("file", "to_guest")
 _MAX_IO_BYTES = 1 << 20
 
 
-def open_fields(opened: pb.OpenFileRequest.Open) -> dict[str, object]:
-    """Returns the fields of the guest request. :raises InvalidSpec: the path or the mode is none."""
+def open_params(opened: pb.OpenFileRequest.Open) -> dict[str, object]:
+    """Return the parameters of the guest's operation fs.open.
+
+    :raises InvalidSpec: the path or the mode is not valid.
+    """
     return {
         "path": path(opened.path), "read": opened.read, "write": opened.write, "append": opened.append,
         "truncate": opened.truncate, "create": opened.create, "create_new": opened.create_new,
@@ -28,9 +31,10 @@ def open_fields(opened: pb.OpenFileRequest.Open) -> dict[str, object]:
 
 
 async def serve(stream: CallStream, requests: AsyncIterator[pb.OpenFileRequest]) -> AsyncIterator[pb.OpenFileResponse]:
-    """Yields the response to each request, that to open first.
+    """Yield the response to the open, then one for each request.
 
-    :raises InvalidSpec: a malformed request, which ends the call. :raises AgentError: the file cannot be opened.
+    :raises InvalidSpec: a request is malformed; the call ends.
+    :raises AgentError: the file cannot be opened.
     """
     yield pb.OpenFileResponse(info=info(guest_dict(await _answer(stream), "info")))
     async for request in requests:
@@ -77,7 +81,9 @@ def _operation(request: pb.OpenFileRequest, kind: str | None) -> dict[str, objec
 
 async def _write(stream: CallStream, data: bytes) -> None:
     if len(data) > _MAX_IO_BYTES:
-        raise InvalidSpec(f"{len(data)} bytes in one write; at most {_MAX_IO_BYTES} fit")
+        raise InvalidSpec(
+            f"a write of {len(data)} bytes is too large; send at most {_MAX_IO_BYTES} bytes in one request"
+        )
     _IN.inc(len(data))
     await stream.send_json({"do": "write", "size": len(data)})
     await stream.send(Frame.DATA, data)
@@ -86,7 +92,7 @@ async def _write(stream: CallStream, data: bytes) -> None:
 async def _answer(stream: CallStream) -> dict[str, Any]:
     frame = await stream.recv()
     if frame is None or frame[0] is not Frame.EVENT:
-        raise GuestUnreachable("the guest ended an open file by itself", reason="GUEST_MALFORMED")
+        raise GuestUnreachable("the guest closed an open file without being asked", reason="GUEST_MALFORMED")
     value: dict[str, Any] = frame[1]
     return value
 
@@ -109,7 +115,9 @@ async def _data(stream: CallStream, size: int) -> bytes:
     while size:
         frame = await stream.recv(size)
         if frame is None or frame[0] is not Frame.DATA:
-            raise GuestUnreachable("the guest did not send what it read", reason="GUEST_MALFORMED")
+            raise GuestUnreachable(
+                "the guest did not send the bytes that it reported as read", reason="GUEST_MALFORMED"
+            )
         pieces.append(frame[1])
         size -= len(frame[1])
     _OUT.inc(sum(map(len, pieces)))

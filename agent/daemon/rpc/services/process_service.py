@@ -1,19 +1,20 @@
-"""ProcessService: see process.proto. Frames of the link become messages one for one; nothing is held in between."""
+"""Serve ProcessService (process.proto). Each frame of the guest link becomes one message; nothing is buffered."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
+from agent.common.aio import cancel_and_wait
 from agent.common.errors import AgentError, GuestUnreachable, InvalidSpec
 from agent.common.telemetry import PROCESSES, STREAM_BYTES
 from agent.daemon.guestlink.stream import CallStream
 from agent.daemon.rpc.convert.guest_values import guest_dict, guest_int, guest_list, guest_text
 from agent.daemon.rpc.convert.process_messages import exit_message, process_message, system_process_message
+from agent.daemon.rpc.services.streams import events, first_message, recv_or_fail
 from agent.daemon.sandbox.service import Manager
 from agent.daemon.sandbox.state.validation import check_env
 from guest.wire import Frame
@@ -21,6 +22,7 @@ from sandboxd.v1 import process_pb2 as pb
 from sandboxd.v1 import process_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_CALL_TIMEOUT_S = 30.0
 _MAX_ARGS = 4096
 _MAX_ARG_BYTES = 1 << 20
 _MAX_REPLAY_BYTES = 16 << 20
@@ -31,24 +33,27 @@ _IN = STREAM_BYTES.labels("process", "to_guest")
 def _size(terminal: pb.Terminal) -> dict[str, object]:
     rows, cols = terminal.rows or 24, terminal.cols or 80
     if not (1 <= rows <= 65535 and 1 <= cols <= 65535):
-        raise InvalidSpec(f"a terminal of {rows} rows and {cols} columns is not possible; use 1 to 65535")
+        raise InvalidSpec(f"terminal size is {rows} rows and {cols} columns; each must be from 1 to 65535")
     return {"rows": rows, "cols": cols}
 
 
 def _text(value: str, name: str, limit: int = 4096) -> str | None:
     if "\0" in value or len(value) > limit:
-        raise InvalidSpec(f"{name} has a NUL in it or is over {limit} characters")
+        raise InvalidSpec(f"{name} has a NUL character or is over {limit} characters long")
     return value or None
 
 
-def spec_fields(spec: pb.ProcessSpec) -> dict[str, object]:
-    """Returns the fields of a guest request. :raises InvalidSpec: beyond the limits of process.proto."""
+def process_params(spec: pb.ProcessSpec) -> dict[str, object]:
+    """Return the parameters of the guest's operation for a process specification.
+
+    :raises InvalidSpec: it is beyond the limits of process.proto.
+    """
     argv = list(spec.argv)
     if not 1 <= len(argv) <= _MAX_ARGS or not argv[0]:
         raise InvalidSpec(f"argv has {len(argv)} words; give a program and at most {_MAX_ARGS - 1} arguments")
     if sum(len(word.encode()) + 1 for word in argv) > _MAX_ARG_BYTES or any("\0" in word for word in argv):
         raise InvalidSpec(
-            f"argv is over {_MAX_ARG_BYTES} bytes or has NUL in it; pass the data by standard input or a file"
+            f"argv is over {_MAX_ARG_BYTES} bytes or has a NUL character; pass the data by standard input or a file"
         )
     check_env(spec.env)
     if not 0 <= spec.replay_bytes <= _MAX_REPLAY_BYTES:
@@ -64,18 +69,18 @@ def spec_fields(spec: pb.ProcessSpec) -> dict[str, object]:
 
 
 class ProcessService(process_pb2_grpc.ProcessServiceServicer):
-    """Servicer over the sandboxes' links."""
+    """Servicer of ProcessService, over the links to the guests."""
 
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
 
-    async def _call(self, sandbox_id: str, op: str, /, **fields: object) -> dict[str, Any]:
+    async def _call(self, sandbox_id: str, op: str, /, **params: object) -> dict[str, Any]:
         channel = await self._manager.channel(sandbox_id)
-        return await channel.call(op, timeout_s=30.0, **fields)
+        return await channel.call(op, timeout_s=_CALL_TIMEOUT_S, **params)
 
     async def StartProcess(self, request: pb.StartProcessRequest, context: Context) -> pb.Process:  # noqa: N802
         """See process.proto."""
-        started = await self._call(request.sandbox_id, "proc.start", **spec_fields(request.spec))
+        started = await self._call(request.sandbox_id, "proc.start", **process_params(request.spec))
         PROCESSES.inc()
         return process_message(started)
 
@@ -83,13 +88,11 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         self, request_iterator: AsyncIterator[pb.ExecRequest], context: Context
     ) -> AsyncIterator[pb.ExecResponse]:
         """See process.proto."""
-        first = await anext(request_iterator, None)
-        if first is None or first.WhichOneof("message") != "start":
-            raise InvalidSpec("the first message must carry start")
-        fields = spec_fields(first.start.spec)
+        first = await first_message(request_iterator, "start")
+        params = process_params(first.start.spec)
         channel = await self._manager.channel(first.start.sandbox_id)
         detach = first.start.detach_on_disconnect
-        async with channel.stream("proc.exec", detach=detach, **fields) as stream:
+        async with channel.stream("proc.exec", detach=detach, **params) as stream:
             PROCESSES.inc()
             async for response in _relay(stream, request_iterator, pb.ExecResponse, end_is_eof=not detach):
                 yield response
@@ -98,9 +101,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: Context
     ) -> AsyncIterator[pb.AttachResponse]:
         """See process.proto."""
-        first = await anext(request_iterator, None)
-        if first is None or first.WhichOneof("message") != "open":
-            raise InvalidSpec("the first message must carry open")
+        first = await first_message(request_iterator, "open")
         channel = await self._manager.channel(first.open.sandbox_id)
         replay = not first.open.no_replay
         async with channel.stream("proc.attach", id=first.open.process_id, replay=replay) as stream:
@@ -131,10 +132,10 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         """See process.proto."""
         channel = await self._manager.channel(request.sandbox_id)
         response = pb.ListProcessesResponse()
-        async for page in pages(channel.stream("proc.list")):
+        async for page in events(channel.stream("proc.list")):
             response.processes.extend(process_message(item) for item in guest_list(page, "processes"))
         if request.all_processes:
-            async for page in pages(channel.stream("sys.processes")):
+            async for page in events(channel.stream("sys.processes")):
                 items = guest_list(page, "processes")
                 response.system_processes.extend(system_process_message(item) for item in items)
         return response
@@ -157,14 +158,6 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         return pb.UpdateEnvironmentResponse()
 
 
-async def pages(opened: contextlib.AbstractAsyncContextManager[CallStream]) -> AsyncIterator[dict[str, Any]]:
-    """Yields the EVENT frames of a call until its result."""
-    async with opened as stream:
-        while (frame := await stream.recv()) is not None:
-            if frame[0] is Frame.EVENT:
-                yield frame[1]
-
-
 async def _relay(
     stream: CallStream,
     requests: AsyncIterator[pb.ExecRequest] | AsyncIterator[pb.AttachRequest],
@@ -172,10 +165,10 @@ async def _relay(
     *,
     end_is_eof: bool,
 ) -> AsyncIterator[Any]:
-    """Yields the guest's frames as messages while the client's messages go to the guest."""
+    """Send the client's messages to the guest, and yield the guest's frames as messages."""
     feeder = asyncio.create_task(_feed(stream, requests, end_is_eof=end_is_eof))
     try:
-        while (frame := await _receive(stream, feeder)) is not None:
+        while (frame := await recv_or_fail(stream, feeder)) is not None:
             kind, value = frame
             if kind is Frame.STDOUT:
                 _OUT.inc(len(value))
@@ -188,19 +181,7 @@ async def _relay(
             elif kind is Frame.RESULT:
                 yield response(exit=exit_message(guest_dict(value, "exit")))
     finally:
-        feeder.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await feeder
-
-
-async def _receive(stream: CallStream, feeder: asyncio.Task[None]) -> tuple[Frame, Any] | None:
-    """Returns the next frame. A call that the feeder gave up ends with the feeder's reason."""
-    try:
-        return await stream.recv()
-    except GuestUnreachable:
-        if feeder.done() and (error := feeder.exception()) is not None:
-            raise error from None
-        raise
+        await cancel_and_wait(feeder)
 
 
 def _started(value: dict[str, Any], response: type[pb.ExecResponse] | type[pb.AttachResponse]) -> Any:
@@ -213,10 +194,11 @@ def _started(value: dict[str, Any], response: type[pb.ExecResponse] | type[pb.At
 async def _feed(
     stream: CallStream, requests: AsyncIterator[pb.ExecRequest] | AsyncIterator[pb.AttachRequest], *, end_is_eof: bool
 ) -> None:
-    """Carries the client's messages to the guest.
+    """Send the client's messages to the guest.
 
-    :param end_is_eof: the end of the client's stream is the end of input, too. gRPC shows a client that is gone in the
-        same way, so this is not for processes that outlive their clients.
+    :param end_is_eof: close the process's standard input when the client's stream ends. False for processes that
+        outlive their clients: gRPC reports a client that disconnected in the same way.
+    :raises AgentError: a message is not valid; the guest's call is ended first.
     """
     ended = False
     try:
@@ -235,7 +217,7 @@ async def _feed(
         if end_is_eof and not ended:
             await stream.send_eof()
     except GuestUnreachable:
-        return  # the receiving side reports it
+        return  # recv_or_fail reports it
     except AgentError:
         stream.end()
         raise

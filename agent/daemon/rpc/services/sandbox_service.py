@@ -1,4 +1,4 @@
-"""SandboxService: see sandbox.proto for what each call promises."""
+"""Serve SandboxService (sandbox.proto)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _matches(record: Record, labels: dict[str, str]) -> bool:
 
 
 class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
-    """Servicer over the manager."""
+    """Servicer of SandboxService."""
 
     def __init__(self, manager: Manager, settings: Settings) -> None:
         self._manager = manager
@@ -76,7 +76,12 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         return self._message(await self._manager.create(spec, values))
 
     def _volumes(self, request: pb.CreateSandboxRequest) -> tuple[Volume | None, tuple[tuple[str, str], ...], str]:
-        """Returns root, mounts and image of a request. :raises NotFound: :raises InvalidSpec: :raises InvalidState:"""
+        """Return the root volume, the (path, volume id) of each mount, and the image of a create request.
+
+        :raises NotFound: a volume or snapshot does not exist.
+        :raises InvalidSpec: an image or a disk size is given besides a root.
+        :raises InvalidState: the root was not made from an image.
+        """
         find, tenant = self._manager.volumes.find, request.tenant
         mounts = tuple((path, find(tenant, name, VOLUME).id) for path, name in sorted(request.volumes.items()))
         image = request.image or self._settings.images.default_image
@@ -85,10 +90,10 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         root = find(tenant, request.root, VOLUME, SNAPSHOT)
         if not root.image:
             raise InvalidState(
-                f"{root.slug} cannot be a root: it was not made from an image", reason="VOLUME_NOT_BOOTABLE"
+                f"{root.slug} cannot be booted: it was not made from an image", reason="VOLUME_NOT_BOOTABLE"
             )
         if request.disk_bytes or request.image not in ("", root.image):
-            raise InvalidSpec(f"image and disk_bytes are those of the root {root.slug}: leave them out")
+            raise InvalidSpec(f"root {root.slug} determines image and disk_bytes; leave them unset")
         return root, mounts, root.image
 
     async def GetSandbox(self, request: pb.GetSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
@@ -241,7 +246,10 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
 
 
 def _appended(before: bytes, now: bytes) -> bytes:
-    """Returns what `now` has at its end beyond `before`; both are the last bytes of one growing text."""
+    """Return the bytes that `now` has after the end of `before`; both are the tail of the same growing log.
+
+    If `before` is not in `now` any more, all of `now` is new.
+    """
     if now.startswith(before):
         return now[len(before) :]
     mark = before[-256:]
@@ -260,4 +268,4 @@ def _parse_token(token: str) -> tuple[float, str]:
         create_time, _, sandbox_id = base64.urlsafe_b64decode(token).decode().partition(" ")
         return float(create_time), sandbox_id
     except (ValueError, binascii.Error):
-        raise InvalidSpec("page_token is not one that ListSandboxes gave; begin with an empty one") from None
+        raise InvalidSpec("page_token is not from a ListSandboxes response; start with an empty page_token") from None

@@ -1,4 +1,4 @@
-"""TemplateService: see node.proto."""
+"""Serve TemplateService (node.proto)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class TemplateService(node_pb2_grpc.TemplateServiceServicer):
-    """Servicer over the manager's templates."""
+    """Servicer of TemplateService."""
 
     def __init__(self, manager: Manager, settings: Settings) -> None:
         self._manager = manager
@@ -30,7 +30,7 @@ class TemplateService(node_pb2_grpc.TemplateServiceServicer):
     def _templates(self) -> Templates:
         if self._manager.templates is None:
             raise InvalidState(
-                "this node makes no templates: templates.enabled is false, or vmm.link is vsock with QEMU",
+                "templates are off on this node: templates.enabled is false, or vmm.link is vsock with QEMU",
                 reason="TEMPLATES_OFF",
             )
         return self._manager.templates
@@ -55,7 +55,7 @@ class TemplateService(node_pb2_grpc.TemplateServiceServicer):
         image = self._manager.fitting_image(spec)
         if lacking := self._manager.node.lacking([spec], ()):
             raise ResourceExhausted(
-                f"no sandbox of this size could run here ({'; '.join(lacking)})", reason="NODE_FULL"
+                f"a sandbox of this size does not fit on this node ({'; '.join(lacking)})", reason="NODE_FULL"
             )
         return template_message(await templates.get(image, spec.vcpu_count, spec.memory_bytes))
 

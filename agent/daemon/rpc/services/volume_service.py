@@ -1,4 +1,4 @@
-"""VolumeService: see volume.proto."""
+"""Serve VolumeService (volume.proto)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Message = TypeVar("_Message")
 
 
 class VolumeService(volume_pb2_grpc.VolumeServiceServicer):
-    """Servicer over the node's volumes."""
+    """Servicer of VolumeService."""
 
     def __init__(self, manager: Manager, settings: Settings) -> None:
         self._manager = manager
@@ -94,14 +94,19 @@ class VolumeService(volume_pb2_grpc.VolumeServiceServicer):
 
 
 def _page(found: list[Volume], request: Any, message: Callable[[Volume], _Message]) -> tuple[list[_Message], str]:
-    """Returns one page of messages and the token of the next. :raises InvalidSpec: not a page or its token."""
+    """Return one page of messages, and the token of the next page or "".
+
+    :raises InvalidSpec: page_size is out of range, or page_token is not of this list.
+    """
     size = request.page_size or _DEFAULT_PAGE
     if not 1 <= size <= _MAX_PAGE:
         raise InvalidSpec(f"page_size is {size}; it must be from 1 to {_MAX_PAGE}")
     if request.page_token:
         if request.page_token not in {volume.id for volume in found}:
-            # What it stood for is gone, or was never a token.
-            raise InvalidSpec("page_token is not one of this list any more; begin again", reason="INVALID_PAGE_TOKEN")
+            # The volume was deleted since, or the token was never one.
+            raise InvalidSpec(
+                "page_token is not valid any more; start with an empty page_token", reason="INVALID_PAGE_TOKEN"
+            )
         start = next(index for index, volume in enumerate(found) if volume.id == request.page_token)
         found = found[start:]
     token = found[size].id if len(found) > size else ""

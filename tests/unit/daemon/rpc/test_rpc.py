@@ -27,7 +27,7 @@ from agent.daemon.rpc.auth.peercred import PeerSocket
 from agent.daemon.rpc.convert.guest_values import guest_float, guest_int
 from agent.daemon.rpc.server import ApiServer
 from guest.wire import Frame
-from sandboxd.v1 import node_pb2, process_pb2, sandbox_pb2
+from sandboxd.v1 import network_pb2, node_pb2, process_pb2, sandbox_pb2
 from tests.support import leaks
 from tests.support.client import MIB, Client, reason
 from tests.support.daemon_fakes import Bench, bench
@@ -257,6 +257,19 @@ async def test_a_wrong_message_in_mid_stream_ends_the_call_with_its_reason(api: 
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await asyncio.wait_for(call.read(), 2)
     failed(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SPEC", caught.value)
+
+
+async def test_a_malformed_message_in_mid_stream_ends_a_dialled_connection(api: Api) -> None:
+    api.node.world.script = [(Frame.EVENT, {}), 5]
+    async with api.client.sandbox(memory_bytes=64 * MIB) as made:
+        opening = network_pb2.DialRequest(open=network_pb2.DialRequest.Open(sandbox_id=made.id, port=80))
+        call = api.channel.stream_stream("/sandboxd.v1.NetworkService/Dial")()
+        await call.write(opening.SerializeToString())
+        await call.read()
+        await call.write(b"\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(call.read(), 2)
+    failed(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST", caught.value)
 
 
 async def test_a_client_that_leaves_ends_the_guests_call(api: Api) -> None:
