@@ -1,5 +1,6 @@
-"""Around every RPC: log context, span, time, the translation of errors, and a line in the audit log: who did what to
-which sandbox, and what came of it.
+"""Wrap every RPC: bind the log context, open a span, measure the time, translate errors, write the audit log.
+
+An audit line has the caller, the call, the sandbox (or volume, image, template) and the status code.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from agent.daemon.rpc.convert.guest_values import printable
 from agent.daemon.rpc.status import to_status
 
 Handler = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Any]
-# Where a message names what it is about; a stream's first message has that in a part of its own.
+# Fields that identify the object of a call; in the first message of a stream they are in one of _PARTS.
 _NAMES = ("sandbox_id", "id", "id_or_slug", "volume", "name", "slug")
 _PARTS = ("start", "open")
 _MAX_NAME = 80
 
 
 def target_of(message: Any) -> str:
-    """Returns the sandbox, volume, image or template that a message is about; "" if it names none."""
+    """Return the id or name of the sandbox, volume, image or template in a message; "" without one."""
     for part in (message, *(getattr(message, name, None) for name in _PARTS)):
         for name in _NAMES:
             value = getattr(part, name, "")
@@ -37,7 +38,7 @@ def target_of(message: Any) -> str:
 
 
 def _who(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """Returns the caller: user and PID on the unix socket, the certificate's name on TCP."""
+    """Return the caller: UID and PID on the unix socket, the name in the client certificate on TCP."""
     known = context.auth_context()
     names = (*known.get("x509_common_name", ()), *known.get("x509_subject_alternative_name", ()))
     for name in filter(None, names):
@@ -47,7 +48,7 @@ def _who(context: grpc.aio.ServicerContext[Any, Any]) -> str:
 
 
 class _Malformed:
-    """A request that could not be read. gRPC's own answer to that is UNKNOWN, with a traceback in the log."""
+    """Stands for a request that cannot be parsed. gRPC itself would answer UNKNOWN and log a traceback."""
 
 
 def _reading(deserialize: Any) -> Callable[[bytes], Any]:
@@ -60,32 +61,40 @@ def _reading(deserialize: Any) -> Callable[[bytes], Any]:
     return read
 
 
-class _Noted:
-    """What a call turned out to be about."""
+class _CallTarget:
+    """The object of a call, found in its requests; refuses malformed requests."""
 
     def __init__(self, request: Any) -> None:
-        self.target = target_of(request)
+        self.name = target_of(request)
 
-    def look_at(self, request: Any) -> Any:
-        """Returns a request. :raises InvalidSpec: it is none."""
+    def inspect(self, request: Any) -> Any:
+        """Take the target from a request, and return the request.
+
+        :raises InvalidSpec: the request is malformed.
+        """
         if isinstance(request, _Malformed):
-            raise InvalidSpec("the request is no protobuf message of its kind", reason="MALFORMED_REQUEST")
-        self.target = self.target or target_of(request)
+            raise InvalidSpec(
+                "the request cannot be parsed as the protobuf message of this call", reason="MALFORMED_REQUEST"
+            )
+        self.name = self.name or target_of(request)
         return request
 
-    async def each_of(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Yields the requests of a stream."""
+    async def inspect_each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Inspect and yield the requests of a stream."""
         async for request in requests:
-            yield self.look_at(request)
+            yield self.inspect(request)
 
-    def seen(self, request: Any) -> Any:
-        """Returns a request, or the stream of them, as a handler is to get it. :raises InvalidSpec:"""
-        return self.each_of(request) if hasattr(request, "__aiter__") else self.look_at(request)
+    def inspected(self, request: Any) -> Any:
+        """Return the request, or the stream of requests, for the handler.
+
+        :raises InvalidSpec: the request is malformed; a stream raises it later.
+        """
+        return self.inspect_each(request) if hasattr(request, "__aiter__") else self.inspect(request)
 
 
 @asynccontextmanager
 async def _observed(
-    method: str, context: grpc.aio.ServicerContext[Any, Any], noted: _Noted, *, audit: bool
+    method: str, context: grpc.aio.ServicerContext[Any, Any], target: _CallTarget, *, audit: bool
 ) -> AsyncIterator[None]:
     start = time.perf_counter()
     code = grpc.StatusCode.OK
@@ -98,7 +107,7 @@ async def _observed(
             raise
         except grpc.aio.AbortError:
             raise
-        except Exception as error:  # noqa: BLE001  every error becomes a status here
+        except Exception as error:  # noqa: BLE001  all errors become a status here
             code, status = to_status(error)
             await context.abort_with_status(status)  # type: ignore[attr-defined]  # the stubs lack it
         finally:
@@ -106,11 +115,14 @@ async def _observed(
             RPC_SECONDS.labels(method, code.name).observe(seconds)
             log.debug("rpc", code=code.name, ms=round(seconds * 1000, 2))
             if audit:
-                log.info("audit", who=_who(context), target=noted.target, code=code.name, ms=round(seconds * 1000, 2))
+                log.info("audit", who=_who(context), target=target.name, code=code.name, ms=round(seconds * 1000, 2))
 
 
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Wraps the four kinds of handlers. :param audit: whether each call gets a line in the audit log."""
+    """Wraps the handlers of all calls.
+
+    :param audit: write a line to the audit log for each call.
+    """
 
     def __init__(self, *, audit: bool) -> None:
         self._audit = audit
@@ -120,7 +132,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Called by grpc for each RPC."""
+        """Return the wrapped handler of a call; gRPC calls this for each RPC."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
         if handler is None or method.startswith("/grpc."):
@@ -145,23 +157,23 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
 
 def _unary(name: str, inner: Any, *, audit: bool) -> Handler:
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        noted = _Noted(request)
-        async with _observed(name, context, noted, audit=audit):
-            response = await inner(noted.seen(request), context)
-            noted.target = noted.target or target_of(response)  # what was created
+        target = _CallTarget(request)
+        async with _observed(name, context, target, audit=audit):
+            response = await inner(target.inspected(request), context)
+            target.name = target.name or target_of(response)  # a create names its object in the response
             return response
 
     return handle
 
 
 def _streaming(name: str, inner: Any, *, audit: bool) -> Handler:
-    # Not a generator itself: grpc drops a generator whose client left in the middle of a message, and its cleanup would
-    # then run later, in another task and another context.
+    # Not a generator itself: gRPC drops a generator when its client disconnects while a message is written, and the
+    # generator's cleanup would then run later, in another task and another context.
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        noted = _Noted(request)
+        target = _CallTarget(request)
         async with (
-            _observed(name, context, noted, audit=audit),
-            aclosing(inner(noted.seen(request), context)) as responses,
+            _observed(name, context, target, audit=audit),
+            aclosing(inner(target.inspected(request), context)) as responses,
         ):
             async for response in responses:
                 await context.write(response)

@@ -1,4 +1,4 @@
-"""The gRPC server: services, credentials, addresses."""
+"""Run the gRPC server: services, credentials, addresses, health."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ _MODULES = (sandbox_pb2, process_pb2, file_pb2, network_pb2, node_pb2, volume_pb
 
 
 class ApiServer:
-    """Serves the API on the unix socket, and on TCP where it is configured.
+    """Server of the API on the unix socket and, if configured, on TCP.
 
-    :param listener: of the unix socket, if somebody has made it already.
+    :param listener: the listening unix socket, if the agent was started by socket activation.
     """
 
     def __init__(
@@ -101,7 +101,11 @@ class ApiServer:
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
 
     async def start(self) -> None:
-        """Begins to serve. :raises ConfigError: bad addresses or certificates. :raises OSError: the socket's path."""
+        """Start to serve.
+
+        :raises ConfigError: an address or a certificate is not valid.
+        :raises OSError: the unix socket cannot be bound.
+        """
         private = self._paths.private_socket
         private.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         private.parent.chmod(0o700)
@@ -145,12 +149,15 @@ class ApiServer:
             raise ConfigError(f"cannot listen on api.tcp_address {host}:{port}: {error}") from error
 
     def reload_certificates(self) -> None:
-        """Has new connections meet the certificates that the files have now. :raises ConfigError: there are none."""
+        """Read the certificates again, for new connections; does nothing without TLS.
+
+        :raises ConfigError: a file cannot be read; the certificates in use stay.
+        """
         if self._settings.api.tls_cert:
             self._certificates.reload()
 
     async def stop(self, grace_s: float) -> None:
-        """Says NOT_SERVING, lets calls end for `grace_s`, then closes. Idempotent."""
+        """Report NOT_SERVING, give calls `grace_s` seconds to end, then close. Idempotent."""
         if self._health_loop is not None:
             await self._health_loop.stop()
         await self._health.enter_graceful_shutdown()

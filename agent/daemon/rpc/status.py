@@ -1,4 +1,4 @@
-"""The one table from our errors to gRPC status codes, and the ErrorInfo that every error carries (AIP-193)."""
+"""Translate errors to gRPC statuses: the table of status codes, and the ErrorInfo of each error (AIP-193)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from agent.daemon.rpc.convert.guest_values import printable
 from agent.daemon.sandbox.state.events import WatcherTooSlowError
 
 DOMAIN = "sandboxd"
-# The status travels twice in the trailers, once percent-encoded, and clients refuse trailers over 16 KiB.
-_MAX_MESSAGE = 3000
+# gRPC sends the message twice in the trailers, once percent-encoded; clients refuse trailers over 16 KiB.
+_MAX_MESSAGE_CHARS = 3000
 _MAX_REASONS = 200
 _reasons: set[str] = set()
 
@@ -42,7 +42,7 @@ CODES: dict[type[AgentError], grpc.StatusCode] = {
 
 
 def code_of(error: AgentError) -> grpc.StatusCode:
-    """Returns the status code of an error, by its nearest class in the table."""
+    """Return the status code of an error: that of its nearest base class in the table."""
     for kind in type(error).__mro__:
         if kind in CODES:
             return CODES[kind]
@@ -50,13 +50,16 @@ def code_of(error: AgentError) -> grpc.StatusCode:
 
 
 def to_status(error: BaseException) -> tuple[grpc.StatusCode, grpc.Status]:
-    """Returns code and rich status. What is not ours gets a fixed text and an incident id, and is logged in full."""
-    error = _exhausted(error) or error
+    """Return the code and the rich status (with ErrorInfo) of an error, and count it.
+
+    An error that is not an AgentError is logged in full; the caller gets a fixed text with an incident id instead.
+    """
+    error = _host_limit(error) or error
     if not isinstance(error, AgentError):
         incident = secrets.token_hex(4)
         log.error("internal error", incident=incident, exc_info=error)
         error = AgentError(
-            f"internal error, incident {incident}: look for it in the agent's log", reason="INTERNAL", incident=incident
+            f"internal error; search the agent's log for incident {incident}", reason="INTERNAL", incident=incident
         )
     ERRORS.labels(_label(error.reason)).inc()
     code = code_of(error)
@@ -70,30 +73,30 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, grpc.Status]:
     )
 
 
-def _exhausted(error: BaseException) -> AgentError | None:
-    """Returns what to say where the host lets the agent have no more of something."""
+def _host_limit(error: BaseException) -> AgentError | None:
+    """Return a ResourceExhausted for an error that means a limit of the host (open files, threads); None otherwise."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return errors.ResourceExhausted(
-            "the agent has no file descriptor left (Too many open files): close connections, or raise its limit "
-            "(LimitNOFILE)", reason="TOO_MANY_FILES",
+            "the agent has no file descriptors left (Too many open files): close connections, or raise LimitNOFILE",
+            reason="TOO_MANY_FILES",
         )  # fmt: skip
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return errors.ResourceExhausted(
-            "the host lets the agent start no more threads or processes: raise its limit (TasksMax)",
+            "the agent cannot start another thread or process: raise TasksMax",
             reason="TOO_MANY_TASKS",
         )  # fmt: skip
     return None
 
 
 def _shortened(text: str) -> str:
-    """Keeps the beginning, which says what happened, and the end, which holds the last console lines."""
-    if len(text) <= _MAX_MESSAGE:
+    """Cut the middle out of a long message: it begins with what happened and ends with the last console lines."""
+    if len(text) <= _MAX_MESSAGE_CHARS:
         return text
-    return f"{text[: _MAX_MESSAGE // 2]} ... {text[-_MAX_MESSAGE // 2 :]}"
+    return f"{text[: _MAX_MESSAGE_CHARS // 2]} ... {text[-_MAX_MESSAGE_CHARS // 2 :]}"
 
 
 def _label(reason: str) -> str:
-    """Returns the reason as a metric's label: guests may invent words, and every label costs memory for ever."""
+    """Return the reason as a label of a metric, at most _MAX_REASONS different ones: guests can invent reasons."""
     if reason not in _reasons and len(_reasons) >= _MAX_REASONS:
         return "OTHER"
     _reasons.add(reason)

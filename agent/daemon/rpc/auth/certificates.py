@@ -1,4 +1,4 @@
-"""The certificates of mutual TLS, which can be renewed while the server runs."""
+"""Load the certificates for mutual TLS, and reload them while the server runs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ from agent.common.config.settings import ApiSettings, ConfigError
 
 
 class Certificates:
-    """What `api.tls_*` name, as read last."""
+    """The files named by the settings `api.tls_*`, as last read."""
 
     def __init__(self, api: ApiSettings) -> None:
         self._api = api
         self._newest: grpc.ServerCertificateConfiguration | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Reads the files; each new connection meets what was read last. :raises ConfigError: they cannot be read."""
+        """Read the files and return server credentials; each new connection uses the files as last read.
+
+        :raises ConfigError: a file cannot be read.
+        """
         first = self._read()
-        fetch: Any = self._fetch  # the stubs do not know of None
+        fetch: Any = self._fetch  # the stubs do not allow None as its result
         return grpc.dynamic_ssl_server_credentials(first, fetch, require_client_authentication=True)
 
     def reload(self) -> None:
-        """Reads the files anew. :raises ConfigError: they cannot be read; then those before stay."""
+        """Read the files again, for new connections.
+
+        :raises ConfigError: a file cannot be read; the certificates in use stay.
+        """
         self._newest = self._read()
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC, in a thread of its own, before each handshake; None: nothing is new."""
+        """Return the certificates if reloaded since the last call, else None; gRPC calls this before each handshake."""
         newest, self._newest = self._newest, None
         return newest
 

@@ -1,8 +1,8 @@
-"""The unix socket of the API, with the credentials of whoever connects (SO_PEERCRED of unix(7)).
+"""Serve the API's unix socket, and check the credentials of each client (SO_PEERCRED, unix(7)).
 
-gRPC for Python can neither show nor check them. So the public socket is ours: a connection from an allowed user is
-relayed to gRPC's own socket, in a directory that only the agent can enter, and our end is bound to an abstract name
-with the user and PID in it, which gRPC reports as the peer of each call.
+gRPC for Python can neither check nor report these credentials. So this module accepts connections on the public socket
+and relays those of allowed users to gRPC's private socket, which lies in a directory that only the agent can enter. The
+relay's end is bound to an abstract name with the client's UID and PID, which gRPC reports as the peer of each call.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import itertools
 import os
 import socket
 import struct
-from collections.abc import Coroutine, Set
+from collections.abc import Set
 from pathlib import Path
 
 from agent.common.accepting import Acceptor
+from agent.common.aio import TaskSet
 from agent.common.telemetry import log
 
 _BUFFER_BYTES = 256 << 10
 _CREDENTIALS = struct.Struct("3i")
-_SO_PEERGROUPS = 59  # asm-generic/socket.h; Python has no name for it
-_MAX_OPTION_BYTES = 1024  # of Python's getsockopt: 256 groups
+_SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module does not define it
+_MAX_OPTION_BYTES = 1024  # the limit of Python's getsockopt: 256 groups
 
 
 class PeerSocket:
-    """Listens on `public`, relays allowed peers to `private`."""
+    """Listener on the socket `public` that relays connections of allowed users to the socket `private`."""
 
     def __init__(self, public: Path, private: Path, allowed_uids: Set[int], allowed_gids: Set[int]) -> None:
         self._public = public
@@ -35,17 +36,18 @@ class PeerSocket:
         self._uids = allowed_uids
         self._gids = allowed_gids
         self._numbers = itertools.count()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections = TaskSet()
         self._listener: socket.socket | None = None
         self._acceptor: Acceptor | None = None
-        self._is_ours = True
+        self._owns_path = True
 
     async def start(self, listener: socket.socket | None = None) -> None:
-        """Binds the public socket, for everybody: who may speak is decided by credentials. :raises OSError:
+        """Start to accept connections. The socket's mode lets all users connect: access is decided by credentials.
 
-        :param listener: one that is bound already, by somebody whose it stays.
+        :param listener: a socket that is bound and listens already (socket activation); its path is never removed.
+        :raises OSError: the public socket cannot be bound.
         """
-        self._is_ours = listener is None
+        self._owns_path = listener is None
         self._listener = listener or self._bind()
         self._acceptor = Acceptor(self._listener, self._accepted, _log_accept_failure)
 
@@ -58,21 +60,16 @@ class PeerSocket:
         listener.listen(128)
         return listener
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     def _accepted(self, peer: socket.socket) -> None:
         try:
             pid, uid, groups = credentials(peer)
-        except OSError:  # it is gone already
+        except OSError:  # the client has disconnected
             peer.close()
             return
         if uid in self._uids or not groups.isdisjoint(self._gids):
-            self._spawn(self._serve(peer, pid, uid))
+            self._connections.spawn(self._serve(peer, pid, uid))
         else:
-            log.warning("refused a peer", uid=uid, pid=pid)
+            log.warning("refused connection to the API: user not allowed", uid=uid, pid=pid)
             peer.close()
 
     async def _serve(self, peer: socket.socket, pid: int, uid: int) -> None:
@@ -84,31 +81,28 @@ class PeerSocket:
                 inner.bind(f"\0sandboxd/{os.getpid()}/{next(self._numbers)}/uid={uid},pid={pid}")
                 await asyncio.get_running_loop().sock_connect(inner, str(self._private))
             except OSError as error:
-                log.error("cannot reach our own socket", error=str(error))
+                log.error("cannot connect to the private API socket", error=str(error))
                 return
             await asyncio.gather(_pump(peer, inner), _pump(inner, peer))
 
     async def aclose(self) -> None:
-        """Stops listening and ends every connection. Idempotent."""
+        """Stop listening and close all connections. Idempotent."""
         if self._acceptor is not None:
             self._acceptor.close()
-        for task in list(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._connections.cancel()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-            if self._is_ours:
+            if self._owns_path:
                 self._public.unlink(missing_ok=True)
 
 
 def credentials(peer: socket.socket) -> tuple[int, int, set[int]]:
-    """Returns (pid, uid, groups) of the process that connected, as they were then.
+    """Return (PID, UID, GIDs) of the process that connected, as of the time of its connect(2).
 
-    The groups are the effective one and, unless there are more than 256, the supplementary ones.
+    The GIDs are the effective one and the supplementary ones; the latter are left out if there are more than 256.
 
-    :raises OSError: the peer is gone.
+    :raises OSError: the peer has disconnected.
     """
     pid, uid, gid = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     try:
@@ -121,11 +115,11 @@ def credentials(peer: socket.socket) -> tuple[int, int, set[int]]:
 
 
 def _log_accept_failure(error: OSError) -> None:
-    log.warning("cannot accept connections of the API", error=str(error))
+    log.warning("cannot accept API connections", error=str(error))
 
 
 async def _pump(source: socket.socket, target: socket.socket) -> None:
-    """Moves bytes until the source ends, then ends the target's input."""
+    """Copy bytes from `source` to `target` until EOF or an error, then shut down the target's writing side."""
     loop = asyncio.get_running_loop()
     buffer = bytearray(_BUFFER_BYTES)
     view = memoryview(buffer)

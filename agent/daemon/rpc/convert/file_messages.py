@@ -1,4 +1,4 @@
-"""Fields of FileService's messages: checked on the way in, and what guests describe, on the way out."""
+"""Check fields of requests of file.proto, and convert guests' descriptions of files to its messages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from agent.common.errors import GuestUnreachable, InvalidSpec
-from agent.daemon.rpc.convert.guest_values import guest_int, guest_text, printable
+from agent.common.errors import InvalidSpec
+from agent.daemon.rpc.convert.guest_values import guest_int, guest_text, malformed, printable
 from agent.daemon.rpc.convert.times import timestamp_ns
 from sandboxd.v1 import file_pb2 as pb
 
@@ -20,29 +20,42 @@ _TYPES = {
 
 
 def path(text: str, name: str = "path") -> str:
-    """Returns a path that may be sent. :raises InvalidSpec: empty, NUL, or too long for Linux."""
+    """Return `text` if it can be a path.
+
+    :param name: of the field, for the error message.
+    :raises InvalidSpec: it is empty, has a NUL character, or is longer than Linux allows.
+    """
     size = len(text.encode())
     if not 0 < size <= _MAX_PATH_BYTES or "\0" in text:
-        raise InvalidSpec(f"{name} has {size} bytes, or NUL in it; a path has 1 to {_MAX_PATH_BYTES} bytes without NUL")
+        raise InvalidSpec(f"{name} has {size} bytes; a path has 1 to {_MAX_PATH_BYTES} bytes and no NUL character")
     return text
 
 
 def count(value: int, name: str) -> int:
-    """Returns a number that is not negative. :raises InvalidSpec:"""
+    """Return `value`.
+
+    :raises InvalidSpec: it is negative.
+    """
     if value < 0:
         raise InvalidSpec(f"{name} is {value}; it must not be negative")
     return value
 
 
 def mode_bits(value: int) -> int:
-    """Returns permission bits. :raises InvalidSpec:"""
+    """Return `value`.
+
+    :raises InvalidSpec: it is not within the permission bits 0 to 07777.
+    """
     if not 0 <= value <= 0o7777:
         raise InvalidSpec(f"mode is {value:#o}; it must be from 0 to 07777")
     return value
 
 
 def nanoseconds(value: Timestamp) -> int:
-    """Returns nanoseconds since 1970. :raises InvalidSpec:"""
+    """Return nanoseconds since 1970.
+
+    :raises InvalidSpec: the time is outside of protobuf's range.
+    """
     try:
         return value.ToNanoseconds()
     except ValueError as error:
@@ -50,11 +63,14 @@ def nanoseconds(value: Timestamp) -> int:
 
 
 def info(values: dict[str, Any]) -> pb.FileInfo:
-    """Returns the message of one file that the guest described. :raises GuestUnreachable: malformed."""
+    """Return the message for a guest's description of one file.
+
+    :raises GuestUnreachable: the description is malformed.
+    """
     raw = values.get("path")
     kind = _TYPES.get(str(values.get("type")))
     if not isinstance(raw, str) or kind is None:
-        raise GuestUnreachable("the guest described a file wrongly", reason="GUEST_MALFORMED")
+        raise malformed("path or type of a file")
     shown = printable(raw)
     message = pb.FileInfo(
         path=shown, path_bytes=b"" if shown == raw else raw.encode(errors="surrogateescape"), type=kind,
