@@ -22,7 +22,9 @@ def address() -> str:
 
     :raises CliError: no such form. :raises ConfigError: the settings are wrong.
     """
-    from agent.common.config.settings import ConfigError, load, split_address
+    from agent.common.config.addresses import split_address
+    from agent.common.config.loading import load
+    from agent.common.errors import ConfigError
 
     given = options.current().address
     if not given:
@@ -57,7 +59,7 @@ def described_address() -> str:
 def _is_loopback(target: str) -> bool:
     from ipaddress import ip_address
 
-    from agent.common.config.settings import split_address
+    from agent.common.config.addresses import split_address
 
     host, _ = split_address(target, "--address")
     try:

@@ -68,7 +68,7 @@ def complain(error: AgentError) -> None:
 
 def status_of(error: AgentError) -> int:
     """Returns the exit status for an error: 2 for wrong settings as `sandboxd` has it, else 1 or the error's own."""
-    from agent.common.config.settings import ConfigError
+    from agent.common.errors import ConfigError
 
     if isinstance(error, ConfigError):
         return 2

@@ -1,7 +1,8 @@
 """Every error that the agent raises on purpose.
 
     AgentError
-    |-- InvalidSpec          the caller asked for something that can never work
+    |-- InvalidSpec          the request can never succeed as it stands
+        |-- ConfigError      the settings are not valid
     |-- NotFound             no such sandbox, process, file, image
     |-- AlreadyExists        the name, id or path is taken
     |-- InvalidState         right request, wrong moment (AIP-216)
@@ -46,6 +47,12 @@ class InvalidSpec(AgentError):
     """The request can never be granted as it stands."""
 
     default_reason = "INVALID_SPEC"
+
+
+class ConfigError(InvalidSpec):
+    """The settings are not valid; the message names the setting and says what to write instead."""
+
+    default_reason = "INVALID_CONFIG"
 
 
 class NotFound(AgentError):

@@ -23,7 +23,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from agent.common.config.settings import LogSettings, MetricsSettings, TracingSettings, split_address
+from agent.common.config.addresses import split_address
+from agent.common.config.daemon import LogSettings, MetricsSettings, TracingSettings
 from agent.common.errors import AgentError
 
 registry = CollectorRegistry()

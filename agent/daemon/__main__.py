@@ -7,8 +7,8 @@ import asyncio
 import sys
 from pathlib import Path
 
-from agent.common.config.settings import ConfigError, load
-from agent.common.errors import AgentError
+from agent.common.config.loading import load
+from agent.common.errors import AgentError, ConfigError
 
 
 def main() -> None:

@@ -13,9 +13,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from agent.common import systemd, telemetry
 from agent.common.background import QUICK, Backoff, Supervisor
+from agent.common.config.daemon import ApiSettings, MetricsSettings, TracingSettings
+from agent.common.config.loading import merge_reloaded
 from agent.common.config.paths import Paths
-from agent.common.config.reload import merged
-from agent.common.config.settings import ApiSettings, ConfigError, MetricsSettings, Settings, TracingSettings
+from agent.common.config.settings import Settings
+from agent.common.errors import ConfigError
 from agent.common.telemetry import BACKGROUND_FAILING, BACKGROUND_FAILURES, DEGRADED, LoopTelemetry, log
 from agent.daemon.host.cgroup import Cgroups
 from agent.daemon.host.uid_pool import UidPool
@@ -188,7 +190,7 @@ class _Reloader:
     def _reload(self) -> None:
         wanted = self._read()
         self._server.reload_certificates()
-        self._present, changed, waiting = merged(self._present, wanted)
+        self._present, changed, waiting = merge_reloaded(self._present, wanted)
         telemetry.set_log_level(self._present.log.level)
         self._server.manager.reconfigure(self._present)
         log.info("settings read again", changed=changed, need_a_restart=waiting)

@@ -16,7 +16,7 @@ from pathlib import Path
 from agent.common import systemd
 from agent.common.background import QUICK, Supervisor
 from agent.common.ca import LocalCa
-from agent.common.config.settings import load
+from agent.common.config.loading import load
 from agent.common.errors import AgentError
 from agent.common.policy.hosts import normalise
 from agent.egress import privileges

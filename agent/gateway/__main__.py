@@ -8,14 +8,15 @@ import signal
 import sys
 from pathlib import Path
 
-from agent.common.config.settings import ConfigError, Settings, load
-from agent.common.errors import AgentError
+from agent.common.config.loading import load
+from agent.common.config.settings import Settings
+from agent.common.errors import AgentError, ConfigError
 
 
 async def _run(settings: Settings) -> None:
     from agent.common import telemetry
     from agent.common.background import QUICK, Supervisor
-    from agent.common.config.settings import MetricsSettings
+    from agent.common.config.daemon import MetricsSettings
     from agent.common.systemd import keep_watchdog, notify
     from agent.gateway.app import gateway
     from agent.gateway.metrics import BACKGROUND_FAILING, BACKGROUND_FAILURES

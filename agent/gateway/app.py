@@ -12,8 +12,10 @@ from prometheus_client import start_http_server
 
 from agent.common.aio import TaskSet
 from agent.common.background import Supervisor
+from agent.common.config.addresses import split_address
 from agent.common.config.gateway import GatewaySettings
-from agent.common.config.settings import ConfigError, Settings, split_address
+from agent.common.config.settings import Settings
+from agent.common.errors import ConfigError
 from agent.common.tokens import TokenFile
 from agent.gateway.ingress.https_ingress import Ingress
 from agent.gateway.ingress.ssh import SshServer

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.common.config.settings import PathSettings
+from agent.common.config.daemon import PathSettings
 from agent.common.errors import VmmError
 from agent.daemon.vmm.qemu import vsock_backend
 from sandboxd.v1 import process_pb2

@@ -13,8 +13,9 @@ import pytest
 
 from agent.common.aio import run_to_completion
 from agent.common.background import Supervisor
+from agent.common.config.daemon import NodeSettings, PathSettings, SandboxSettings, TemplateSettings
 from agent.common.config.paths import Paths
-from agent.common.config.settings import NodeSettings, PathSettings, SandboxSettings, Settings, TemplateSettings
+from agent.common.config.settings import Settings
 from agent.common.errors import GuestUnreachable, HostError, NotFound
 from agent.common.model import Lifetime, SandboxSpec, State
 from agent.common.telemetry import step

@@ -24,9 +24,10 @@ import dns.rcode
 import dns.rdatatype
 
 from agent.common.background import Supervisor
+from agent.common.config.daemon import PathSettings
 from agent.common.config.egress import EgressSettings
 from agent.common.config.paths import Paths
-from agent.common.config.settings import PathSettings, Settings
+from agent.common.config.settings import Settings
 from agent.common.model import (
     GATEWAY_IPV4,
     GATEWAY_IPV6,

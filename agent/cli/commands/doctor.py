@@ -29,7 +29,7 @@ async def doctor(
     ] = False,
 ) -> int:
     """Say what this host has, lacks, and what will be used. Ends with 1 if something needed is missing."""
-    from agent.common.config.settings import load
+    from agent.common.config.loading import load
 
     settings = load()
     found = []

@@ -76,7 +76,7 @@ def build(
     mirror: Annotated[str, typer.Option(metavar="URL", help="Debian archive; default: this machine's.")] = "",
 ) -> int:
     """Build an image on this machine, unless it is up to date; progress is on stderr."""
-    from agent.common.config.settings import load
+    from agent.common.config.loading import load
 
     try:
         settings = load()

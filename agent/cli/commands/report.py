@@ -121,7 +121,7 @@ async def _settings() -> dict[str, str]:
     """Settings hold paths and limits; keys and values of secrets are never among them."""
     import dataclasses
 
-    from agent.common.config.settings import load
+    from agent.common.config.loading import load
 
     return {"settings.json": _json(dataclasses.asdict(load()))}
 
@@ -129,7 +129,7 @@ async def _settings() -> dict[str, str]:
 async def _metrics() -> dict[str, str]:
     import urllib.request
 
-    from agent.common.config.settings import load
+    from agent.common.config.loading import load
 
     address = load().metrics.address
     if not address:

@@ -17,7 +17,7 @@ _Id = Annotated[str, typer.Argument(metavar="ID")]
 
 
 def _file() -> TokenFile:
-    from agent.common.config.settings import load
+    from agent.common.config.loading import load
     from agent.common.tokens import TokenFile
 
     return TokenFile(load().gateway.tokens_file)
@@ -86,7 +86,7 @@ async def revoke(token_id: _Id) -> None:
 async def create_ca() -> None:
     """Make the CA for the gateway's exposed ports, and print its certificate's file, for clients to trust."""
     from agent.common.ca import LocalCa, write_ca
-    from agent.common.config.settings import load
+    from agent.common.config.loading import load
 
     settings = load().gateway
     try:

@@ -18,7 +18,7 @@ async def install(
     """Download the release of Cloud Hypervisor that sandboxd works with, check its digest, and put it where the daemon
     looks.
     """
-    from agent.common.config.settings import load
+    from agent.common.config.loading import load
     from agent.daemon.vmm.cloud_hypervisor.install import URL
     from agent.daemon.vmm.cloud_hypervisor.install import install as download
 

@@ -13,8 +13,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from agent.common.background import QUICK, BackgroundLoop, Supervisor
+from agent.common.config.addresses import split_address
+from agent.common.config.daemon import ApiSettings
 from agent.common.config.paths import Paths
-from agent.common.config.settings import ApiSettings, ConfigError, Settings, split_address
+from agent.common.config.settings import Settings
+from agent.common.errors import ConfigError
 from agent.daemon.rpc.auth.certificates import Certificates
 from agent.daemon.rpc.auth.peercred import PeerSocket
 from agent.daemon.rpc.interceptor import Interceptor

@@ -17,8 +17,9 @@ import grpc
 from agent.common.aio import cancel_and_wait
 from agent.common.api_client import Api
 from agent.common.ca import LocalCa, read_ca
+from agent.common.config.addresses import split_address
 from agent.common.config.gateway import GatewaySettings
-from agent.common.config.settings import ConfigError, split_address
+from agent.common.errors import ConfigError
 from agent.common.telemetry import log
 from agent.gateway.ingress import h2_ingress
 from agent.gateway.ingress.relay import READ_BYTES, relay

@@ -16,8 +16,9 @@ import asyncssh
 import grpc
 
 from agent.common.api_client import Api
+from agent.common.config.addresses import split_address
 from agent.common.config.gateway import GatewaySettings
-from agent.common.config.settings import ConfigError, split_address
+from agent.common.errors import ConfigError
 from agent.gateway.ingress.relay import relay
 from agent.gateway.ingress.ssh_session import SshSession
 from agent.gateway.nodes.guest_stream import GuestStream

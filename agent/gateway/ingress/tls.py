@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Sequence
 
-from agent.common.config.settings import ConfigError
+from agent.common.errors import ConfigError
 
 
 def server_context(certificate: str, key: str, alpn: Sequence[str], setting: str) -> ssl.SSLContext:

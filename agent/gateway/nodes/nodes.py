@@ -12,7 +12,7 @@ import grpc
 
 from agent.common.api_client import KEEPALIVE, OPTIONS, Api, api_over
 from agent.common.config.gateway import GatewaySettings
-from agent.common.config.settings import ConfigError
+from agent.common.errors import ConfigError
 from agent.common.telemetry import log, trace_headers
 from agent.gateway.errors import HttpError
 from sandboxd.v1 import node_pb2, sandbox_pb2

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from agent.common.config.loading import load
 from agent.common.config.paths import Paths
-from agent.common.config.settings import load
 from agent.common.model import new_sandbox_id
 from agent.daemon.host.syscalls import enter_netns
 from agent.daemon.host.tap import attach

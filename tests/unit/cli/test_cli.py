@@ -19,7 +19,8 @@ from agent.cli.commands.port_forward import parse_ports
 from agent.cli.commands.top import cpu_percent
 from agent.cli.errors import CliError, complain, exit_status
 from agent.cli.transfer.guest_shell import escaped
-from agent.common.config.settings import Settings, VmmSettings
+from agent.common.config.daemon import VmmSettings
+from agent.common.config.settings import Settings
 from sandboxd.v1 import process_pb2, sandbox_pb2
 
 ID = "sbx-0123456789abcdef"

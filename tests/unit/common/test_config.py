@@ -11,7 +11,10 @@ from typing import Any, Literal, get_type_hints
 
 import pytest
 
-from agent.common.config.settings import ConfigError, Settings, load, split_address
+from agent.common.config.addresses import split_address
+from agent.common.config.loading import load
+from agent.common.config.settings import Settings
+from agent.common.errors import ConfigError
 from agent.common.policy.addresses import parse_server
 from agent.common.quantities import Bytes, Seconds, converted, parse_duration, parse_size
 

@@ -12,8 +12,9 @@ import pytest
 
 from agent.common import systemd
 from agent.common.background import QUICK, Supervisor
-from agent.common.config.reload import merged
-from agent.common.config.settings import ConfigError, Settings, load
+from agent.common.config.loading import load, merge_reloaded
+from agent.common.config.settings import Settings
+from agent.common.errors import ConfigError
 from tests.support.daemon_fakes import SilentObserver
 
 
@@ -82,12 +83,12 @@ def test_what_can_change_changes_and_the_rest_is_told_of(tmp_path: Path) -> None
     file = tmp_path / "config.toml"
     file.write_text('[node]\nmax_sandboxes = 3\nname = "b"\n[log]\nlevel = "debug"\n[egress]\ndeny = ["a.example"]\n')
     present = dataclasses.replace(Settings(), node=dataclasses.replace(Settings().node, name="a"))
-    settings, changed, waiting = merged(present, load(file, {}))
+    settings, changed, waiting = merge_reloaded(present, load(file, {}))
     assert (settings.node.max_sandboxes, settings.log.level) == (3, "debug")
     assert (settings.node.name, settings.egress.deny) == ("a", ())
     assert sorted(changed) == ["log.level", "node.max_sandboxes"]
     assert sorted(waiting) == ["egress.deny", "node.name"]
-    assert merged(settings, settings) == (settings, [], [])
+    assert merge_reloaded(settings, settings) == (settings, [], [])
 
 
 def test_groups_by_name(tmp_path: Path) -> None:

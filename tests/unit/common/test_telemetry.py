@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from agent.common import telemetry
-from agent.common.config.settings import LogSettings, MetricsSettings, TracingSettings
+from agent.common.config.daemon import LogSettings, MetricsSettings, TracingSettings
 from agent.common.telemetry import collect_phases, log, registry, step
 
 

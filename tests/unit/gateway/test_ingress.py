@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.common.config.gateway import GatewaySettings
-from agent.common.config.settings import ConfigError
+from agent.common.errors import ConfigError
 from agent.gateway.app import api_tls_context
 from agent.gateway.ingress.h2_ingress import FrameSizeLimit
 from agent.gateway.ingress.https_ingress import Ingress

@@ -7,7 +7,8 @@ from typing import Any
 
 import grpc
 
-from agent.common.config.settings import ApiSettings, ConfigError
+from agent.common.config.daemon import ApiSettings
+from agent.common.errors import ConfigError
 
 
 class Certificates:

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from agent.common.config.daemon import NodeSettings
 from agent.common.config.quota import Quota
-from agent.common.config.settings import NodeSettings
 from agent.common.errors import NodeDraining, ResourceExhausted
 from agent.common.model import SandboxSpec
 from agent.common.telemetry import QUEUED, REFUSED, step

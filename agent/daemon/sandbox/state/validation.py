@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from agent.common.config.settings import SandboxSettings
+from agent.common.config.daemon import SandboxSettings
 from agent.common.errors import InvalidSpec, InvalidState
 from agent.common.model import Lifetime, NetSpec, SandboxSpec, SecretSpec
 from agent.common.policy.rules import parse_rules

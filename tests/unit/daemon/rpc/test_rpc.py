@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from agent.common.background import Backoff
-from agent.common.config.settings import ApiSettings, ConfigError
-from agent.common.errors import GuestError, GuestUnreachable, NotFound
+from agent.common.config.daemon import ApiSettings
+from agent.common.errors import ConfigError, GuestError, GuestUnreachable, NotFound
 from agent.common.telemetry import ERRORS
 from agent.daemon.rpc import status
 from agent.daemon.rpc.auth.peercred import PeerSocket

@@ -12,7 +12,8 @@ from typing import Any, cast
 import pytest
 
 from agent.common.background import Backoff, Supervisor
-from agent.common.config.settings import Settings, TemplateSettings
+from agent.common.config.daemon import TemplateSettings
+from agent.common.config.settings import Settings
 from agent.common.errors import AgentError, NotFound
 from agent.daemon.sandbox.templates import prewarm
 from agent.daemon.sandbox.templates.catalog import Templates

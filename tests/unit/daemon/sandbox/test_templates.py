@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.common.config.settings import TemplateSettings
+from agent.common.config.daemon import TemplateSettings
 from agent.common.errors import GuestUnreachable, HostError, InvalidState, NotFound, VmmError
 from agent.daemon.sandbox.machine.vm_shape import ram_bytes
 from agent.daemon.sandbox.templates import builder

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import pytest
 
-from agent.common.config.settings import PathSettings, Settings, VmmSettings
+from agent.common.config.daemon import PathSettings, VmmSettings
+from agent.common.config.settings import Settings
 from agent.common.errors import AgentError, VmmError
 from agent.daemon.storage.images import ImageStore
 from agent.daemon.vmm.driver import LinkKind, VmmInfo
