@@ -1,4 +1,4 @@
-"""The daemon, put together: settings, state, VMM, manager, servers, signals."""
+"""Composition root of the daemon: settings, state, VMM, network, sandboxes, server, signals."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from agent.daemon.network.sandbox_network import SandboxNetwork
 from agent.daemon.rpc.server import ApiServer
 from agent.daemon.sandbox.capacity.node import Node
 from agent.daemon.sandbox.machine.host_services import HostServices
-from agent.daemon.sandbox.recovery import reconcile
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.service import SandboxService
+from agent.daemon.sandbox.state.events import Events
 from agent.daemon.sandbox.state.store import Store, lock_directory
 from agent.daemon.sandbox.templates.catalog import Templates
 from agent.daemon.storage.disks import DiskMaker
@@ -37,12 +37,12 @@ from agent.daemon.vmm.driver import VmmInfo
 from agent.daemon.vmm.select import choose_driver
 
 _STOP_GRACE_S = 2.0
-# Each attempt takes all CPUs of a guest: a host that is short of something is not worn out.
+# Each attempt keeps all CPUs of a guest busy: frequent retries would exhaust a host that is short of memory or disk.
 _PREWARM_BACKOFF = Backoff(first_s=5.0, last_s=600.0, settle_s=120.0)
-_NOTICE_S = 5.0  # between two notices to systemd during a drain
+_STATUS_INTERVAL_S = 5.0  # of notifications to systemd during a drain
 
 
-def _templates(host: HostServices, vmm: VmmInfo) -> Templates | None:
+def _open_templates(host: HostServices, vmm: VmmInfo) -> Templates | None:
     if not host.settings.templates.enabled or not vmm.can_snapshot:
         return None
     templates = Templates(host)
@@ -51,91 +51,76 @@ def _templates(host: HostServices, vmm: VmmInfo) -> Templates | None:
 
 
 def _prepare_process() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core of ours, or of a VMM, has secrets and guests in it
-    os.umask(0o022)  # VMMs, other users than we, read images and templates; what is secret says so when it is made
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core of the agent, or of a VMM, has secrets and guests in it
+    os.umask(0o022)  # VMMs run as other users and read images and templates; secret files get a mode of their own
+
+
+def _open_cgroups(settings: Settings) -> Cgroups:
+    cgroups = Cgroups.open(settings.cgroups.parent)
+    for sentence in cgroups.degraded:
+        log.warning("degraded", why=sentence)
+    DEGRADED.set(len(cgroups.degraded))
+    return cgroups
 
 
 @asynccontextmanager
 async def agent(settings: Settings, listener: socket.socket | None = None) -> AsyncIterator[ApiServer]:
-    """Runs an agent inside the context; leaving it is an orderly stop.
+    """Run an agent inside the context; leaving it is an orderly stop.
 
-    :param listener: of the API's unix socket, if somebody has made it already.
-    :raises AgentError: it cannot start; the message says what to do.
+    :param listener: of the API's unix socket, if systemd has opened it already.
+    :raises AgentError: the agent cannot start; the message says what to do.
     """
-    paths = Paths.of(settings)
+    paths, keep = Paths.of(settings), settings.sandbox.on_stop == "keep"
     for directory in (paths.run_dir, paths.state_dir):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    store = Store(paths.database, paths.sandboxes_state)
-    locks: list[int] = []
-    started = AsyncExitStack()
-    try:
+    async with AsyncExitStack() as stack:
         for path in (paths.lock, paths.run_lock):
-            locks.append(lock_directory(path))
+            stack.callback(os.close, lock_directory(path))
+        store = Store(paths.database, paths.sandboxes_state)
+        stack.push_async_callback(store.aclose)
         records = await store.open()
         images = ImageStore(settings.images.images_dir)
         driver = await choose_driver(settings, images)
         vmm = await driver.probe()
-        supervisor = await started.enter_async_context(
-            Supervisor(LoopTelemetry(BACKGROUND_FAILURES, BACKGROUND_FAILING))
-        )
-        network = SandboxNetwork(settings, paths, Vault(paths.secrets), supervisor)
+        supervisor = await stack.enter_async_context(Supervisor(LoopTelemetry(BACKGROUND_FAILURES, BACKGROUND_FAILING)))
+        events = Events()
+        network = SandboxNetwork(settings, paths, Vault(paths.secrets), supervisor, events.publish_denial)
         await network.start()
-        started.push_async_callback(network.aclose, keep=settings.sandbox.on_stop == "keep")
+        stack.push_async_callback(network.aclose, keep=keep)
         volumes = Volumes(paths.volumes)
         await asyncio.to_thread(volumes.open)
-        cgroups = Cgroups.open(settings.cgroups.parent)
-        for sentence in cgroups.degraded:
-            log.warning("degraded", why=sentence)
-        DEGRADED.set(len(cgroups.degraded))
-        started.callback(cgroups.close)
+        cgroups = _open_cgroups(settings)
+        stack.callback(cgroups.close)
         uids = UidPool(settings.vmm.uid_base)
         host = HostServices(settings, paths, driver, DiskMaker(paths.disk_templates), network, volumes, uids, cgroups)
-        templates = _templates(host, vmm)
         node = Node(settings, vmm, supervisor, cgroups.degraded)
-        manager = Manager(host, images, node, store, templates, supervisor=supervisor)
-        network.on_denial = manager.on_denial
-        await reconcile(host, manager, store, records)
+        templates = _open_templates(host, vmm)
+        sandboxes = SandboxService.build(host, images, node, store, events, supervisor, templates)
+        await sandboxes.recovery.run(records)
         await network.settle()
-        manager.drain.restore()
-        server = ApiServer(settings, manager, supervisor, listener)
-        loops = (
-            supervisor.start("template-prewarm", manager.prepare_templates, _PREWARM_BACKOFF),
-            supervisor.start("drop-counters", manager.count_drops),
-            supervisor.start("expiry", manager.keep_lifetimes, QUICK),
-        )
-        try:
-            await server.start()
-            yield server
-        finally:
-            for loop in loops:
-                await loop.stop()
-            await server.stop(_STOP_GRACE_S)
-            await manager.stop(keep=settings.sandbox.on_stop == "keep")
-    finally:
-        await started.aclose()
-        await store.aclose()
-        for lock in locks:
-            os.close(lock)
+        sandboxes.drain.restore()
+        stack.push_async_callback(sandboxes.stop, keep=keep)
+        server = ApiServer(settings, sandboxes, supervisor, listener)
+        stack.push_async_callback(server.stop, _STOP_GRACE_S)
+        for loop in (
+            supervisor.start("template-prewarm", sandboxes.prewarm_templates, _PREWARM_BACKOFF),
+            supervisor.start("drop-counters", sandboxes.count_drops),
+            supervisor.start("expiry", sandboxes.expiry.run, QUICK),
+        ):
+            stack.push_async_callback(loop.stop)
+        await server.start()
+        yield server
 
 
 async def run(settings: Settings, read: Callable[[], Settings] | None = None) -> None:
-    """Runs until SIGTERM or SIGINT; a second one ends the process without cleaning up. SIGHUP reads the settings anew.
+    """Run until SIGTERM or SIGINT; a second one ends the process without cleanup. SIGHUP reloads the settings.
 
-    :param read: reads them; None: there is nothing to read, as SIGHUP is no more than a terminal that closes.
+    :param read: reads the settings again; None: SIGHUP is ignored.
     """
     _prepare_process()
     telemetry.setup(settings.log, settings.metrics, settings.tracing, settings.node.name)
     stop, reload = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    _handle_signals(stop, reload)
     async with agent(settings, systemd.listeners().get("api")) as server:
         log.info("ready", socket=str(server.socket_path), tcp_port=server.tcp_port)
         systemd.notify("READY=1")
@@ -152,10 +137,26 @@ async def run(settings: Settings, read: Callable[[], Settings] | None = None) ->
             await supervised.stop()
 
 
+def _handle_signals(stop: asyncio.Event, reload: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+
+    def on_stop_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_stop_signal)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+
+
 async def delete_all(settings: Settings) -> None:
-    """Ends and removes all sandboxes that an earlier agent left. :raises AgentError: one runs, or it cannot start."""
+    """Delete all sandboxes that an earlier agent left.
+
+    :raises AgentError: an agent runs, or this one cannot start.
+    """
     sandbox = dataclasses.replace(settings.sandbox, on_stop="delete")
-    # Nothing is started for it: no template, no port.
+    # Without templates and TCP port: the agent ends at once.
     templates, api = dataclasses.replace(settings.templates, enabled=False), ApiSettings()
     _prepare_process()
     telemetry.setup(settings.log, MetricsSettings(), TracingSettings(), settings.node.name)
@@ -164,50 +165,52 @@ async def delete_all(settings: Settings) -> None:
 
 
 class _Reloader:
-    """Reads the settings again whenever `wanted` is set. Wrong ones change nothing."""
+    """Reloads the settings whenever `requested` is set. Invalid settings change nothing."""
 
     def __init__(
-        self, server: ApiServer, present: Settings, read: Callable[[], Settings], wanted: asyncio.Event
+        self, server: ApiServer, present: Settings, read: Callable[[], Settings], requested: asyncio.Event
     ) -> None:
         self._server = server
         self._present = present
         self._read = read
-        self._wanted = wanted
+        self._requested = requested
 
     async def run(self) -> None:
-        """Reload for ever. May be started again: the settings in force are kept here."""
+        """Reload until cancelled. Can be started again: the settings in force are an attribute."""
         while True:
-            await self._wanted.wait()
-            self._wanted.clear()
+            await self._requested.wait()
+            self._requested.clear()
             systemd.notify_reloading()
             try:
                 self._reload()
             except ConfigError as error:
-                log.error("the settings stay as they were", error=error.message)
+                log.error("invalid settings: the present ones stay in force", error=error.message)
             finally:
-                systemd.notify("READY=1")  # or systemd would wait for it, and then end the agent
+                systemd.notify("READY=1")  # without it, systemd would end the agent after a timeout
 
     def _reload(self) -> None:
         wanted = self._read()
         self._server.reload_certificates()
         self._present, changed, waiting = merge_reloaded(self._present, wanted)
         telemetry.set_log_level(self._present.log.level)
-        self._server.manager.reconfigure(self._present)
-        log.info("settings read again", changed=changed, need_a_restart=waiting)
+        self._server.sandboxes.reconfigure(self._present)
+        log.info("settings reloaded", changed=changed, need_a_restart=waiting)
 
 
 async def _drain(server: ApiServer, timeout_s: float) -> None:
-    """Waits until there is no sandbox left; systemd is told to wait as long."""
-    manager = server.manager
-    await manager.drain.begin(timeout_s, why="the agent is stopping", keep=False)
+    """Wait until no sandbox is left, and have systemd wait as well."""
+    sandboxes = server.sandboxes
+    await sandboxes.drain.begin(timeout_s, why="the agent is stopping", keep=False)
 
-    async def tell() -> None:
+    async def notify() -> None:
         while True:
-            left = len(manager.list())
-            systemd.notify(f"STATUS=draining: {left} sandboxes left\nEXTEND_TIMEOUT_USEC={int(_NOTICE_S * 3e6)}")
-            await asyncio.sleep(_NOTICE_S)
+            left = len(sandboxes.registry)
+            systemd.notify(
+                f"STATUS=draining: {left} sandboxes left\nEXTEND_TIMEOUT_USEC={int(_STATUS_INTERVAL_S * 3e6)}"
+            )
+            await asyncio.sleep(_STATUS_INTERVAL_S)
 
-    telling = server.supervisor.start("drain-status", tell, QUICK)
-    async for _ in manager.drain.progress():
+    notifying = server.supervisor.start("drain-status", notify, QUICK)
+    async for _ in sandboxes.drain.progress():
         pass
-    await telling.stop()
+    await notifying.stop()

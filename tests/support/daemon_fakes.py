@@ -1,4 +1,4 @@
-"""A host without virtual machines: what the manager drives, in memory, with faults on demand."""
+"""A host without virtual machines: what the daemon drives, in memory, with faults on demand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from agent.daemon.host.uid_pool import UidPool
 from agent.daemon.sandbox.capacity.node import Node
 from agent.daemon.sandbox.machine import guest_setup
 from agent.daemon.sandbox.machine.host_services import HostServices
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.service import SandboxService
+from agent.daemon.sandbox.state.events import Events
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
 from agent.daemon.sandbox.templates.catalog import Templates
@@ -338,14 +339,15 @@ class SilentObserver:
 
 @dataclasses.dataclass
 class Bench:
-    """A manager over a fake host."""
+    """A service over a fake host."""
 
     world: World
     host: HostServices
-    manager: Manager
+    sandboxes: SandboxService
     store: Store
     network: FakeNetwork
     supervisor: Supervisor
+    events: Events
 
     def left(self) -> list[str]:
         """What is on the host now: must be empty once all sandboxes are gone."""
@@ -384,7 +386,7 @@ def settings(directory: Path, **sandbox: Any) -> Settings:
 async def bench(
     directory: Path, monkeypatch: pytest.MonkeyPatch, *, templates: TemplateSettings | None = None, **sandbox: Any
 ) -> AsyncIterator[Bench]:
-    """Yields a manager over an empty fake host; with `templates`, sandboxes are clones."""
+    """Yield a service over an empty fake host; with `templates`, sandboxes are clones."""
     world = World()
     monkeypatch.setattr(guest_setup, "Channel", cast("type[Channel]", FakeChannel))
     chosen = dataclasses.replace(settings(directory, **sandbox), templates=templates or TemplateSettings(enabled=False))
@@ -405,12 +407,14 @@ async def bench(
     made = Templates(host) if templates is not None else None
     supervisor = Supervisor(SilentObserver())
     node = Node(chosen, VMM, supervisor)
-    manager = Manager(host, cast("ImageStore", FakeImages()), node, store, made, supervisor=supervisor)
-    ending = supervisor.start("expiry", manager.keep_lifetimes)
+    events = Events()
+    images = cast("ImageStore", FakeImages())
+    sandboxes = SandboxService.build(host, images, node, store, events, supervisor, made)
+    ending = supervisor.start("expiry", sandboxes.expiry.run)
     try:
-        yield Bench(world, host, manager, store, network, supervisor)
+        yield Bench(world, host, sandboxes, store, network, supervisor, events)
     finally:
         world.remove_faults = 0
         await ending.stop()
-        await manager.stop(keep=False)
+        await sandboxes.stop(keep=False)
         await store.aclose()

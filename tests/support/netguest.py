@@ -186,10 +186,6 @@ class GuestNet:
         made = self.guests[record.id] = Guest(self, record, namespace)
         return made
 
-    def on_denial(self, record: Record, denial: Denial) -> None:
-        if record.id in self.guests:
-            self.guests[record.id].denials.append(denial)
-
 
 def _address(namespace: str) -> None:
     for words in (
@@ -216,13 +212,18 @@ async def guest_net(internet: Internet, **egress: Any) -> AsyncIterator[GuestNet
     make_device = namespaces._make_device
     paths = Paths.of(settings)
     supervisor = Supervisor(LoopTelemetry(BACKGROUND_FAILURES, BACKGROUND_FAILING))
-    network = SandboxNetwork(settings, paths, Vault(paths.secrets), supervisor)
+    guests_by_id: dict[str, Guest] = {}
+
+    def on_denial(record: Record, denial: Denial) -> None:
+        if record.id in guests_by_id:
+            guests_by_id[record.id].denials.append(denial)
+
+    network = SandboxNetwork(settings, paths, Vault(paths.secrets), supervisor, on_denial)
     async with AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, directory)
         await network.start()
         stack.push_async_callback(network.aclose, keep=False)
-        made = GuestNet(network, internet, directory, stack)
-        network.on_denial = made.on_denial
+        made = GuestNet(network, internet, directory, stack, guests_by_id)
         try:
             async with AsyncExitStack() as guests:
                 made.stack = guests

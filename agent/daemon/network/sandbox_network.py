@@ -54,10 +54,17 @@ def _words(text: str) -> Iterable[str]:
 class SandboxNetwork:
     """Makes, changes and removes the networks of sandboxes; see `agent.daemon.sandbox.machine.host_services.Network`.
 
-    `on_denial` takes every denial that is told in detail.
+    :param on_denial: called with the record and each denial that has details.
     """
 
-    def __init__(self, settings: Settings, paths: Paths, vault: Vault, supervisor: Supervisor) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        paths: Paths,
+        vault: Vault,
+        supervisor: Supervisor,
+        on_denial: Callable[[Record, Denial], None],
+    ) -> None:
         self._settings = settings.egress
         self._networks = Networks(settings.egress, paths.uplink_marker)
         self._vault = vault
@@ -67,7 +74,7 @@ class SandboxNetwork:
         )
         self._egress = EgressProcess(peer, self._on_report, self._hand_over_all, supervisor)
         self._present: dict[str, Record] = {}
-        self.on_denial: Callable[[Record, Denial], None] = lambda *_: None
+        self._on_denial = on_denial
 
     async def start(self) -> None:
         """Starts the egress process, or finds the one that an earlier agent left. :raises HostError:"""
@@ -199,7 +206,7 @@ class SandboxNetwork:
             if count:
                 record.denials[reason.value] = record.denials.get(reason.value, 0) + count
                 EGRESS_DENIALS.labels(reason.value).inc(count)
-                self.on_denial(record, Denial(reason, "", 0, "ip", count))
+                self._on_denial(record, Denial(reason, "", 0, "ip", count))
 
     # -- the egress process --------------------------------------------------------------------------------------------
 
@@ -251,4 +258,4 @@ class SandboxNetwork:
         for sandbox_id, reason, host, port, protocol, count in report["denials"]:
             record = self._present.get(sandbox_id)
             if record is not None:
-                self.on_denial(record, Denial(Reason(reason), str(host), int(port), str(protocol), int(count)))
+                self._on_denial(record, Denial(Reason(reason), str(host), int(port), str(protocol), int(count)))

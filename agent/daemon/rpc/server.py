@@ -21,14 +21,14 @@ from agent.common.errors import ConfigError
 from agent.daemon.rpc.auth.certificates import Certificates
 from agent.daemon.rpc.auth.peercred import PeerSocket
 from agent.daemon.rpc.interceptor import Interceptor
-from agent.daemon.rpc.services.file_service import FileService
-from agent.daemon.rpc.services.network_service import NetworkService
-from agent.daemon.rpc.services.node_service import ImageService, NodeService
-from agent.daemon.rpc.services.process_service import ProcessService
-from agent.daemon.rpc.services.sandbox_service import SandboxService
-from agent.daemon.rpc.services.template_service import TemplateService
-from agent.daemon.rpc.services.volume_service import VolumeService
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.rpc.services.file_service import FileServicer
+from agent.daemon.rpc.services.network_service import NetworkServicer
+from agent.daemon.rpc.services.node_service import ImageServicer, NodeServicer
+from agent.daemon.rpc.services.process_service import ProcessServicer
+from agent.daemon.rpc.services.sandbox_service import SandboxServicer
+from agent.daemon.rpc.services.template_service import TemplateServicer
+from agent.daemon.rpc.services.volume_service import VolumeServicer
+from agent.daemon.sandbox.service import SandboxService
 from sandboxd.v1 import (
     file_pb2,
     file_pb2_grpc,
@@ -64,14 +64,18 @@ class ApiServer:
     """
 
     def __init__(
-        self, settings: Settings, manager: Manager, supervisor: Supervisor, listener: socket.socket | None = None
+        self,
+        settings: Settings,
+        sandboxes: SandboxService,
+        supervisor: Supervisor,
+        listener: socket.socket | None = None,
     ) -> None:
         self._settings = settings
         self.supervisor = supervisor
         self._health_loop: BackgroundLoop | None = None
         self._listener = listener
         self._certificates = Certificates(settings.api)
-        self.manager = manager
+        self.sandboxes = sandboxes
         self._paths = Paths.of(settings)
         self._server = grpc.aio.server(interceptors=[Interceptor(audit=settings.log.audit)], options=_OPTIONS)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
@@ -82,23 +86,23 @@ class ApiServer:
             {0, os.getuid(), *settings.api.unix_allow_uids},
             settings.api.group_ids(),
         )
-        self._add_services(manager)
+        self._add_services(sandboxes)
 
     @property
     def socket_path(self) -> Path:
         """The public unix socket."""
         return Path(self._settings.api.unix_socket or self._paths.run_dir / "sandboxd.sock")
 
-    def _add_services(self, manager: Manager) -> None:
+    def _add_services(self, sandboxes: SandboxService) -> None:
         server = self._server
-        sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(SandboxService(manager, self._settings), server)
-        process_pb2_grpc.add_ProcessServiceServicer_to_server(ProcessService(manager), server)
-        file_pb2_grpc.add_FileServiceServicer_to_server(FileService(manager), server)
-        network_pb2_grpc.add_NetworkServiceServicer_to_server(NetworkService(manager), server)
-        node_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(manager), server)
-        node_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(manager), server)
-        node_pb2_grpc.add_TemplateServiceServicer_to_server(TemplateService(manager, self._settings), server)
-        volume_pb2_grpc.add_VolumeServiceServicer_to_server(VolumeService(manager, self._settings), server)
+        sandbox_pb2_grpc.add_SandboxServiceServicer_to_server(SandboxServicer(sandboxes, self._settings), server)
+        process_pb2_grpc.add_ProcessServiceServicer_to_server(ProcessServicer(sandboxes), server)
+        file_pb2_grpc.add_FileServiceServicer_to_server(FileServicer(sandboxes), server)
+        network_pb2_grpc.add_NetworkServiceServicer_to_server(NetworkServicer(sandboxes), server)
+        node_pb2_grpc.add_NodeServiceServicer_to_server(NodeServicer(sandboxes), server)
+        node_pb2_grpc.add_ImageServiceServicer_to_server(ImageServicer(sandboxes), server)
+        node_pb2_grpc.add_TemplateServiceServicer_to_server(TemplateServicer(sandboxes, self._settings), server)
+        volume_pb2_grpc.add_VolumeServiceServicer_to_server(VolumeServicer(sandboxes, self._settings), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [service.full_name for module in _MODULES for service in module.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)

@@ -1,13 +1,14 @@
-"""What a starting agent does with what an earlier one left: adopts what lives, removes what was half done or unknown.
+"""Recovery at start: adopt the sandboxes that an earlier agent left running, remove what is half done or unknown.
 
-Sandboxes are settled side by side, since each may wait for its guest.
+Sandboxes are recovered concurrently, since each may wait for its guest.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -15,104 +16,150 @@ from agent.common.errors import AgentError
 from agent.common.model import State, is_sandbox_id
 from agent.common.telemetry import RECONCILED, log
 from agent.daemon.sandbox.lifecycle import expiry
+from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.watch import Monitor
 from agent.daemon.sandbox.machine import machine, resources
 from agent.daemon.sandbox.machine.host_services import HostServices
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.machine.machine import Machine
+from agent.daemon.sandbox.state.events import EventType
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
+from agent.daemon.sandbox.templates.catalog import Templates
 
-_AT_ONCE = 16
+_CONCURRENCY = 16
 _KEPT = frozenset({"adopted", "suspended", "ended before"})
 
 
-async def reconcile(host: HostServices, manager: Manager, store: Store, records: list[Record]) -> None:
-    """Brings host and records into agreement. Never fails for one sandbox's sake; counts are metrics and log."""
-    room = asyncio.Semaphore(_AT_ONCE)
+class Recovery:
+    """Brings host and records into agreement, and fills the registry.
 
-    async def settle(sandbox_id: str, work: Awaitable[str]) -> str:
-        async with room:
-            try:
-                return await work
-            except AgentError as error:
-                log.error("cannot settle what an earlier agent left", sandbox_id=sandbox_id, error=error.message)
-                return "failed"
+    :param templates: None: no sandbox uses a template.
+    """
 
-    orphans = sorted(_found(host) - {record.id for record in records})
-    kinds = await asyncio.gather(
-        *(settle(record.id, _settle(host, manager, store, record)) for record in records),
-        *(settle(sandbox_id, _remove_orphan(host, sandbox_id)) for sandbox_id in orphans),
-    )
-    counts = Counter(kinds)
-    for kind, count in counts.items():
-        RECONCILED.labels(kind).inc(count)
-    if counts:
-        log.info("reconciled", **counts)
+    def __init__(
+        self, host: HostServices, store: Store, registry: Registry, monitor: Monitor, templates: Templates | None
+    ) -> None:
+        self._host = host
+        self._store = store
+        self._registry = registry
+        self._monitor = monitor
+        self._templates = templates
+
+    async def run(self, records: Sequence[Record]) -> None:
+        """Recover all sandboxes. The failure of one is logged and does not affect the others; outcomes are counted."""
+        limit = asyncio.Semaphore(_CONCURRENCY)
+
+        async def recover(sandbox_id: str, work: Awaitable[str]) -> str:
+            async with limit:
+                try:
+                    return await work
+                except AgentError as error:
+                    log.error("cannot recover a sandbox", sandbox_id=sandbox_id, error=error.message)
+                    return "failed"
+
+        orphans = sorted(_found_on_host(self._host) - {record.id for record in records})
+        outcomes = await asyncio.gather(
+            *(recover(record.id, self._recover(record)) for record in records),
+            *(recover(sandbox_id, self._remove_orphan(sandbox_id)) for sandbox_id in orphans),
+        )
+        counts = Counter(outcomes)
+        for outcome, count in counts.items():
+            RECONCILED.labels(outcome).inc(count)
+        if counts:
+            log.info("reconciled", **counts)
+
+    async def _remove_orphan(self, sandbox_id: str) -> str:
+        await resources.remove(self._host, sandbox_id)
+        await self._host.network.release(sandbox_id)
+        return "orphaned"
+
+    async def _recover(self, record: Record) -> str:
+        """Recover one sandbox and return the outcome, a label of `RECONCILED`.
+
+        The record of a sandbox that ended is removed only after its resources.
+        """
+        before = record.copy()
+        if self._store.rebooted:
+            expiry.after_reboot(record)
+        outcome = await self._recover_by_state(record)
+        if outcome in _KEPT and record != before:  # changed by this agent's settings, or the clock of this boot
+            await self._store.put(record)
+        return outcome
+
+    async def _recover_by_state(self, record: Record) -> str:
+        host = self._host
+        await asyncio.to_thread(resources.remove_tree, host.paths.forks(record.id))
+        if record.state in (State.RUNNING, State.PAUSED):
+            # Left by an interrupted resume: useless, since the VM has written to its disk since the save.
+            await asyncio.to_thread(resources.remove_tree, host.paths.memory(record.id))
+            adopted = await machine.adopt(host, record)
+            if adopted is not None:
+                self._adopt(record, adopted)
+                return "adopted"
+            return await self._lose(record, "its VM ended while no agent ran")
+        if record.state is State.SUSPENDED:
+            await resources.remove_volatile(host, record.id)  # left by an interrupted resume
+            if host.paths.memory(record.id).is_dir():
+                self._register(record, None).needs_cleanup = True
+                host.volumes.attach(record)
+                return "suspended"
+            await resources.remove(host, record.id)
+            return await self._lose(record, "its saved memory is gone")
+        await self._end(record)
+        await host.network.release(record.id)
+        if record.state in (State.LOST, State.FAILED):
+            self._register(record, None)
+            return "ended before"
+        await self._store.delete(record.id)
+        return "ended"
+
+    def _adopt(self, record: Record, adopted: Machine) -> None:
+        entry = self._register(record, adopted)
+        self._host.volumes.attach(record)
+        if record.template and self._templates is not None:
+            entry.cleanup_stack.enter_context(self._templates.pin(record.template))
+        self._monitor.start(entry)
+
+    async def _lose(self, record: Record, why: str) -> str:
+        """Keep a sandbox without any host resources as LOST for a while, so that its owner can read the reason."""
+        await self._host.network.release(record.id)
+        why = "the node was restarted" if self._store.rebooted else why
+        record.error, record.token, record.slot, record.uid = why, {}, None, None
+        record.move(State.LOST)
+        retention_s = self._host.settings.sandbox.lost_retention_s
+        if record.expire_time is None or record.expire_time > time.time() + retention_s:
+            expiry.live_for(record, retention_s)
+        try:
+            await self._store.put(record)
+        except AgentError as error:  # the next agent finds the sandbox lost again
+            log.error("cannot store that a sandbox is lost", sandbox_id=record.id, error=error.message)
+        self._register(record, None)
+        log.warning("sandbox lost", sandbox_id=record.id, why=why)
+        return "lost"
+
+    async def _end(self, record: Record) -> None:
+        """Stop the VM and remove the resources of a sandbox that was being created or deleted, or had failed."""
+        host = self._host
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(resources.remove, host, record.id)
+            vm = await host.driver.adopt(record.id, host.paths.sandbox_run(record.id), record.token)
+            if vm is not None:
+                await vm.stop()
+
+    def _register(self, record: Record, adopted: Machine | None) -> Entry:
+        self._host.uids.reserve_existing(record.uid)
+        entry = Entry(record, adopted)
+        self._registry.add(entry)
+        self._registry.publish(EventType.UPDATED, entry)
+        return entry
 
 
-async def _remove_orphan(host: HostServices, sandbox_id: str) -> str:
-    await resources.remove(host, sandbox_id)
-    await host.network.release(sandbox_id)
-    return "orphaned"
+def _found_on_host(host: HostServices) -> set[str]:
+    """Return the ids of all sandboxes with a directory of this agent; a namespace alone may be another agent's."""
+    return _sandbox_ids(host.paths.sandboxes_run) | _sandbox_ids(host.paths.sandboxes_state)
 
 
-async def _settle(host: HostServices, manager: Manager, store: Store, record: Record) -> str:
-    """Returns what became of a recorded sandbox; one that is gone loses its record only after its resources."""
-    before = record.copy()
-    if store.rebooted:
-        expiry.after_reboot(record)
-    kind = await _settle_by_state(host, manager, store, record)
-    if kind in _KEPT and record != before:  # the settings or the clock of this boot have changed it
-        await store.put(record)
-    return kind
-
-
-async def _settle_by_state(host: HostServices, manager: Manager, store: Store, record: Record) -> str:
-    await asyncio.to_thread(resources.remove_tree, host.paths.forks(record.id))
-    if record.state in (State.RUNNING, State.PAUSED):
-        # Of a resume that an agent did not live to finish: the disk has gone on since.
-        await asyncio.to_thread(resources.remove_tree, host.paths.memory(record.id))
-        adopted = await machine.adopt(host, record)
-        if adopted is not None:
-            manager.adopt(record, adopted)
-            return "adopted"
-        return await _lose(host, manager, store, record, "its VM ended while no agent ran")
-    if record.state is State.SUSPENDED:
-        await resources.remove_volatile(host, record.id)  # of a resume that an agent did not live to see
-        if host.paths.memory(record.id).is_dir():
-            manager.keep_suspended(record)
-            return "suspended"
-        await resources.remove(host, record.id)
-        return await _lose(host, manager, store, record, "its saved memory is gone")
-    await _end(host, record)
-    await host.network.release(record.id)
-    if record.state in (State.LOST, State.FAILED):
-        manager.keep_ended(record)
-        return "ended before"
-    await store.delete(record.id)
-    return "ended"
-
-
-async def _lose(host: HostServices, manager: Manager, store: Store, record: Record, why: str) -> str:
-    await host.network.release(record.id)
-    await manager.lose(record, "the node was restarted" if store.rebooted else why)
-    return "lost"
-
-
-async def _end(host: HostServices, record: Record) -> None:
-    """Removes a sandbox that was never to run on: it was being made, had failed, or was being deleted."""
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(resources.remove, host, record.id)
-        vm = await host.driver.adopt(record.id, host.paths.sandbox_run(record.id), record.token)
-        if vm is not None:
-            await vm.stop()
-
-
-def _found(host: HostServices) -> set[str]:
-    """Returns the ids of all sandboxes that have a directory of this agent; namespaces alone may be another agent's."""
-    return _names(host.paths.sandboxes_run) | _names(host.paths.sandboxes_state)
-
-
-def _names(directory: Path) -> set[str]:
+def _sandbox_ids(directory: Path) -> set[str]:
     if not directory.exists():
         return set()
-    return {entry.name for entry in directory.iterdir() if is_sandbox_id(entry.name)}
+    return {path.name for path in directory.iterdir() if is_sandbox_id(path.name)}

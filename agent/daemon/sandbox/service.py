@@ -1,191 +1,242 @@
-"""All sandboxes of this node, and the only module's class that the API knows: see `Registry` for what there is,
-`Lifecycle` for creates and deletes, `Standing` for pauses and forks; here are changes, ends, and what a new agent takes
-over.
-"""
+"""Facade of the sandboxes of one node, for the gRPC services: each call goes to the part that does the work."""
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 from agent.common.background import Supervisor
 from agent.common.config.settings import Settings
-from agent.common.errors import AgentError, InvalidState
-from agent.common.model import Lifetime, State
-from agent.common.telemetry import log
+from agent.common.model import Lifetime, SandboxSpec, State
+from agent.daemon.guestlink.channel import Channel
+from agent.daemon.network import drop_counters
+from agent.daemon.sandbox.capacity.admission import Admission
 from agent.daemon.sandbox.capacity.drain import Drain
-from agent.daemon.sandbox.capacity.node import Node
-from agent.daemon.sandbox.lifecycle import expiry, policy_change
-from agent.daemon.sandbox.lifecycle.entry import Entry
-from agent.daemon.sandbox.lifecycle.pause import Standing
+from agent.daemon.sandbox.capacity.node import Node, NodeInfo
+from agent.daemon.sandbox.lifecycle.create import Creator
+from agent.daemon.sandbox.lifecycle.delete import Deleter
+from agent.daemon.sandbox.lifecycle.expiry import Expiry
+from agent.daemon.sandbox.lifecycle.fork import Forker
+from agent.daemon.sandbox.lifecycle.pause import Pauser
 from agent.daemon.sandbox.lifecycle.policy_change import PolicyChange
+from agent.daemon.sandbox.lifecycle.registry import Registry
+from agent.daemon.sandbox.lifecycle.transition import Transitions
+from agent.daemon.sandbox.lifecycle.update import Updater
+from agent.daemon.sandbox.lifecycle.watch import Monitor
 from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.machine import Machine
-from agent.daemon.sandbox.state.events import EventType
+from agent.daemon.sandbox.recovery import Recovery
+from agent.daemon.sandbox.state.events import Event, Events
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
-from agent.daemon.sandbox.state.validation import changed_labels, check_expire_time, check_lease_change
 from agent.daemon.sandbox.templates.catalog import Templates
 from agent.daemon.sandbox.templates.prewarm import keep_prepared
-from agent.daemon.storage.images import ImageStore
+from agent.daemon.storage.images import Image, ImageStore
+from agent.daemon.storage.volumes import Volumes
 
-_NO_CHANGE = PolicyChange()
+# States that outlive an agent which leaves its sandboxes to the next one.
 _LIVING = frozenset({State.RUNNING, State.PAUSED, State.SUSPENDED})
+_NO_SECRETS: Mapping[str, str] = MappingProxyType({})
+_NO_CHANGE = PolicyChange()
 
 
-class Manager(Standing):
-    """The sandboxes of this node."""
+@dataclass(eq=False)
+class SandboxService:
+    """The sandboxes of this node.
 
-    def __init__(
-        self,
-        machines: HostServices,
+    :param templates: None: each VM boots its kernel.
+    """
+
+    host: HostServices
+    images: ImageStore
+    templates: Templates | None
+    node: Node
+    registry: Registry
+    admission: Admission
+    creator: Creator
+    deleter: Deleter
+    pauser: Pauser
+    forker: Forker
+    updater: Updater
+    expiry: Expiry
+    drain: Drain
+    recovery: Recovery
+
+    @classmethod
+    def build(
+        cls,
+        host: HostServices,
         images: ImageStore,
         node: Node,
         store: Store,
-        templates: Templates | None = None,
-        *,
+        events: Events,
         supervisor: Supervisor,
-    ) -> None:
-        super().__init__(machines, images, node, store, templates)
-        self.drain = Drain(node, store, lambda: len(self._entries), self._evict, supervisor)
+        templates: Templates | None = None,
+    ) -> SandboxService:
+        """Build a service and its parts; no sandbox is known before `recovery.run`."""
+        settings = host.settings
+        registry = Registry(events)
+        admission = Admission(settings.node, node, registry)
+        monitor = Monitor(settings.sandbox, host.cgroups, store, registry)
+        transitions = Transitions(store, registry, monitor, settings.sandbox.relink_timeout_s)
+        deleter = Deleter(host, store, registry)
+        creator = Creator(host, images, templates, store, registry, admission, monitor, deleter)
 
-    def reconfigure(self, settings: Settings) -> None:
-        """Takes other limits and labels of the node from now on; sandboxes that are there stay."""
-        self.node.reconfigure(settings)
-        self.admission.reconfigure(settings.node)
+        async def evict() -> None:
+            await deleter.delete_all(registry.entries(), "evicted")
 
-    async def _evict(self) -> None:
-        """Deletes all sandboxes; one that cannot be deleted is logged."""
-        doomed = list(self._entries.values())
-        await asyncio.gather(*(self._start_delete(entry, "evicted") for entry in doomed), return_exceptions=True)
+        return cls(
+            host,
+            images,
+            templates,
+            node,
+            registry,
+            admission,
+            creator,
+            deleter,
+            Pauser(host, images, registry, admission, monitor, transitions),
+            Forker(host, images, store, registry, admission, creator, deleter, transitions),
+            Updater(host, store, registry),
+            Expiry(store, registry, deleter),
+            Drain(node, store, lambda: len(registry), evict, supervisor),
+            Recovery(host, store, registry, monitor, templates),
+        )
 
-    # -- changing ------------------------------------------------------------------------------------------------------
+    # -- lookup --------------------------------------------------------------------------------------------------------
+
+    def get(self, sandbox_id: str) -> Record:
+        """Return a copy of a sandbox's record; see `Registry.get`."""
+        return self.registry.get(sandbox_id)
+
+    async def inspect(self, sandbox_id: str) -> Record:
+        """Return a copy of a sandbox's record, with the packets counted that the kernel has dropped until now.
+
+        :raises NotFound: the node has no such sandbox.
+        """
+        entry = self.registry.entry(sandbox_id)
+        if entry.runs:
+            await drop_counters.count(self.host.network, entry.record)
+        return self.registry.get(sandbox_id)
+
+    def list(self) -> list[Record]:
+        """Return copies of all records, by create time."""
+        return self.registry.list()
+
+    def watch(self, wanted: Callable[[Record], bool]) -> AsyncIterator[Event]:
+        """Yield the present sandboxes, then every change; see `Events.watch`."""
+        return self.registry.watch(wanted)
+
+    def running(self, sandbox_id: str) -> Machine:
+        """Return the machine of a running sandbox; see `Registry.running`."""
+        return self.registry.running(sandbox_id)
+
+    def channel(self, sandbox_id: str) -> Channel:
+        """Return the link to the guest of a running sandbox; see `Registry.running`."""
+        return self.registry.running(sandbox_id).channel
+
+    def console(self, sandbox_id: str, limit_bytes: int) -> bytes:
+        """Return the last bytes of a sandbox's console, of a failed sandbox as well; empty without a VM.
+
+        :raises NotFound: the node has no such sandbox.
+        """
+        machine = self.registry.entry(sandbox_id).machine
+        return b"" if machine is None else machine.vm.console_tail(limit_bytes)
+
+    async def ca_certificate(self, sandbox_id: str) -> str:
+        """Return the certificate of the CA that the sandbox's guest trusts, in PEM; "" without one.
+
+        :raises NotFound: the node has no such sandbox.
+        """
+        return await self.host.network.ca_certificate(self.registry.entry(sandbox_id).record)
+
+    @property
+    def volumes(self) -> Volumes:
+        """Volumes and snapshots of this node."""
+        return self.host.volumes
+
+    def describe_node(self) -> NodeInfo:
+        """Return the state of the node now."""
+        return self.node.describe(self.registry.reserved())
+
+    def fitting_image(self, spec: SandboxSpec) -> Image:
+        """Return the image for a specification; see `Creator.fitting_image`."""
+        return self.creator.fitting_image(spec)
+
+    # -- operations ----------------------------------------------------------------------------------------------------
+
+    async def create(self, spec: SandboxSpec, secret_values: Mapping[str, str] = _NO_SECRETS) -> Record:
+        """Create a sandbox and return its record once it runs; see `Creator.create`."""
+        return await self.creator.create(spec, secret_values)
+
+    async def delete(self, sandbox_id: str, reason: str = "requested") -> None:
+        """Delete a sandbox and return when nothing of it is left; see `Deleter.delete`.
+
+        :raises NotFound: the node has no such sandbox.
+        """
+        await self.deleter.delete(self.registry.entry(sandbox_id), reason)
+
+    async def pause(self, sandbox_id: str, *, to_disk: bool) -> Record:
+        """Pause a sandbox, or suspend it to disk; see `Pauser.pause`."""
+        return await self.pauser.pause(sandbox_id, to_disk=to_disk)
+
+    async def resume(self, sandbox_id: str) -> Record:
+        """Resume a paused or suspended sandbox; see `Pauser.resume`."""
+        return await self.pauser.resume(sandbox_id)
+
+    async def fork(
+        self, sandbox_id: str, count: int, *, labels: Mapping[str, str], lifetime: Lifetime | None, request_id: str
+    ) -> Sequence[Record]:
+        """Create `count` copies of a sandbox as it is now; see `Forker.fork`."""
+        return await self.forker.fork(sandbox_id, count, labels=labels, lifetime=lifetime, request_id=request_id)
 
     async def update(
         self, sandbox_id: str, *, expire_time: float | None, clear_expire_time: bool,
         set_labels: Mapping[str, str], remove_labels: Iterable[str], policy: PolicyChange = _NO_CHANGE,
         end_lease: bool = False,
     ) -> Record:  # fmt: skip
-        """Changes expire time, labels, network policy and secrets; what the policy no longer allows has ended then.
-
-        :raises NotFound:
-        :raises InvalidSpec:
-        :raises InvalidState: it has a lease, or is being deleted, or its policy is to be changed and it does not run.
-        """
-        entry = self._entry(sandbox_id)
-        new_labels, old_labels = dict(set_labels), tuple(remove_labels)
-
-        def edit(draft: Record) -> None:
-            leased = draft.spec.lifetime.lease_s is not None
-            check_lease_change(expire_time, leased=leased, clear=clear_expire_time, end_lease=end_lease)
-            check_expire_time(expire_time, time.time())
-            draft.labels = changed_labels(draft.labels, new_labels, old_labels)
-            if end_lease:
-                draft.spec = dataclasses.replace(draft.spec, lifetime=Lifetime(idle_s=draft.spec.lifetime.idle_s))
-            if expire_time is not None or clear_expire_time:
-                expiry.live_until(draft, expire_time)
-
-        # Labels and times can change during a pause or fork, however long it takes; a policy cannot.
-        await self._operations.run(entry, "update", lambda: self._update(entry, edit, policy), exclusive=bool(policy))
-        return entry.record.copy()
-
-    async def _update(self, entry: Entry, edit: Callable[[Record], None], policy: PolicyChange) -> None:
-        if policy:
-            edit(entry.record.copy())  # what it refuses, it refuses before the network changes
-            channel = self.running(entry.record.id).channel
-            async with policy_change.in_force(self._host, self._store, entry.record, policy, channel):
-                await self._store.change(entry.record, edit)
-        else:
-            await self._store.change(entry.record, edit)
-        self._publish(EventType.UPDATED, entry)
+        """Update labels, expire time, lease, network policy and secrets of a sandbox; see `Updater.update`."""
+        return await self.updater.update(
+            sandbox_id, expire_time=expire_time, clear_expire_time=clear_expire_time, set_labels=set_labels,
+            remove_labels=remove_labels, policy=policy, end_lease=end_lease,
+        )  # fmt: skip
 
     async def renew_lease(self, sandbox_id: str) -> float:
-        """Renews a lease and returns when it lapses. :raises NotFound: :raises InvalidState: it has none."""
-        entry = self._entry(sandbox_id)
+        """Renew the lease of a sandbox and return when it lapses; see `Updater.renew_lease`."""
+        return await self.updater.renew_lease(sandbox_id)
 
-        def renew(draft: Record) -> None:
-            if draft.spec.lifetime.lease_s is None:
-                raise InvalidState(f"sandbox {sandbox_id} was created without a lease", reason="NO_LEASE")
-            expiry.live_for(draft, draft.spec.lifetime.lease_s)
+    # -- the node ------------------------------------------------------------------------------------------------------
 
-        # Not exclusive: a pause or fork that takes longer than the lease must not let it lapse.
-        await self._operations.run(
-            entry, "lease renewal", lambda: self._store.change(entry.record, renew), exclusive=False
-        )
-        assert entry.record.expire_time is not None
-        return entry.record.expire_time
+    def reconfigure(self, settings: Settings) -> None:
+        """Apply other limits and labels of the node from now on; present sandboxes stay."""
+        self.node.reconfigure(settings)
+        self.admission.reconfigure(settings.node)
 
-    async def keep_lifetimes(self) -> None:
-        """Ends sandboxes when it is time, until it is cancelled."""
-
-        async def moved(entry: Entry) -> None:
-            self._publish(EventType.UPDATED, entry)
-            await self._store.put(entry.record)
-
-        await expiry.keep(self._entries.values, self._start_delete, moved)
-
-    # -- starting and stopping -----------------------------------------------------------------------------------------
-
-    async def prepare_templates(self) -> None:
-        """Keeps the templates of the configured sizes ready until it is cancelled; see `keep_prepared`."""
+    async def prewarm_templates(self) -> None:
+        """Keep the templates of the configured sizes built until cancelled; see `keep_prepared`."""
         if self.templates is not None:
-            await keep_prepared(self._host.settings, self.images, self.templates)
+            await keep_prepared(self.host.settings, self.images, self.templates)
 
-    def adopt(self, record: Record, adopted: Machine) -> None:
-        """Takes over a sandbox that an earlier agent left running."""
-        entry = self._take_over(record, adopted)
-        self._host.volumes.attach(record)
-        if record.template and self.templates is not None:
-            entry.cleanup_stack.enter_context(self.templates.pin(record.template))
-        self._start_watch(entry)
-
-    def keep_suspended(self, record: Record) -> None:
-        """Takes over a sandbox that is on the disk alone."""
-        self._take_over(record, None).needs_cleanup = True
-        self._host.volumes.attach(record)
-
-    async def lose(self, record: Record, why: str) -> None:
-        """Keeps what an earlier agent left and what does not live any more, so that its owner learns why.
-
-        It has nothing on the host, and is deleted after a while.
-        """
-        record.error, record.token, record.slot, record.uid = why, {}, None, None
-        record.move(State.LOST)
-        retention_s = self._host.settings.sandbox.lost_retention_s
-        if record.expire_time is None or record.expire_time > time.time() + retention_s:
-            expiry.live_for(record, retention_s)
-        try:
-            await self._store.put(record)
-        except AgentError as error:  # the next agent finds it lost once more
-            log.error("cannot store that a sandbox is lost", sandbox_id=record.id, error=error.message)
-        self._take_over(record, None)
-        log.warning("sandbox lost", sandbox_id=record.id, why=why)
-
-    def keep_ended(self, record: Record) -> None:
-        """Goes on to keep what was lost or failed under an earlier agent."""
-        self._take_over(record, None)
-
-    def _take_over(self, record: Record, adopted: Machine | None) -> Entry:
-        self._host.uids.reserve_existing(record.uid)
-        entry = Entry(record, adopted)
-        self._add(entry)
-        self._publish(EventType.UPDATED, entry)
-        return entry
+    async def count_drops(self) -> None:
+        """Count the packets that the kernel drops of running sandboxes, until cancelled."""
+        await drop_counters.keep_counting(
+            self.host.network, lambda: [entry.record for entry in self.registry.entries() if entry.runs]
+        )
 
     async def stop(self, *, keep: bool) -> None:
-        """Ends the manager: deletes every sandbox, or leaves those that run to the next agent."""
+        """Delete every sandbox, or leave living ones to the next agent.
+
+        :param keep: leave sandboxes that run, are paused or are suspended.
+        """
         await self.drain.aclose()
         self.node.set_draining("the agent is stopping")
-        pending = [entry for entry in self._entries.values() if not keep or entry.record.state not in _LIVING]
-        # One that cannot be deleted is logged, and settled by the next agent.
-        await asyncio.gather(*(self._start_delete(entry, "agent stopped") for entry in pending), return_exceptions=True)
+        ending = [entry for entry in self.registry.entries() if not keep or entry.record.state not in _LIVING]
+        await self.deleter.delete_all(ending, "agent stopped")  # the next agent removes what could not be deleted
         if self.templates is not None:
             await self.templates.aclose()
-        left, self._entries = self._entries, {}
-        for entry in left.values():
-            await self._operations.cancel(entry)  # which undoes what is half done, or the next agent would find it
-            await self._stop_watch(entry)
+        left = self.registry.entries()
+        self.registry.clear()
+        for entry in left:
+            await entry.operations.cancel()  # a half done operation is undone before the next agent looks
             if entry.machine is not None:
                 await entry.machine.detach()

@@ -18,7 +18,7 @@ import pytest
 from agent.common.background import Supervisor
 from agent.common.errors import GuestError
 from agent.daemon.rpc.server import ApiServer
-from agent.daemon.rpc.services.sandbox_service import SandboxService
+from agent.daemon.rpc.services.sandbox_service import SandboxServicer
 from guest.wire import Frame
 from tests.support import leaks
 from tests.support.daemon_fakes import Bench, SilentObserver, bench
@@ -96,7 +96,7 @@ def directory() -> Iterator[Path]:
 @pytest.fixture
 async def ctl(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ctl]:
     async with bench(directory, monkeypatch) as node:
-        server = ApiServer(node.host.settings, node.manager, node.supervisor)
+        server = ApiServer(node.host.settings, node.sandboxes, node.supervisor)
         await server.start()
         yield Ctl(server.socket_path, node)
         await server.stop(0)
@@ -126,15 +126,15 @@ async def test_a_life_in_tables_and_json(ctl: Ctl) -> None:
 
 async def test_ls_goes_through_all_pages(ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [await ctl.create() for _ in range(3)]
-    whole = SandboxService.ListSandboxes
+    whole = SandboxServicer.ListSandboxes
 
     async def one_each(self: Any, request: Any, context: Any) -> Any:
         request.page_size = 1
         return await whole(self, request, context)
 
-    monkeypatch.setattr(SandboxService, "ListSandboxes", one_each)
+    monkeypatch.setattr(SandboxServicer, "ListSandboxes", one_each)
     # Handlers are bound when the server is made.
-    server = ApiServer(ctl.node.host.settings, ctl.node.manager, Supervisor(SilentObserver()))
+    server = ApiServer(ctl.node.host.settings, ctl.node.sandboxes, Supervisor(SilentObserver()))
     ctl.socket.unlink()
     await server.start()
     listed = (await ctl("ls", "--json")).objects()
@@ -166,9 +166,9 @@ async def test_a_lease_is_held_until_interrupted(ctl: Ctl) -> None:
     process = await ctl.start("create", *SMALL, "--lease", "1500ms")
     assert process.stdout is not None
     made = (await process.stdout.readline()).decode().strip()
-    first = ctl.node.manager.get(made).expire_time
+    first = ctl.node.sandboxes.get(made).expire_time
     assert first is not None
-    await until(lambda: (ctl.node.manager.get(made).expire_time or 0) >= first + 1.5)
+    await until(lambda: (ctl.node.sandboxes.get(made).expire_time or 0) >= first + 1.5)
     process.send_signal(signal.SIGINT)
     await process.communicate()
     assert process.returncode == 130

@@ -23,7 +23,8 @@ from agent.common.systemd import notify
 from agent.daemon import app
 from agent.daemon.app import agent
 from agent.daemon.rpc.server import ApiServer
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.lifecycle.expiry import Expiry
+from agent.daemon.sandbox.service import SandboxService
 from agent.daemon.storage.images import ImageStore
 from sandboxd.v1 import node_pb2
 from tests.support import leaks
@@ -129,7 +130,7 @@ async def test_settings_are_read_again_after_a_reload_that_failed(
                 await asyncio.sleep(0.01)
             assert [word.partition("\n")[0] for word in said] == ["READY=1", "RELOADING=1", "READY=1"]
             os.kill(os.getpid(), signal.SIGHUP)
-            while made[0].manager.describe_node().sandboxes.total != 3:  # noqa: ASYNC110
+            while made[0].sandboxes.describe_node().sandboxes.total != 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)
             await running
@@ -138,20 +139,22 @@ async def test_settings_are_read_again_after_a_reload_that_failed(
     assert answers == []
 
 
-@pytest.mark.parametrize("loop", ["prepare_templates", "count_drops", "keep_lifetimes"])
+@pytest.mark.parametrize(
+    ("owner", "loop"), [(SandboxService, "prewarm_templates"), (SandboxService, "count_drops"), (Expiry, "run")]
+)
 async def test_a_loop_that_fails_is_restarted_and_named(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, loop: str
+    directory: Path, monkeypatch: pytest.MonkeyPatch, owner: type, loop: str
 ) -> None:
-    async def fail(self: Manager) -> None:
+    async def fail(_self: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(Manager, loop, fail)
+    monkeypatch.setattr(owner, loop, fail)
     async with agent(settings(directory)) as server:
         async with asyncio.timeout(10):
             while not server.supervisor.failing:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         (sentence,) = server.supervisor.sentences()
-        assert sentence in server.manager.describe_node().degraded
+        assert sentence in server.sandboxes.describe_node().degraded
         (name,) = server.supervisor.failing
         assert telemetry.registry.get_sample_value("sandboxd_background_failing", {"loop": name}) == 1
         failures = telemetry.registry.get_sample_value("sandboxd_background_failures_total", {"loop": name})

@@ -16,7 +16,7 @@ from agent.daemon.rpc.convert.file_messages import count, info, mode_bits, nanos
 from agent.daemon.rpc.convert.guest_values import guest_int, guest_list, guest_text
 from agent.daemon.rpc.services import open_file
 from agent.daemon.rpc.services.streams import events, first_message
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.service import SandboxService
 from guest.wire import Frame
 from sandboxd.v1 import file_pb2 as pb
 from sandboxd.v1 import file_pb2_grpc
@@ -39,15 +39,15 @@ _WATCH_TYPES = {
 }  # fmt: skip
 
 
-class FileService(file_pb2_grpc.FileServiceServicer):
+class FileServicer(file_pb2_grpc.FileServiceServicer):
     """Servicer of FileService, over the links to the guests."""
 
-    def __init__(self, manager: Manager) -> None:
-        self._manager = manager
+    def __init__(self, sandboxes: SandboxService) -> None:
+        self._sandboxes = sandboxes
 
     async def _call(self, request: Any, op: str, /, **params: object) -> dict[str, Any]:
         """Call an operation of the guest as the request's user."""
-        channel = await self._manager.channel(request.sandbox_id)
+        channel = self._sandboxes.channel(request.sandbox_id)
         # No limit here: copies and removals of large trees are ended by the client's own deadline.
         return await channel.call(op, timeout_s=None, user=request.user or None, **params)
 
@@ -57,7 +57,7 @@ class FileService(file_pb2_grpc.FileServiceServicer):
             "path": path(request.path), "offset": count(request.offset, "offset"),
             "length": count(request.length, "length"), "user": request.user or None,
         }  # fmt: skip
-        channel = await self._manager.channel(request.sandbox_id)
+        channel = self._sandboxes.channel(request.sandbox_id)
         async with channel.stream("fs.read", **params) as stream:
             while (frame := await stream.recv()) is not None:
                 if frame[0] is Frame.DATA:
@@ -76,7 +76,7 @@ class FileService(file_pb2_grpc.FileServiceServicer):
             "mode": mode_bits(opened.mode if opened.HasField("mode") else 0o644),
             "must_exist": opened.must_exist, "user": opened.user or None, "parents": opened.make_parents,
         }  # fmt: skip
-        channel = await self._manager.channel(opened.sandbox_id)
+        channel = self._sandboxes.channel(opened.sandbox_id)
         async with channel.stream("fs.write", **params) as stream:
             feeder = asyncio.create_task(_feed(stream, request_iterator))
             try:
@@ -90,7 +90,7 @@ class FileService(file_pb2_grpc.FileServiceServicer):
         return info(await self._call(request, "fs.stat", path=path(request.path), follow=follow))
 
     async def _entries(self, request: Any, op: str, /, **params: object) -> AsyncIterator[list[pb.FileInfo]]:
-        channel = await self._manager.channel(request.sandbox_id)
+        channel = self._sandboxes.channel(request.sandbox_id)
         async for page in events(channel.stream(op, user=request.user or None, **params)):
             yield [info(item) for item in guest_list(page, "entries")]
 
@@ -212,14 +212,14 @@ class FileService(file_pb2_grpc.FileServiceServicer):
     ) -> AsyncIterator[pb.OpenFileResponse]:
         """See file.proto."""
         first = await first_message(request_iterator, "open")
-        channel = await self._manager.channel(first.open.sandbox_id)
+        channel = self._sandboxes.channel(first.open.sandbox_id)
         async with channel.stream("fs.open", **open_file.open_params(first.open)) as stream:
             async for response in open_file.serve(stream, request_iterator):
                 yield response
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
         """See file.proto."""
-        channel = await self._manager.channel(request.sandbox_id)
+        channel = self._sandboxes.channel(request.sandbox_id)
         opened = channel.stream("fs.watch", path=path(request.path), recursive=request.recursive)
         async for event in events(opened):
             if event.get("ready"):

@@ -14,7 +14,7 @@ from agent.common.telemetry import STREAM_BYTES
 from agent.daemon.guestlink.stream import CallStream
 from agent.daemon.rpc.convert.guest_values import guest_int, guest_text
 from agent.daemon.rpc.services.streams import first_message, recv_or_fail
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.service import SandboxService
 from guest.wire import Frame
 from sandboxd.v1 import network_pb2 as pb
 from sandboxd.v1 import network_pb2_grpc
@@ -24,11 +24,11 @@ _OUT = STREAM_BYTES.labels("dial", "from_guest")
 _IN = STREAM_BYTES.labels("dial", "to_guest")
 
 
-class NetworkService(network_pb2_grpc.NetworkServiceServicer):
+class NetworkServicer(network_pb2_grpc.NetworkServiceServicer):
     """Servicer of NetworkService, over the links to the guests."""
 
-    def __init__(self, manager: Manager) -> None:
-        self._manager = manager
+    def __init__(self, sandboxes: SandboxService) -> None:
+        self._sandboxes = sandboxes
 
     async def Dial(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.DialRequest], context: Context
@@ -36,7 +36,7 @@ class NetworkService(network_pb2_grpc.NetworkServiceServicer):
         """See network.proto."""
         first = await first_message(request_iterator, "open")
         op, params = _target(first.open)
-        channel = await self._manager.channel(first.open.sandbox_id)
+        channel = self._sandboxes.channel(first.open.sandbox_id)
         async with channel.stream(op, **params) as stream:
             feeder = asyncio.create_task(_feed(stream, request_iterator))
             try:
@@ -55,7 +55,7 @@ class NetworkService(network_pb2_grpc.NetworkServiceServicer):
         self, request: pb.WaitForListenerRequest, context: Context
     ) -> pb.Listener:
         """See network.proto."""
-        channel = await self._manager.channel(request.sandbox_id)
+        channel = self._sandboxes.channel(request.sandbox_id)
         found = await channel.call("proc.listener", timeout_s=None, id=request.process_id)
         return pb.Listener(host=guest_text(found, "host"), port=guest_int(found, "port", 1, 65535))
 
@@ -63,7 +63,7 @@ class NetworkService(network_pb2_grpc.NetworkServiceServicer):
         self, request: pb.GetCertificateAuthorityRequest, context: Context
     ) -> pb.CertificateAuthority:
         """See network.proto."""
-        return pb.CertificateAuthority(certificate_pem=await self._manager.ca_certificate(request.sandbox_id))
+        return pb.CertificateAuthority(certificate_pem=await self._sandboxes.ca_certificate(request.sandbox_id))
 
 
 def _target(opened: pb.DialRequest.Open) -> tuple[str, dict[str, object]]:

@@ -15,7 +15,7 @@ from agent.common.aio import cancel_and_wait
 from agent.common.errors import InvalidSpec, InvalidState
 from agent.daemon.rpc.convert.node_messages import image_message, node_message
 from agent.daemon.rpc.convert.times import duration_s, timestamp
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.service import SandboxService
 from sandboxd.v1 import node_pb2 as pb
 from sandboxd.v1 import node_pb2_grpc
 
@@ -25,15 +25,15 @@ _SETTLE_S = 0.05  # changes within this time share one message
 _VERSION = version("sandboxd")
 
 
-class NodeService(node_pb2_grpc.NodeServiceServicer):
+class NodeServicer(node_pb2_grpc.NodeServiceServicer):
     """Servicer of NodeService."""
 
-    def __init__(self, manager: Manager) -> None:
-        self._manager = manager
+    def __init__(self, sandboxes: SandboxService) -> None:
+        self._sandboxes = sandboxes
 
     async def _node(self) -> pb.Node:
-        images = await asyncio.to_thread(self._manager.images.list)
-        return node_message(self._manager.describe_node(), images, _VERSION)
+        images = await asyncio.to_thread(self._sandboxes.images.list)
+        return node_message(self._sandboxes.describe_node(), images, _VERSION)
 
     async def GetNode(self, request: pb.GetNodeRequest, context: Context) -> pb.Node:  # noqa: N802
         """See node.proto."""
@@ -47,11 +47,11 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         changed = asyncio.Event()
 
         async def listen() -> None:
-            async for _ in self._manager.watch(lambda _record: True):
+            async for _ in self._sandboxes.watch(lambda _record: True):
                 changed.set()
 
         listener = asyncio.create_task(listen())
-        self._manager.node.on_change.add(changed.set)
+        self._sandboxes.node.on_change.add(changed.set)
         try:
             while True:
                 changed.clear()
@@ -60,7 +60,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
                     await asyncio.wait_for(changed.wait(), interval)
                 await asyncio.sleep(_SETTLE_S)
         finally:
-            self._manager.node.on_change.discard(changed.set)
+            self._sandboxes.node.on_change.discard(changed.set)
             await cancel_and_wait(listener)
 
     async def DrainNode(  # noqa: N802
@@ -72,8 +72,8 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             evict_after_s = duration_s(request.evict_after)
             if evict_after_s < 0:
                 raise InvalidSpec("evict_after must not be negative")
-        await self._manager.drain.begin(evict_after_s)
-        async for progress in self._manager.drain.progress():
+        await self._sandboxes.drain.begin(evict_after_s)
+        async for progress in self._sandboxes.drain.progress():
             message = pb.DrainProgress(remaining=progress.remaining)
             if progress.evict_in_s is not None:
                 message.evict_time.CopyFrom(timestamp(time.time() + progress.evict_in_s))
@@ -81,32 +81,32 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 
     async def UndrainNode(self, request: pb.UndrainNodeRequest, context: Context) -> pb.Node:  # noqa: N802
         """See node.proto."""
-        await self._manager.drain.end()
+        await self._sandboxes.drain.end()
         return await self._node()
 
 
-class ImageService(node_pb2_grpc.ImageServiceServicer):
+class ImageServicer(node_pb2_grpc.ImageServiceServicer):
     """Servicer of ImageService."""
 
-    def __init__(self, manager: Manager) -> None:
-        self._manager = manager
+    def __init__(self, sandboxes: SandboxService) -> None:
+        self._sandboxes = sandboxes
 
     async def ListImages(self, request: pb.ListImagesRequest, context: Context) -> pb.ListImagesResponse:  # noqa: N802
         """See node.proto."""
-        images = await asyncio.to_thread(self._manager.images.list)
+        images = await asyncio.to_thread(self._sandboxes.images.list)
         return pb.ListImagesResponse(images=[image_message(value) for value in images])
 
     async def GetImage(self, request: pb.GetImageRequest, context: Context) -> pb.Image:  # noqa: N802
         """See node.proto."""
-        return image_message(await asyncio.to_thread(self._manager.images.get, request.name), packages=True)
+        return image_message(await asyncio.to_thread(self._sandboxes.images.get, request.name), packages=True)
 
     async def DeleteImage(self, request: pb.DeleteImageRequest, context: Context) -> pb.DeleteImageResponse:  # noqa: N802
         """See node.proto."""
-        users = [record.id for record in self._manager.list() if record.spec.image == request.name]
+        users = [record.id for record in self._sandboxes.list() if record.spec.image == request.name]
         if users:
             raise InvalidState(
                 f"image {request.name} is in use by {len(users)} sandboxes ({users[0]} ...); delete them first",
                 reason="IMAGE_IN_USE",
             )
-        await asyncio.to_thread(self._manager.images.remove, request.name)
+        await asyncio.to_thread(self._sandboxes.images.remove, request.name)
         return pb.DeleteImageResponse()

@@ -15,7 +15,7 @@ from agent.daemon.guestlink.stream import CallStream
 from agent.daemon.rpc.convert.guest_values import guest_dict, guest_int, guest_list, guest_text
 from agent.daemon.rpc.convert.process_messages import exit_message, process_message, system_process_message
 from agent.daemon.rpc.services.streams import events, first_message, recv_or_fail
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.service import SandboxService
 from agent.daemon.sandbox.state.validation import check_env
 from guest.wire import Frame
 from sandboxd.v1 import process_pb2 as pb
@@ -68,14 +68,14 @@ def process_params(spec: pb.ProcessSpec) -> dict[str, object]:
     }  # fmt: skip
 
 
-class ProcessService(process_pb2_grpc.ProcessServiceServicer):
+class ProcessServicer(process_pb2_grpc.ProcessServiceServicer):
     """Servicer of ProcessService, over the links to the guests."""
 
-    def __init__(self, manager: Manager) -> None:
-        self._manager = manager
+    def __init__(self, sandboxes: SandboxService) -> None:
+        self._sandboxes = sandboxes
 
     async def _call(self, sandbox_id: str, op: str, /, **params: object) -> dict[str, Any]:
-        channel = await self._manager.channel(sandbox_id)
+        channel = self._sandboxes.channel(sandbox_id)
         return await channel.call(op, timeout_s=_CALL_TIMEOUT_S, **params)
 
     async def StartProcess(self, request: pb.StartProcessRequest, context: Context) -> pb.Process:  # noqa: N802
@@ -90,7 +90,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         """See process.proto."""
         first = await first_message(request_iterator, "start")
         params = process_params(first.start.spec)
-        channel = await self._manager.channel(first.start.sandbox_id)
+        channel = self._sandboxes.channel(first.start.sandbox_id)
         detach = first.start.detach_on_disconnect
         async with channel.stream("proc.exec", detach=detach, **params) as stream:
             PROCESSES.inc()
@@ -102,7 +102,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
     ) -> AsyncIterator[pb.AttachResponse]:
         """See process.proto."""
         first = await first_message(request_iterator, "open")
-        channel = await self._manager.channel(first.open.sandbox_id)
+        channel = self._sandboxes.channel(first.open.sandbox_id)
         replay = not first.open.no_replay
         async with channel.stream("proc.attach", id=first.open.process_id, replay=replay) as stream:
             async for response in _relay(stream, request_iterator, pb.AttachResponse, end_is_eof=False):
@@ -122,7 +122,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
 
     async def Wait(self, request: pb.WaitRequest, context: Context) -> pb.WaitResponse:  # noqa: N802
         """See process.proto."""
-        channel = await self._manager.channel(request.sandbox_id)
+        channel = self._sandboxes.channel(request.sandbox_id)
         result = await channel.call("proc.wait", timeout_s=None, id=request.process_id)
         return pb.WaitResponse(exit=exit_message(guest_dict(result, "exit")))
 
@@ -130,7 +130,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         self, request: pb.ListProcessesRequest, context: Context
     ) -> pb.ListProcessesResponse:
         """See process.proto."""
-        channel = await self._manager.channel(request.sandbox_id)
+        channel = self._sandboxes.channel(request.sandbox_id)
         response = pb.ListProcessesResponse()
         async for page in events(channel.stream("proc.list")):
             response.processes.extend(process_message(item) for item in guest_list(page, "processes"))

@@ -24,7 +24,7 @@ from agent.daemon.rpc.convert.sandbox_messages import (
 )
 from agent.daemon.rpc.convert.times import duration, timestamp, unix_time_s
 from agent.daemon.sandbox.lifecycle.policy_change import PolicyChange
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.service import SandboxService
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.validation import check_lifetime, check_request_id, complete
 from agent.daemon.storage.volumes import SNAPSHOT, VOLUME, Volume
@@ -42,11 +42,11 @@ def _matches(record: Record, labels: dict[str, str]) -> bool:
     return all(key in record.labels and value in ("", record.labels[key]) for key, value in labels.items())
 
 
-class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
+class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
     """Servicer of SandboxService."""
 
-    def __init__(self, manager: Manager, settings: Settings) -> None:
-        self._manager = manager
+    def __init__(self, sandboxes: SandboxService, settings: Settings) -> None:
+        self._sandboxes = sandboxes
         self._settings = settings
 
     def _message(self, record: Record) -> pb.Sandbox:
@@ -73,7 +73,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             volumes=mounts,
         )
         values = {name: value for name, (_, value) in secrets.items()}
-        return self._message(await self._manager.create(spec, values))
+        return self._message(await self._sandboxes.create(spec, values))
 
     def _volumes(self, request: pb.CreateSandboxRequest) -> tuple[Volume | None, tuple[tuple[str, str], ...], str]:
         """Return the root volume, the (path, volume id) of each mount, and the image of a create request.
@@ -82,7 +82,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         :raises InvalidSpec: an image or a disk size is given besides a root.
         :raises InvalidState: the root was not made from an image.
         """
-        find, tenant = self._manager.volumes.find, request.tenant
+        find, tenant = self._sandboxes.volumes.find, request.tenant
         mounts = tuple((path, find(tenant, name, VOLUME).id) for path, name in sorted(request.volumes.items()))
         image = request.image or self._settings.images.default_image
         if not request.root:
@@ -98,7 +98,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
 
     async def GetSandbox(self, request: pb.GetSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
         """See sandbox.proto."""
-        return self._message(await self._manager.fresh(request.id))
+        return self._message(await self._sandboxes.inspect(request.id))
 
     async def ListSandboxes(  # noqa: N802
         self, request: pb.ListSandboxesRequest, context: Context
@@ -112,7 +112,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         labels = dict(request.labels)
         found = [
             record
-            for record in self._manager.list()
+            for record in self._sandboxes.list()
             if (record.create_time, record.id) > after
             and (not states or record.state in states)
             and (not request.tenant or record.net.tenant == request.tenant)
@@ -126,9 +126,9 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         """See sandbox.proto."""
         network = None
         if request.HasField("network"):
-            network = net_spec_from(request.network, self._manager.get(request.id).net.tenant)
+            network = net_spec_from(request.network, self._sandboxes.get(request.id).net.tenant)
         change = PolicyChange(network, secrets_from(request.set_secrets), tuple(request.remove_secrets))
-        record = await self._manager.update(
+        record = await self._sandboxes.update(
             request.id,
             expire_time=unix_time_s(request.expire_time) if request.HasField("expire_time") else None,
             clear_expire_time=request.clear_expire_time,
@@ -144,7 +144,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
     ) -> pb.DeleteSandboxResponse:
         """See sandbox.proto."""
         try:
-            await self._manager.delete(request.id)
+            await self._sandboxes.delete(request.id)
         except NotFound:
             if not request.allow_missing:
                 raise
@@ -152,11 +152,11 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
 
     async def PauseSandbox(self, request: pb.PauseSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
         """See sandbox.proto."""
-        return self._message(await self._manager.pause(request.id, to_disk=request.to_disk))
+        return self._message(await self._sandboxes.pause(request.id, to_disk=request.to_disk))
 
     async def ResumeSandbox(self, request: pb.ResumeSandboxRequest, context: Context) -> pb.Sandbox:  # noqa: N802
         """See sandbox.proto."""
-        return self._message(await self._manager.resume(request.id))
+        return self._message(await self._sandboxes.resume(request.id))
 
     async def ForkSandbox(  # noqa: N802
         self, request: pb.ForkSandboxRequest, context: Context
@@ -167,7 +167,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
             lifetime = lifetime_from(request.lifetime)
             check_lifetime(lifetime)
         check_request_id(request.request_id, 120)
-        records = await self._manager.fork(
+        records = await self._sandboxes.fork(
             request.id, request.count or 1, labels=request.labels, lifetime=lifetime, request_id=request.request_id
         )
         return pb.ForkSandboxResponse(sandboxes=[self._message(record) for record in records])
@@ -179,7 +179,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         sandbox_id = ""
         async for request in request_iterator:
             sandbox_id = request.id or sandbox_id
-            expire_time = await self._manager.renew_lease(sandbox_id)
+            expire_time = await self._sandboxes.renew_lease(sandbox_id)
             yield pb.KeepAliveResponse(expire_time=timestamp(expire_time))
 
     async def WatchSandboxes(  # noqa: N802
@@ -191,7 +191,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         def wanted(record: Record) -> bool:
             return request.id in ("", record.id) and _matches(record, labels)
 
-        async for event in self._manager.watch(wanted):
+        async for event in self._sandboxes.watch(wanted):
             yield event_message(event, self._settings.node.region)
 
     async def GetConsole(  # noqa: N802
@@ -201,14 +201,14 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         if request.tail_bytes < 0:
             raise InvalidSpec("tail_bytes must not be negative")
         limit = self._settings.vmm.console_limit_bytes
-        seen = self._manager.console(request.id, min(request.tail_bytes or limit, limit))
+        seen = self._sandboxes.console(request.id, min(request.tail_bytes or limit, limit))
         for start in range(0, len(seen), _CONSOLE_CHUNK_BYTES):
             yield pb.GetConsoleResponse(data=seen[start : start + _CONSOLE_CHUNK_BYTES])
         while request.follow:
             await asyncio.sleep(_CONSOLE_POLL_S)
             try:
-                now = self._manager.console(request.id, limit)
-                ended = self._manager.get(request.id).state not in (State.CREATING, State.RUNNING)
+                now = self._sandboxes.console(request.id, limit)
+                ended = self._sandboxes.get(request.id).state not in (State.CREATING, State.RUNNING)
             except NotFound:
                 return
             if new := _appended(seen, now):
@@ -221,7 +221,7 @@ class SandboxService(sandbox_pb2_grpc.SandboxServiceServicer):
         self, request: pb.GetSandboxStatsRequest, context: Context
     ) -> pb.SandboxStats:
         """See sandbox.proto."""
-        running = self._manager.running(request.id)
+        running = self._sandboxes.running(request.id)
         stats = await running.channel.call("sys.stats")
         load = stats.get("load")
         loads = {str(index): value for index, value in enumerate(load)} if isinstance(load, list) else {}

@@ -11,7 +11,7 @@ from agent.common.config.settings import Settings
 from agent.common.errors import InvalidState, ResourceExhausted
 from agent.common.model import Lifetime
 from agent.daemon.rpc.convert.node_messages import template_message
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.service import SandboxService
 from agent.daemon.sandbox.state.validation import complete
 from agent.daemon.sandbox.templates.catalog import Templates
 from sandboxd.v1 import node_pb2 as pb
@@ -20,28 +20,28 @@ from sandboxd.v1 import node_pb2_grpc
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class TemplateService(node_pb2_grpc.TemplateServiceServicer):
+class TemplateServicer(node_pb2_grpc.TemplateServiceServicer):
     """Servicer of TemplateService."""
 
-    def __init__(self, manager: Manager, settings: Settings) -> None:
-        self._manager = manager
+    def __init__(self, sandboxes: SandboxService, settings: Settings) -> None:
+        self._sandboxes = sandboxes
         self._settings = settings
 
     def _templates(self) -> Templates:
-        if self._manager.templates is None:
+        if self._sandboxes.templates is None:
             raise InvalidState(
                 "templates are off on this node: templates.enabled is false, or vmm.link is vsock with QEMU",
                 reason="TEMPLATES_OFF",
             )
-        return self._manager.templates
+        return self._sandboxes.templates
 
     async def ListTemplates(  # noqa: N802
         self, request: pb.ListTemplatesRequest, context: Context
     ) -> pb.ListTemplatesResponse:
         """See node.proto."""
-        if self._manager.templates is None:
+        if self._sandboxes.templates is None:
             return pb.ListTemplatesResponse()
-        present = await asyncio.to_thread(self._manager.templates.list)
+        present = await asyncio.to_thread(self._sandboxes.templates.list)
         return pb.ListTemplatesResponse(templates=[template_message(value) for value in present])
 
     async def PrepareTemplate(self, request: pb.PrepareTemplateRequest, context: Context) -> pb.Template:  # noqa: N802
@@ -52,8 +52,8 @@ class TemplateService(node_pb2_grpc.TemplateServiceServicer):
             vcpu_count=request.vcpus, memory_bytes=request.memory_bytes, disk_bytes=0, env={}, labels={},
             lifetime=Lifetime(), request_id="",
         )  # fmt: skip
-        image = self._manager.fitting_image(spec)
-        if lacking := self._manager.node.lacking([spec], ()):
+        image = self._sandboxes.fitting_image(spec)
+        if lacking := self._sandboxes.node.lacking([spec], ()):
             raise ResourceExhausted(
                 f"a sandbox of this size does not fit on this node ({'; '.join(lacking)})", reason="NODE_FULL"
             )

@@ -10,7 +10,7 @@ import grpc
 from agent.common.config.settings import Settings
 from agent.common.errors import InvalidSpec
 from agent.daemon.rpc.convert.times import timestamp
-from agent.daemon.sandbox.service import Manager
+from agent.daemon.sandbox.service import SandboxService
 from agent.daemon.storage.volumes import SNAPSHOT, VOLUME, Volume
 from sandboxd.v1 import volume_pb2 as pb
 from sandboxd.v1 import volume_pb2_grpc
@@ -20,12 +20,12 @@ _MAX_PAGE, _DEFAULT_PAGE = 1000, 100
 _Message = TypeVar("_Message")
 
 
-class VolumeService(volume_pb2_grpc.VolumeServiceServicer):
+class VolumeServicer(volume_pb2_grpc.VolumeServiceServicer):
     """Servicer of VolumeService."""
 
-    def __init__(self, manager: Manager, settings: Settings) -> None:
-        self._manager = manager
-        self._volumes = manager.volumes
+    def __init__(self, sandboxes: SandboxService, settings: Settings) -> None:
+        self._sandboxes = sandboxes
+        self._volumes = sandboxes.volumes
         self._region = settings.node.region
 
     def _volume(self, volume: Volume) -> pb.Volume:
@@ -46,7 +46,7 @@ class VolumeService(volume_pb2_grpc.VolumeServiceServicer):
 
     async def CreateVolume(self, request: pb.CreateVolumeRequest, context: Context) -> pb.Volume:  # noqa: N802
         """See volume.proto."""
-        image = self._manager.images.get(request.image).name if request.image else ""
+        image = self._sandboxes.images.get(request.image).name if request.image else ""
         made = await self._volumes.create(
             request.tenant, request.slug, request.capacity_bytes, image=image, base=request.snapshot
         )

@@ -1,4 +1,4 @@
-"""Whether there is room for a sandbox: on the node, in its tenant's quota; and who waits for some."""
+"""Admission of new sandboxes: room on the node, the tenant's quota, memory pressure, and the queue for room."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from agent.common.config.daemon import NodeSettings
-from agent.common.config.quota import Quota
 from agent.common.errors import NodeDraining, ResourceExhausted
 from agent.common.model import SandboxSpec
 from agent.common.telemetry import QUEUED, REFUSED, step
 from agent.daemon.sandbox.capacity.node import Node
+from agent.daemon.sandbox.capacity.quotas import Quotas
+from agent.daemon.sandbox.lifecycle.registry import Registry
 
-_LOOK_S = 0.5  # at pressure, which nobody tells of
+_RECHECK_S = 0.5  # interval while waiting: memory pressure has no notification
 _PRESSURE = Path("/proc/pressure/memory")
-ANYONE = "*"
 
 
 def memory_pressure() -> float:
-    """Returns for how many percent of the last 10 s everything waited for memory (PSI, "full avg10"); 0 if unknown."""
+    """Return PSI memory "full avg10": the percentage of the last 10 s in which all tasks waited; 0 if unknown.
+
+    Source: the kernel's Documentation/accounting/psi.rst.
+    """
     try:
         for line in _PRESSURE.read_text().splitlines():
             if line.startswith("full "):
@@ -33,29 +36,34 @@ def memory_pressure() -> float:
 
 
 class Admission:
-    """Lets sandboxes in. :param held: returns those that are there, with those that are being made."""
+    """Admits sandboxes to the node, in order of arrival."""
 
-    def __init__(self, settings: NodeSettings, node: Node, held: Callable[[], Sequence[SandboxSpec]]) -> None:
+    def __init__(self, settings: NodeSettings, node: Node, registry: Registry) -> None:
         self._settings = settings
         self._node = node
-        self._held = held
-        self._quotas = {name: Quota.parse(text) for name, text in settings.quotas.items()}
-        self._coming: list[SandboxSpec] = []  # let in, and not yet among those that are there
+        self._registry = registry
+        self._quotas = Quotas(settings.quotas)
+        self._admitted: list[SandboxSpec] = []  # and not in the registry yet
         self._queue: deque[asyncio.Event] = deque()
+        registry.on_change.add(self._wake_first)
 
     def reconfigure(self, settings: NodeSettings) -> None:
-        """Takes other limits from now on; what is there stays."""
+        """Apply other limits to new sandboxes; present ones stay."""
         self._settings = settings
-        self._quotas = {name: Quota.parse(text) for name, text in settings.quotas.items()}
-        self.poke()
+        self._quotas = Quotas(settings.quotas)
+        self._wake_first()
 
     def check(self, wanted: Sequence[SandboxSpec]) -> None:
-        """:raises ResourceExhausted: they do not fit; the message says what lacks. :raises NodeDraining:"""
+        """Check that sandboxes of one tenant fit on this node now.
+
+        :raises ResourceExhausted: they do not fit (NODE_FULL, TENANT_QUOTA); the message lists what is short.
+        :raises NodeDraining: the node admits no sandboxes.
+        """
         if self._node.draining:
             raise NodeDraining(f"this node takes no sandboxes ({self._node.draining}); try another")
-        held = [*self._held(), *self._coming]
-        self._check_quota(wanted, held)
-        lacking = self._node.lacking(wanted, held)
+        reserved = [*self._registry.reserved(), *self._admitted]
+        self._quotas.check(wanted, reserved)
+        lacking = self._node.lacking(wanted, reserved)
         pressure = memory_pressure()
         if 0 < self._settings.max_memory_pressure < pressure:
             lacking.append(f"memory: everything waited for it for {pressure:g} % of the last 10 s")
@@ -65,49 +73,42 @@ class Admission:
                 reason="NODE_FULL",
             )
 
-    def _check_quota(self, wanted: Sequence[SandboxSpec], held: Sequence[SandboxSpec]) -> None:
-        tenant = wanted[0].net.tenant
-        quota = self._quotas.get(tenant, self._quotas.get(ANYONE))
-        if quota is None:
-            return
-        lacking = quota.lacking([*(spec for spec in held if spec.net.tenant == tenant), *wanted])
-        if lacking:
-            raise ResourceExhausted(
-                f"tenant {tenant!r} would exceed its quota ({'; '.join(lacking)}); delete sandboxes of it",
-                reason="TENANT_QUOTA",
-            )
-
     @asynccontextmanager
     async def room(
         self, wanted: Sequence[SandboxSpec], unless: Callable[[], bool] = lambda: False
     ) -> AsyncIterator[None]:
-        """Holds room for sandboxes; while there is none, waits for it in order of arrival, for so long as is allowed.
+        """Reserve room for sandboxes of one tenant during the body; wait in the queue for it if necessary.
 
-        :param unless: whether none is needed any more.
-        :raises ResourceExhausted: there is none, or none came in time. :raises NodeDraining:
+        :param unless: returns True once no room is needed any more.
+        :raises ResourceExhausted: no room within `node.queue_timeout_s`, the queue is full, or the quota is exceeded.
+        :raises NodeDraining: the node admits no sandboxes.
         """
         try:
-            await self._let_in(wanted, unless)
+            await self._admit(wanted, unless)
         except ResourceExhausted as error:
             REFUSED.labels(error.reason).inc()
             raise
-        with self._held_for(wanted):
+        with self._reserve(wanted):
             yield
 
-    async def _let_in(self, wanted: Sequence[SandboxSpec], unless: Callable[[], bool]) -> None:
+    async def _admit(self, wanted: Sequence[SandboxSpec], unless: Callable[[], bool]) -> None:
         if self._has_room(wanted) and not self._queue:
             return
         if len(self._queue) >= self._settings.queue_length:
-            self.check(wanted)  # which says what lacks
-            raise self._crowded(len(self._queue))
+            self.check(wanted)  # raises an error that lists what is short
+            raise self._queue_full(len(self._queue))
         await self._wait(wanted, unless)
 
     def _has_room(self, wanted: Sequence[SandboxSpec]) -> bool:
-        """Whether there is room. :raises ResourceExhausted: waiting would not help. :raises NodeDraining:"""
+        """Return whether there is room now.
+
+        :raises ResourceExhausted: waiting would not help: the tenant's quota is exceeded.
+        :raises NodeDraining: the node admits no sandboxes.
+        """
         try:
             self.check(wanted)
         except ResourceExhausted as error:
-            # A quota is its tenant's own affair, and a node that drains has no room to give.
+            # A tenant frees its own quota, and a draining node gives no room.
             if error.reason != "NODE_FULL":
                 raise
             return False
@@ -122,30 +123,30 @@ class Admission:
                 async with asyncio.timeout(self._settings.queue_timeout_s):
                     while not unless() and (self._queue[0] is not turn or not self._has_room(wanted)):
                         with contextlib.suppress(TimeoutError):
-                            await asyncio.wait_for(turn.wait(), _LOOK_S)
+                            await asyncio.wait_for(turn.wait(), _RECHECK_S)
                         turn.clear()
         except TimeoutError:
-            self.check(wanted)  # which says what lacks
-            raise self._crowded(len(self._queue) - 1) from None
+            self.check(wanted)  # raises an error that lists what is short
+            raise self._queue_full(len(self._queue) - 1) from None
         finally:
             self._queue.remove(turn)
             QUEUED.set(len(self._queue))
-            self.poke()
+            self._wake_first()
 
     @staticmethod
-    def _crowded(waiting: int) -> ResourceExhausted:
+    def _queue_full(waiting: int) -> ResourceExhausted:
         return ResourceExhausted(f"{waiting} creates wait for room on this node; try another", reason="NODE_FULL")
 
     @contextlib.contextmanager
-    def _held_for(self, wanted: Sequence[SandboxSpec]) -> Iterator[None]:
-        self._coming += wanted
+    def _reserve(self, wanted: Sequence[SandboxSpec]) -> Iterator[None]:
+        self._admitted += wanted
         try:
             yield
         finally:
             for spec in wanted:
-                self._coming.remove(spec)
+                self._admitted.remove(spec)
 
-    def poke(self) -> None:
-        """Has the first who waits look again: something may have been freed."""
+    def _wake_first(self) -> None:
+        """Let the first in the queue check again: resources may have been freed."""
         if self._queue:
             self._queue[0].set()

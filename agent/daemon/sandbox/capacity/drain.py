@@ -1,4 +1,4 @@
-"""Emptying a node: it takes no more sandboxes, and those that it has end, or are ended at a deadline. Reversible."""
+"""Drain of a node: no sandbox is admitted, and those left at a deadline are evicted. Reversible."""
 
 from __future__ import annotations
 
@@ -10,35 +10,43 @@ from typing import Any
 from agent.common import stored_json
 from agent.common.aio import run_to_completion
 from agent.common.background import QUICK, BackgroundLoop, Supervisor
+from agent.common.clock import uptime_s
 from agent.common.errors import AgentError
 from agent.common.telemetry import DRAINING, log
 from agent.daemon.sandbox.capacity.node import Node
-from agent.daemon.sandbox.lifecycle.expiry import uptime
 from agent.daemon.sandbox.state.store import Store
 
 _FACT = "drain"
-_LOOK_S = 0.25
+_CHECK_INTERVAL_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a drain has come: sandboxes that are left, and seconds until they are deleted (None: never)."""
+    """Progress of a drain.
+
+    :param remaining: number of sandboxes left.
+    :param evict_in_s: seconds until these are evicted; None: never.
+    """
 
     remaining: int
     evict_in_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """What the next agent is told of a drain; `evict_at` is by `uptime`, None: never."""
+class _StoredDrain:
+    """Drain as stored for the next agent.
+
+    :param evict_at: deadline by `uptime_s`; None: no deadline.
+    """
 
     evict_at: float | None
 
 
 class Drain:
-    """At most one drain of a node at a time; it outlives the agent.
+    """Starts, ends and restores the drain of this node; a drain outlives the agent.
 
-    :param left: returns how many sandboxes there are. :param evict: deletes all of them.
+    :param left: returns the number of sandboxes on the node.
+    :param evict: deletes all of them.
     """
 
     def __init__(
@@ -53,31 +61,33 @@ class Drain:
         self._store = store
         self._left = left
         self._evict = evict
-        self._evict_at: float | None = None  # by `uptime`
+        self._evict_at: float | None = None  # by `uptime_s`
         self._supervisor = supervisor
         self._eviction: BackgroundLoop | None = None
         self._changing = asyncio.Lock()
 
     async def begin(self, evict_after_s: float | None, *, why: str = "it is drained", keep: bool = True) -> None:
-        """Begin a drain, or change its deadline; a caller that leaves does not stop it half-way.
+        """Begin a drain, or change its deadline. Cancelling the caller does not stop it half-way.
 
-        :param keep: also for the next agent.
-        :raises HostError: it cannot be stored; the node drains no more than before.
+        :param evict_after_s: seconds until the sandboxes left are evicted; None: never.
+        :param why: reason in errors of refused creates.
+        :param keep: store the drain for the next agent.
+        :raises HostError: the write failed; nothing has changed.
         """
         await run_to_completion(self._begin(evict_after_s, why, keep=keep))
 
     async def _begin(self, evict_after_s: float | None, why: str, *, keep: bool) -> None:
         async with self._changing:
-            evict_at = None if evict_after_s is None else uptime() + evict_after_s
+            evict_at = None if evict_after_s is None else uptime_s() + evict_after_s
             if keep:
-                await self._store.set_fact(_FACT, stored_json.encode(_Kept(evict_at)))
+                await self._store.set_fact(_FACT, stored_json.encode(_StoredDrain(evict_at)))
             self._set(why, evict_at)
         log.info("draining", sandboxes=self._left(), evict_after_s=evict_after_s)
 
     async def end(self) -> None:
-        """Take sandboxes again; a caller that leaves does not stop it half-way. Idempotent.
+        """End the drain and admit sandboxes again. Idempotent. Cancelling the caller does not stop it half-way.
 
-        :raises HostError: it cannot be stored; the node drains on.
+        :raises HostError: the write failed; the drain goes on.
         """
         await run_to_completion(self._end())
 
@@ -90,12 +100,14 @@ class Drain:
         log.info("not draining")
 
     def restore(self) -> None:
-        """Goes on with what an earlier agent was told; on another boot of the host, without its deadline."""
+        """Resume the drain that an earlier agent stored; after a reboot of the host, without its deadline."""
         if text := self._store.facts.get(_FACT):
             try:
-                evict_at = stored_json.decode(text, _Kept).evict_at
+                evict_at = stored_json.decode(text, _StoredDrain).evict_at
             except ValueError as error:
-                log.error("the drain's deadline is damaged: it goes on without one", error=str(error))
+                log.error(
+                    "the stored deadline of the drain is damaged: the drain goes on without one", error=str(error)
+                )
                 evict_at = None
             self._set("it is drained", None if self._store.rebooted else evict_at)
 
@@ -107,30 +119,30 @@ class Drain:
             self._eviction = self._supervisor.start("eviction", self._evict_when_due, QUICK)
 
     async def _evict_when_due(self) -> None:
-        """Evict from the deadline on until no sandbox is left; a deadline that is changed or lifted counts at once."""
+        """Evict all sandboxes once the deadline has passed, until stopped; a changed deadline applies at once."""
         while True:
-            if self._evict_at is not None and uptime() >= self._evict_at and self._left():
+            if self._evict_at is not None and uptime_s() >= self._evict_at and self._left():
                 try:
                     await self._evict()
                 except AgentError as error:
                     log.error("cannot evict", error=error.message)
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_CHECK_INTERVAL_S)
 
     async def progress(self) -> AsyncIterator[Progress]:
-        """Yields how far it has come, on every change, until no sandbox is left or the drain is ended."""
+        """Yield the progress now and at each change, until no sandbox is left or the drain is ended."""
         last = None
         while self._node.draining:
             left, evict_at = self._left(), self._evict_at
-            now = Progress(left, None if evict_at is None or not left else max(0.0, evict_at - uptime()))
+            now = Progress(left, None if evict_at is None or not left else max(0.0, evict_at - uptime_s()))
             if last is None or now.remaining != last.remaining:
                 yield now
                 last = now
             if not now.remaining:
                 return
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_CHECK_INTERVAL_S)
 
     async def aclose(self) -> None:
-        """Stops waiting for the deadline. Idempotent."""
+        """Stop waiting for the deadline. Idempotent."""
         self._evict_at = None
         if self._eviction is not None:
             await self._eviction.stop()

@@ -1,4 +1,4 @@
-"""What the node has, has promised, and uses; and what it lacks for one more sandbox."""
+"""Resources of the node: total, allocatable, allocated and used; and the check whether sandboxes fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from agent.daemon.vmm.driver import VmmInfo
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """One kind of resource; see the message of the same name in node.proto."""
+    """One kind of resource; see the message `Resource` in node.proto."""
 
     total: int
     allocatable: int
@@ -30,7 +30,12 @@ class Resource:
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """The node now; CPU in thousandths, memory and disk in bytes."""
+    """State of the node.
+
+    :param cpu: in thousandths of a CPU. `memory` and `disk` are in bytes.
+    :param draining: why the node admits no sandboxes; "" if it does.
+    :param degraded: what this host lacks, and which background loops fail, a sentence each.
+    """
 
     name: str
     region: str
@@ -43,12 +48,18 @@ class NodeInfo:
     start_time: float
     kernel: str
     cpu_model: str
-    draining: str  # why it takes no sandboxes, "" if it does
-    degraded: tuple[str, ...]  # what this host lacks, and which background loops fail, a sentence each
+    draining: str
+    degraded: tuple[str, ...]
 
 
 class Node:
-    """Facts. `specs` are those of all sandboxes that hold resources. :param degraded: what this host lacks."""
+    """Facts about this node. `draining` says why it admits no sandboxes, "" if it does.
+
+    `on_change` has callbacks for each change of `draining` and of the settings, and for background loops that fail or
+    recover.
+
+    :param degraded: what this host lacks, a sentence each.
+    """
 
     def __init__(
         self, settings: Settings, vmm: VmmInfo, supervisor: Supervisor, degraded: tuple[str, ...] = ()
@@ -61,16 +72,15 @@ class Node:
         self._start_time = time.time()
         self._cpu_model = _cpu_model()
         self.draining = ""
-        # Called when it begins or ends to take sandboxes, and when a background loop fails or recovers.
         self.on_change: set[Callable[[], None]] = set()
 
     def reconfigure(self, settings: Settings) -> None:
-        """Takes other limits and labels from now on."""
+        """Apply other limits and labels from now on."""
         self._settings = settings
         self._notify()
 
     def set_draining(self, why: str) -> None:
-        """Takes no more sandboxes; "" takes them again."""
+        """Admit no more sandboxes, for the reason `why`; "" admits them again."""
         self.draining = why
         self._notify()
 
@@ -78,9 +88,9 @@ class Node:
         for notify in self.on_change:
             notify()
 
-    def lacking(self, wanted: Sequence[SandboxSpec], held: Sequence[SandboxSpec]) -> list[str]:
-        """Returns what the node has too little of for these besides those that are held: each with what is left."""
-        info = self.describe(held)
+    def lacking(self, wanted: Sequence[SandboxSpec], reserved: Sequence[SandboxSpec]) -> list[str]:
+        """Return the resources that are short for `wanted` beside `reserved`, each with the rest; [] if they fit."""
+        info = self.describe(reserved)
         lacking = [
             f"{name}: {need} wanted, {max(0, resource.allocatable - resource.allocated)} left"
             for name, need, resource in (
@@ -90,14 +100,17 @@ class Node:
             )
             if resource.allocated + need > resource.allocatable
         ]
-        # Disks are sparse: what counts is that the host keeps its reserve.
+        # Disks are sparse, so only the host's free space counts, not the sum of their sizes.
         if info.disk.total - info.disk.used < self._settings.node.reserved_disk_bytes:
             lacking.append(f"disk: less than {self._settings.node.reserved_disk_bytes} bytes are free on the host")
         return lacking
 
-    def describe(self, specs: Iterable[SandboxSpec]) -> NodeInfo:
-        """Returns the node as it is now."""
-        held = list(specs)
+    def describe(self, reserved: Iterable[SandboxSpec]) -> NodeInfo:
+        """Return the state of the node now.
+
+        :param reserved: specifications of all sandboxes that occupy CPU and memory.
+        """
+        specs = list(reserved)
         node = self._settings.node
         memory = psutil.virtual_memory()
         cpus = os.cpu_count() or 1
@@ -109,15 +122,15 @@ class Node:
             labels=dict(node.labels),
             vmm=self._vmm,
             cpu=Resource(
-                cpu_total, int(cpu_total * node.cpu_overcommit), sum(spec.vcpu_count for spec in held) * 1000,
+                cpu_total, int(cpu_total * node.cpu_overcommit), sum(spec.vcpu_count for spec in specs) * 1000,
                 int(psutil.cpu_percent() * cpus * 10),
             ),
             memory=Resource(
-                memory.total, int(usable * node.memory_overcommit), sum(spec.memory_bytes for spec in held),
+                memory.total, int(usable * node.memory_overcommit), sum(spec.memory_bytes for spec in specs),
                 memory.total - memory.available,
             ),
-            disk=self._disk(sum(spec.disk_bytes for spec in held)),
-            sandboxes=Resource(node.max_sandboxes, node.max_sandboxes, len(held), len(held)),
+            disk=self._disk(sum(spec.disk_bytes for spec in specs)),
+            sandboxes=Resource(node.max_sandboxes, node.max_sandboxes, len(specs), len(specs)),
             start_time=self._start_time,
             kernel=platform.release(),
             cpu_model=self._cpu_model,
@@ -125,10 +138,10 @@ class Node:
             degraded=(*self._degraded, *self._supervisor.sentences()),
         )  # fmt: skip
 
-    def _disk(self, promised: int) -> Resource:
+    def _disk(self, allocated: int) -> Resource:
         usage = shutil.disk_usage(self._settings.paths.state_dir)
         allocatable = max(0, usage.total - self._settings.node.reserved_disk_bytes)
-        return Resource(usage.total, allocatable, promised, usage.total - usage.free)
+        return Resource(usage.total, allocatable, allocated, usage.total - usage.free)
 
 
 def _cpu_model() -> str:

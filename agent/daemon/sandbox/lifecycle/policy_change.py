@@ -1,4 +1,4 @@
-"""Changes what a running sandbox may reach, as one step: all of it, or what was before."""
+"""Change the network policy and the secrets of a running sandbox atomically: all of it, or nothing."""
 
 from __future__ import annotations
 
@@ -22,19 +22,27 @@ _TRUST_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class PolicyChange:
-    """What to change. `network` None leaves the policy; a secret that is there already keeps its placeholder."""
+    """Changes to apply.
+
+    :param network: the new policy; None: unchanged.
+    :param set_secrets: secrets to add or replace, with their values, by name; a replaced one keeps its placeholder.
+    """
 
     network: NetSpec | None = None
     set_secrets: Mapping[str, tuple[SecretSpec, str]] = field(default_factory=dict)
     remove_secrets: Iterable[str] = ()
 
     def __bool__(self) -> bool:
-        """Whether there is anything to change."""
+        """Return whether there is anything to change."""
         return self.network is not None or bool(self.set_secrets) or bool(list(self.remove_secrets))
 
 
 def changed(record: Record, change: PolicyChange) -> Record:
-    """Returns the record as it would be. :raises NotFound: a secret to remove. :raises InvalidSpec: it does not fit."""
+    """Return a copy of the record with the change applied.
+
+    :raises NotFound: there is no such secret to remove.
+    :raises InvalidSpec: a policy or a secret is not valid.
+    """
     secrets = {secret.name: secret for secret in record.secrets}
     for name in change.remove_secrets:
         if secrets.pop(name, None) is None:
@@ -52,13 +60,15 @@ def changed(record: Record, change: PolicyChange) -> Record:
 async def in_force(
     host: HostServices, store: Store, record: Record, change: PolicyChange, channel: Channel
 ) -> AsyncIterator[None]:
-    """Put a change into force, run the body, which stores the record, and undo all of it if any part fails.
+    """Put a change into force, run the body, which stores the record, and undo everything if any part fails.
 
-    Connections that the change no longer allows have ended when the body begins. Whatever is raised, a cancellation
-    included, record, secrets, network and database have the old policy afterwards. Values of removed secrets are
-    forgotten last: an agent that dies before the record is stored leaves one that the next agent can put into force.
+    Connections that the change forbids have ended when the body begins. After any exception, a cancellation included,
+    record, secrets, network and database have the old policy. Values of removed secrets are deleted last: a record that
+    an agent left unchanged when it died still has all of its values.
 
-    :raises AgentError: it failed; the guest may know the name of a secret too many.
+    :raises NotFound: there is no such secret to remove.
+    :raises InvalidSpec: a policy or a secret is not valid.
+    :raises AgentError: a step failed; the guest may know the name of a secret too many.
     """
     new = changed(record, change)
     before = record.copy()
@@ -74,7 +84,7 @@ async def in_force(
         record.net, record.secrets = new.net, new.secrets
         await host.network.update(record)
         order = await host.network.trust(record)
-        if order != trusted:  # a new value alone is none of the guest's affair
+        if order != trusted:  # the guest knows placeholders, not values
             told = True
             await _tell(channel, order, [secret.name for secret in removed])
         yield
@@ -91,7 +101,7 @@ async def in_force(
 
 
 async def _tell(channel: Channel, order: Mapping[str, object] | None, gone: Iterable[str]) -> None:
-    """Tell the guest the placeholders of its secrets, and the names of those that are gone."""
+    """Tell the guest the placeholders of its secrets, and the names of removed ones."""
     await channel.call("sys.trust", timeout_s=_TRUST_TIMEOUT_S, **{**(order or {}), "remove_env": list(gone)})
 
 
@@ -99,12 +109,12 @@ async def _undo(
     host: HostServices, store: Store, record: Record, before: Record, old_values: Mapping[str, str],
     undo_guest: Callable[[], Awaitable[None]] | None,
 ) -> None:  # fmt: skip
-    """Put the old policy into force everywhere; a step that fails is logged and does not keep the others from it."""
+    """Put the old policy into force everywhere. A failed step is logged; the others run all the same."""
     record.net, record.secrets = before.net, before.secrets
     steps: dict[str, Callable[[], Awaitable[object]]] = {
         "secrets": lambda: host.network.hold(record, old_values),
         "network": lambda: host.network.update(record),
-        # Something else may have stored the record meanwhile, with the new policy.
+        # Another operation may have stored the record meanwhile, with the new policy.
         "database": lambda: store.put(record),
     }
     if undo_guest is not None:
@@ -112,13 +122,13 @@ async def _undo(
     for name, step in steps.items():
         try:
             await step()
-        except Exception as error:  # noqa: BLE001  the caller gets the error that made it undo
+        except Exception as error:  # noqa: BLE001  the caller gets the first error
             log.error("cannot undo a change of policy", sandbox_id=record.id, part=name, error=str(error))
 
 
 async def _forget_removed(host: HostServices, record: Record) -> None:
-    """Forget the values of removed secrets. The change is stored by now, so a failure does not undo it."""
+    """Delete the stored values of removed secrets. The change is stored by now, so a failure does not undo it."""
     try:
         await run_to_completion(host.network.hold(record, {}))
-    except AgentError as error:  # the next change or the delete forgets them
+    except AgentError as error:  # the next change or the delete removes them
         log.error("values of removed secrets are still stored", sandbox_id=record.id, error=error.message)

@@ -1,64 +1,68 @@
-"""Which sandboxes there are on this node, and who is told of changes."""
+"""Registry of the sandboxes on this node: lookup by id and by request_id, and change notifications."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 
 from agent.common.errors import InvalidSpec, InvalidState, NotFound
 from agent.common.model import SandboxSpec, State, is_sandbox_id
 from agent.common.telemetry import SANDBOXES
-from agent.daemon.guestlink.channel import Channel
-from agent.daemon.network import drop_counters
-from agent.daemon.sandbox.capacity.admission import Admission
-from agent.daemon.sandbox.capacity.node import Node, NodeInfo
-from agent.daemon.sandbox.lifecycle.entry import Entry
-from agent.daemon.sandbox.machine.host_services import HostServices
+from agent.daemon.sandbox.lifecycle.operations import Operations
 from agent.daemon.sandbox.machine.machine import Machine
-from agent.daemon.sandbox.state.events import Denial, Event, Events, EventType
+from agent.daemon.sandbox.state.events import Event, Events, EventType
 from agent.daemon.sandbox.state.record import Record
-from agent.daemon.storage.volumes import Volumes
 
-# Neither CPU nor memory: what is on the disk alone is admitted again when it is resumed.
-_HOLD_NOTHING = frozenset({State.LOST, State.FAILED, State.SUSPENDED, State.DELETED})
+# States without CPU and memory: a suspended sandbox is admitted again when it is resumed.
+_NO_RESOURCES = frozenset({State.LOST, State.FAILED, State.SUSPENDED, State.DELETED})
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A sandbox in memory.
+
+    :param needs_cleanup: its host resources must be removed by id, since no machine owns all of them.
+    :param operations: its tasks and its lock.
+    :param cleanup_stack: unpins the template of an adopted sandbox.
+    """
+
+    record: Record
+    machine: Machine | None = None
+    needs_cleanup: bool = False
+    operations: Operations = field(init=False)
+    cleanup_stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __post_init__(self) -> None:
+        self.operations = Operations(self.record.id)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the sandbox is running and not being deleted."""
+        return self.record.state is State.RUNNING and not self.operations.deleting
 
 
 class Registry:
-    """The sandboxes of this node."""
+    """All sandboxes of this node. `on_change` has callbacks for every published change."""
 
-    def __init__(self, machines: HostServices, node: Node) -> None:
-        self.node = node
-        self.admission = Admission(machines.settings.node, node, self._held)
-        self._host = machines
+    def __init__(self, events: Events) -> None:
+        self._events = events
         self._entries: dict[str, Entry] = {}
         self._by_request: dict[str, Entry] = {}
-        self._events = Events()
+        self.on_change: set[Callable[[], None]] = set()
 
-    def get(self, sandbox_id: str) -> Record:
-        """Returns a snapshot. :raises NotFound: :raises InvalidSpec: malformed id."""
-        return self._entry(sandbox_id).record.copy()
+    def __len__(self) -> int:
+        """Return the number of sandboxes, in whatever state."""
+        return len(self._entries)
 
-    def list(self) -> list[Record]:
-        """Returns snapshots of all sandboxes, oldest first."""
-        records = [entry.record.copy() for entry in self._entries.values()]
-        return sorted(records, key=lambda record: (record.create_time, record.id))
+    # -- lookup --------------------------------------------------------------------------------------------------------
 
-    def watch(self, wanted: Callable[[Record], bool]) -> AsyncIterator[Event]:
-        """Yields what is there, then every change; see `Events.watch`."""
-        return self._events.watch(self.list(), wanted)
+    def entry(self, sandbox_id: str) -> Entry:
+        """Return the entry of a sandbox.
 
-    def describe_node(self) -> NodeInfo:
-        """Returns the node now."""
-        return self.node.describe(self._held())
-
-    def _held(self) -> Sequence[SandboxSpec]:
-        return [entry.record.spec for entry in self._entries.values() if entry.record.state not in _HOLD_NOTHING]
-
-    @property
-    def volumes(self) -> Volumes:
-        """Volumes and snapshots of this node."""
-        return self._host.volumes
-
-    def _entry(self, sandbox_id: str) -> Entry:
+        :raises InvalidSpec: malformed id.
+        :raises NotFound: the node has no such sandbox.
+        """
         entry = self._entries.get(sandbox_id)
         if entry is None:
             if not is_sandbox_id(sandbox_id):
@@ -69,25 +73,35 @@ class Registry:
             )
         return entry
 
-    def _add(self, entry: Entry) -> None:
-        self._entries[entry.record.id] = entry
-        if entry.record.spec.request_id:
-            self._by_request[entry.record.spec.request_id] = entry
+    def by_request(self, request_id: str) -> Entry | None:
+        """Return the sandbox that a create with this request_id made; None for an unknown or empty one."""
+        return self._by_request.get(request_id)
 
-    def _drop(self, entry: Entry) -> None:
-        self._entries.pop(entry.record.id, None)
-        if self._by_request.get(entry.record.spec.request_id) is entry:
-            del self._by_request[entry.record.spec.request_id]
+    def entries(self) -> list[Entry]:
+        """Return all entries, oldest first."""
+        return list(self._entries.values())
 
-    # -- what runs -----------------------------------------------------------------------------------------------------
+    def get(self, sandbox_id: str) -> Record:
+        """Return a copy of a sandbox's record.
 
-    async def channel(self, sandbox_id: str) -> Channel:
-        """Returns the link to a running sandbox. :raises NotFound: :raises InvalidState: it is not running."""
-        return self.running(sandbox_id).channel
+        :raises InvalidSpec: malformed id.
+        :raises NotFound: the node has no such sandbox.
+        """
+        return self.entry(sandbox_id).record.copy()
+
+    def list(self) -> list[Record]:
+        """Return copies of all records, by create time."""
+        records = [entry.record.copy() for entry in self._entries.values()]
+        return sorted(records, key=lambda record: (record.create_time, record.id))
 
     def running(self, sandbox_id: str) -> Machine:
-        """Returns the machine of a running sandbox. :raises NotFound: :raises InvalidState: it is not running."""
-        entry = self._entry(sandbox_id)
+        """Return the machine of a running sandbox.
+
+        :raises InvalidSpec: malformed id.
+        :raises NotFound: the node has no such sandbox.
+        :raises InvalidState: the sandbox is not running.
+        """
+        entry = self.entry(sandbox_id)
         if entry.machine is None or entry.record.state is not State.RUNNING:
             why = f": {entry.record.error}" if entry.record.error else ""
             hint = "; resume it first" if entry.record.state in (State.PAUSED, State.SUSPENDED) else ""
@@ -96,32 +110,33 @@ class Registry:
             )
         return entry.machine
 
-    def console(self, sandbox_id: str, limit_bytes: int) -> bytes:
-        """Returns the last console bytes, of a failed sandbox, too."""
-        entry = self._entry(sandbox_id)
-        return b"" if entry.machine is None else entry.machine.vm.console_tail(limit_bytes)
+    def reserved(self) -> Sequence[SandboxSpec]:
+        """Return the specifications of all sandboxes that occupy CPU and memory, or are about to."""
+        return [entry.record.spec for entry in self._entries.values() if entry.record.state not in _NO_RESOURCES]
 
-    async def ca_certificate(self, sandbox_id: str) -> str:
-        """Returns the certificate (PEM) of the CA that the sandbox's guest trusts; "" without one. :raises NotFound:"""
-        return await self._host.network.ca_certificate(self._entry(sandbox_id).record)
+    # -- changes -------------------------------------------------------------------------------------------------------
 
-    async def count_drops(self) -> None:
-        """Counts, for ever, what the kernel dropped of running sandboxes."""
-        await drop_counters.keep_counting(
-            self._host.network, lambda: [entry.record for entry in self._entries.values() if entry.runs]
-        )
+    def add(self, entry: Entry) -> None:
+        """Add a sandbox, under its request_id as well."""
+        self._entries[entry.record.id] = entry
+        if entry.record.spec.request_id:
+            self._by_request[entry.record.spec.request_id] = entry
 
-    async def fresh(self, sandbox_id: str) -> Record:
-        """As `get`, with what the kernel dropped until now."""
-        entry = self._entry(sandbox_id)
-        if entry.runs:
-            await drop_counters.count(self._host.network, entry.record)
-        return self.get(sandbox_id)
+    def remove(self, entry: Entry) -> None:
+        """Remove a sandbox. Idempotent."""
+        self._entries.pop(entry.record.id, None)
+        if self._by_request.get(entry.record.spec.request_id) is entry:
+            del self._by_request[entry.record.spec.request_id]
 
-    # -- telling -------------------------------------------------------------------------------------------------------
+    def clear(self) -> None:
+        """Remove all sandboxes, of an agent that leaves them to the next one."""
+        self._entries.clear()
+        self._by_request.clear()
 
-    def _publish(self, kind: EventType, entry: Entry, reason: str = "") -> None:
-        self.admission.poke()
+    def publish(self, kind: EventType, entry: Entry, reason: str = "") -> None:
+        """Notify watchers and `on_change` of a change, and update the gauge of sandboxes by state."""
+        for notify in self.on_change:
+            notify()
         counts = dict.fromkeys(State, 0)
         for other in self._entries.values():
             counts[other.record.state] += 1
@@ -129,6 +144,6 @@ class Registry:
             SANDBOXES.labels(state.value).set(count)
         self._events.publish(kind, entry.record, reason)
 
-    def on_denial(self, record: Record, denial: Denial) -> None:
-        """Tells watchers what a sandbox was not let do."""
-        self._events.publish_denial(record, denial)
+    def watch(self, wanted: Callable[[Record], bool]) -> AsyncIterator[Event]:
+        """Yield the present sandboxes, then every change; see `Events.watch`."""
+        return self._events.watch(self.list(), wanted)

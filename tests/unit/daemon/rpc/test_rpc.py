@@ -58,7 +58,7 @@ def directory() -> Iterator[Path]:
 @pytest.fixture
 async def api(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     async with bench(directory, monkeypatch) as node:
-        server = ApiServer(node.host.settings, node.manager, node.supervisor)
+        server = ApiServer(node.host.settings, node.sandboxes, node.supervisor)
         await server.start()
         async with grpc.aio.insecure_channel(f"unix:{server.socket_path}") as channel:
             yield Api(node, server, Client(channel), channel)
@@ -158,7 +158,7 @@ async def test_a_delete_during_a_create_is_told_to_its_caller(api: Api) -> None:
     request = sandbox_pb2.CreateSandboxRequest(memory_bytes=64 * MIB)
     creating = asyncio.ensure_future(api.client.sandboxes.CreateSandbox(request))
     await api.node.world.reached["dial"].wait()
-    (found,) = api.node.manager.list()
+    (found,) = api.node.sandboxes.list()
     await api.client.sandboxes.DeleteSandbox(sandbox_pb2.DeleteSandboxRequest(id=found.id))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await creating
@@ -311,7 +311,7 @@ async def test_what_nobody_expected_is_hidden_behind_an_incident(api: Api, monke
     def broken(sandbox_id: str) -> None:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(api.node.manager, "fresh", broken)
+    monkeypatch.setattr(api.node.sandboxes, "inspect", broken)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await api.client.sandboxes.GetSandbox(sandbox_pb2.GetSandboxRequest(id=ID))
     failed(grpc.StatusCode.INTERNAL, "INTERNAL", caught.value)
@@ -443,7 +443,7 @@ async def test_plain_tcp_only_on_loopback(directory: Path, monkeypatch: pytest.M
         settings = dataclasses.replace(
             node.host.settings, api=ApiSettings(tcp_address="0.0.0.0:0", allow_insecure_loopback=True)
         )
-        server = ApiServer(settings, node.manager, node.supervisor)
+        server = ApiServer(settings, node.sandboxes, node.supervisor)
         with pytest.raises(ConfigError, match="not loopback"):
             await server.start()
         await server.stop(0)
@@ -459,7 +459,7 @@ async def test_tcp_asks_for_a_clients_certificate(directory: Path, monkeypatch: 
     )  # fmt: skip
     tls = ApiSettings(tcp_address="127.0.0.1:0", tls_cert=str(cert), tls_key=str(key), tls_client_ca=str(cert))
     async with bench(directory, monkeypatch) as node:
-        server = ApiServer(dataclasses.replace(node.host.settings, api=tls), node.manager, node.supervisor)
+        server = ApiServer(dataclasses.replace(node.host.settings, api=tls), node.sandboxes, node.supervisor)
         await server.start()
         known = grpc.ssl_channel_credentials(cert.read_bytes(), key.read_bytes(), cert.read_bytes())
         unknown = grpc.ssl_channel_credentials(cert.read_bytes())

@@ -15,20 +15,20 @@ from typing import Any, cast
 import pytest
 
 from agent.common.background import Supervisor
+from agent.common.clock import uptime_s
 from agent.common.config.paths import Paths
 from agent.common.errors import AgentError, HostError, InvalidState, ResourceExhausted
 from agent.common.model import Lifetime, NetSpec, SecretSpec, State
 from agent.daemon.network.sandbox_network import SandboxNetwork
 from agent.daemon.sandbox.lifecycle import expiry
-from agent.daemon.sandbox.lifecycle.entry import Entry
 from agent.daemon.sandbox.lifecycle.operations import Operations
 from agent.daemon.sandbox.lifecycle.policy_change import PolicyChange
-from agent.daemon.sandbox.recovery import reconcile
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
 from agent.daemon.storage.secrets.vault import Vault
 from tests.support.daemon_fakes import Bench, FakeChannel, FakeVm, SilentObserver, bench, record, settings, spec
 
+ID = "sbx-0000000000000000"
 CLOSED = NetSpec(allow=())
 OPEN = NetSpec(allow=("b.example",))
 OLD = SecretSpec("OLD", ("a.example",), "mark-old")
@@ -66,7 +66,7 @@ async def update(node: Bench, sandbox_id: str, policy: PolicyChange | None = Non
         "expire_time": None, "clear_expire_time": False, "set_labels": {}, "remove_labels": (),
         "policy": policy or PolicyChange(),
     }  # fmt: skip
-    return await node.manager.update(sandbox_id, **{**values, **fields})
+    return await node.sandboxes.update(sandbox_id, **{**values, **fields})
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -84,12 +84,12 @@ def stored(node: Bench, sandbox_id: str) -> Record:
 
 
 async def closed(node: Bench, **fields: Any) -> Record:
-    return await node.manager.create(spec(net=CLOSED, secrets=(OLD,), **fields), {"OLD": "old value"})
+    return await node.sandboxes.create(spec(net=CLOSED, secrets=(OLD,), **fields), {"OLD": "old value"})
 
 
 def policies(node: Bench, sandbox_id: str) -> dict[str, object]:
     """The policy in each place that holds it; the network's is the one that it was given last."""
-    now, kept, network = node.manager.get(sandbox_id), stored(node, sandbox_id), node.network.updates[-1]
+    now, kept, network = node.sandboxes.get(sandbox_id), stored(node, sandbox_id), node.network.updates[-1]
     return {
         "memory": (now.net, now.secrets), "database": (kept.net, kept.secrets),
         "network": (network.net, network.secrets), "vault": node.network.values[sandbox_id],
@@ -134,7 +134,7 @@ async def test_a_caller_that_leaves_does_not_stop_an_update(
     with pytest.raises(asyncio.CancelledError):
         await calling
     go_on.set()
-    await until(lambda: node.manager.get(made.id).labels == {"a": "b"})
+    await until(lambda: node.sandboxes.get(made.id).labels == {"a": "b"})
     await until(lambda: policies(node, made.id) == AFTER)
     assert stored(node, made.id).labels == {"a": "b"}
 
@@ -146,7 +146,7 @@ async def test_an_update_that_fails_in_any_way_is_undone(node: Bench, fault: Exc
     with pytest.raises(type(fault)):
         await update(node, made.id, CHANGE, set_labels={"a": "b"})
     assert policies(node, made.id) == BEFORE
-    assert (node.manager.get(made.id).labels, stored(node, made.id).labels) == ({}, {})
+    assert (node.sandboxes.get(made.id).labels, stored(node, made.id).labels) == ({}, {})
     await update(node, made.id, CHANGE)
     assert policies(node, made.id) == AFTER
 
@@ -157,7 +157,7 @@ async def test_a_full_disk_undoes_an_update_and_tells_the_guest(node: Bench, dis
     with pytest.raises(HostError, match="disk is full"):
         await update(node, made.id, CHANGE, set_labels={"a": "b"})
     assert policies(node, made.id) == BEFORE
-    assert node.manager.get(made.id).labels == {}
+    assert node.sandboxes.get(made.id).labels == {}
     orders = [fields for op, fields in node.world.channels[-1].calls if op == "sys.trust"]
     assert [(order["env"], order["remove_env"]) for order in orders[1:]] == [
         ({"NEW": "mark-new"}, ["OLD"]), ({"OLD": "mark-old"}, ["NEW"]),
@@ -198,12 +198,12 @@ async def test_a_delete_undoes_an_update_before_it_goes_on(node: Bench, monkeypa
     await asyncio.wait_for(asked.wait(), 2)
     node.world.remove_faults = 1
     with pytest.raises(HostError, match="busy"):
-        await node.manager.delete(made.id)  # it fails, so that there is something to look at
+        await node.sandboxes.delete(made.id)  # it fails, so that there is something to look at
     with pytest.raises(InvalidState) as caught:
         await asyncio.wait_for(updating, 2)
     assert caught.value.reason == "SANDBOX_DELETED"
     assert policies(node, made.id) == BEFORE
-    await node.manager.delete(made.id)
+    await node.sandboxes.delete(made.id)
     assert node.left() == []
 
 
@@ -227,7 +227,7 @@ async def test_an_agent_that_stops_undoes_an_update(
     made = await closed(node)
     updating = asyncio.create_task(update(node, made.id, CHANGE))
     await blocked[0].wait()
-    await node.manager.stop(keep=True)
+    await node.sandboxes.stop(keep=True)
     with pytest.raises(InvalidState):
         await asyncio.wait_for(updating, 2)
     assert (stored(node, made.id).net, node.network.updates[-1].net) == (CLOSED, CLOSED)
@@ -252,7 +252,8 @@ async def test_rules_of_the_kernel_are_put_back_while_no_egress_process_runs(tmp
             raise HostError("the egress process does not run")
 
     chosen = settings(tmp_path)
-    network, kernel = SandboxNetwork(chosen, Paths.of(chosen), Vault(tmp_path), Supervisor(SilentObserver())), Kernel()
+    kernel = Kernel()
+    network = SandboxNetwork(chosen, Paths.of(chosen), Vault(tmp_path), Supervisor(SilentObserver()), lambda *_: None)
     vars(network).update(_networks=kernel, _egress=Gone())
     kernel.loaded = ("the rules of another policy",)
     kept = record(net=CLOSED)
@@ -265,38 +266,41 @@ async def test_rules_of_the_kernel_are_put_back_while_no_egress_process_runs(tmp
 
 
 async def test_a_full_disk_changes_no_label_lease_or_time(node: Bench, disk: Disk) -> None:
-    leased = await node.manager.create(spec(lifetime=Lifetime(lease_s=60), labels={"a": "b"}))
-    plain = await node.manager.create(spec())
+    leased = await node.sandboxes.create(spec(lifetime=Lifetime(lease_s=60), labels={"a": "b"}))
+    plain = await node.sandboxes.create(spec())
     disk.full = True
     for change in (
         update(node, leased.id, set_labels={"a": "c", "d": "e"}),
         update(node, leased.id, end_lease=True, expire_time=time.time() + 60, remove_labels=["a"]),
         update(node, plain.id, expire_time=time.time() + 60),
-        node.manager.renew_lease(leased.id),
-        node.manager.pause(plain.id, to_disk=False),
-        node.manager.pause(leased.id, to_disk=True),
+        node.sandboxes.renew_lease(leased.id),
+        node.sandboxes.pause(plain.id, to_disk=False),
+        node.sandboxes.pause(leased.id, to_disk=True),
     ):
         with pytest.raises(HostError, match="disk is full"):
             await cast("Any", change)
-    assert [dataclasses.replace(node.manager.get(one.id), standing=False) for one in (leased, plain)] == [leased, plain]
+    assert [dataclasses.replace(node.sandboxes.get(one.id), standing=False) for one in (leased, plain)] == [
+        leased,
+        plain,
+    ]
     disk.full = False
-    assert await node.manager.renew_lease(leased.id) > (leased.expire_time or 0)
-    assert stored(node, leased.id) == node.manager.get(leased.id)
+    assert await node.sandboxes.renew_lease(leased.id) > (leased.expire_time or 0)
+    assert stored(node, leased.id) == node.sandboxes.get(leased.id)
 
 
 async def test_updates_at_once_are_all_kept(node: Bench) -> None:
-    made = await node.manager.create(spec())
+    made = await node.sandboxes.create(spec())
     await asyncio.gather(*(update(node, made.id, set_labels={f"l{number}": ""}) for number in range(10)))
     assert sorted(stored(node, made.id).labels) == sorted(f"l{number}" for number in range(10))
-    assert node.manager.get(made.id).labels == stored(node, made.id).labels
+    assert node.sandboxes.get(made.id).labels == stored(node, made.id).labels
 
 
 async def test_a_lease_is_renewed_and_labels_change_while_a_pause_takes_long(node: Bench) -> None:
-    made = await node.manager.create(spec(lifetime=Lifetime(lease_s=60)))
+    made = await node.sandboxes.create(spec(lifetime=Lifetime(lease_s=60)))
     node.world.hangs.add("save")
-    pausing = asyncio.create_task(node.manager.pause(made.id, to_disk=True))
+    pausing = asyncio.create_task(node.sandboxes.pause(made.id, to_disk=True))
     await node.world.reached["save"].wait()
-    renewed = await asyncio.wait_for(node.manager.renew_lease(made.id), 1)
+    renewed = await asyncio.wait_for(node.sandboxes.renew_lease(made.id), 1)
     await asyncio.wait_for(update(node, made.id, set_labels={"a": "b"}), 1)
     changing = asyncio.create_task(update(node, made.id, CHANGE))
     await asyncio.sleep(0.05)
@@ -306,25 +310,25 @@ async def test_a_lease_is_renewed_and_labels_change_while_a_pause_takes_long(nod
     assert (after.state, after.expire_time, after.labels) == (State.SUSPENDED, renewed, {"a": "b"})
     with pytest.raises(AgentError):  # nothing to remove, and it does not run any more
         await changing
-    assert stored(node, made.id) == node.manager.get(made.id)
+    assert stored(node, made.id) == node.sandboxes.get(made.id)
 
 
 async def test_a_resume_that_fails_leaves_the_record_as_it_is_stored(node: Bench, disk: Disk) -> None:
-    made = await node.manager.create(spec())
-    await node.manager.pause(made.id, to_disk=True)
+    made = await node.sandboxes.create(spec())
+    await node.sandboxes.pause(made.id, to_disk=True)
     disk.full = True
     with pytest.raises(HostError, match="disk is full"):
-        await node.manager.resume(made.id)
-    assert stored(node, made.id) == node.manager.get(made.id)
+        await node.sandboxes.resume(made.id)
+    assert stored(node, made.id) == node.sandboxes.get(made.id)
     assert node.world.vms == {}
     disk.full = False
-    assert (await node.manager.resume(made.id)).state is State.RUNNING
+    assert (await node.sandboxes.resume(made.id)).state is State.RUNNING
 
 
 async def test_a_state_that_is_stored_when_its_work_is_cancelled_keeps_what_it_needs(
     node: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = await node.manager.create(spec())
+    made = await node.sandboxes.create(spec())
     real = node.store.change
 
     async def change(changing: Record, edit: Callable[[Record], None], *, durable: bool = False) -> None:
@@ -334,20 +338,20 @@ async def test_a_state_that_is_stored_when_its_work_is_cancelled_keeps_what_it_n
 
     monkeypatch.setattr(node.store, "change", change)
     with pytest.raises(InvalidState):
-        await node.manager.pause(made.id, to_disk=True)
+        await node.sandboxes.pause(made.id, to_disk=True)
     assert stored(node, made.id).state is State.SUSPENDED
     assert (node.host.paths.memory(made.id) / "state").exists()
-    machine = node.manager._entries[made.id].machine
+    machine = node.sandboxes.registry.entry(made.id).machine
     assert machine is not None
     await machine.release()  # as the next agent removes it
     with pytest.raises(InvalidState):
-        await node.manager.resume(made.id)
+        await node.sandboxes.resume(made.id)
     assert (stored(node, made.id).state, stored(node, made.id).standing) == (State.RUNNING, True)
     assert made.id in node.world.vms
 
 
 async def test_a_fork_without_enough_users_leaves_no_copy(node: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = await node.manager.create(spec())
+    made = await node.sandboxes.create(spec())
     left: list[int | None] = [None, None]
 
     def take() -> int | None:
@@ -357,53 +361,53 @@ async def test_a_fork_without_enough_users_leaves_no_copy(node: Bench, monkeypat
 
     monkeypatch.setattr(node.host.uids, "reserve", take)
     with pytest.raises(ResourceExhausted, match="no user is left"):
-        await node.manager.fork(made.id, 3, labels={}, lifetime=None, request_id="")
-    await until(lambda: [found.id for found in node.manager.list()] == [made.id])
+        await node.sandboxes.fork(made.id, 3, labels={}, lifetime=None, request_id="")
+    await until(lambda: [found.id for found in node.sandboxes.list()] == [made.id])
 
 
 # -- the node ----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_full_disk_begins_and_ends_no_drain(node: Bench, disk: Disk) -> None:
-    made = await node.manager.create(spec())
+    made = await node.sandboxes.create(spec())
     disk.full = True
     with pytest.raises(HostError, match="disk is full"):
-        await node.manager.drain.begin(0.0)
-    assert node.manager.node.draining == ""
+        await node.sandboxes.drain.begin(0.0)
+    assert node.sandboxes.node.draining == ""
     await asyncio.sleep(0.05)
-    assert node.manager.get(made.id).state is State.RUNNING  # nothing was evicted
+    assert node.sandboxes.get(made.id).state is State.RUNNING  # nothing was evicted
     disk.full = False
-    await node.manager.drain.begin(3600)
+    await node.sandboxes.drain.begin(3600)
     disk.full = True
     with pytest.raises(HostError, match="disk is full"):
-        await node.manager.drain.end()
-    assert node.manager.node.draining == "it is drained"
+        await node.sandboxes.drain.end()
+    assert node.sandboxes.node.draining == "it is drained"
     disk.full = False
 
 
 async def test_a_caller_that_leaves_stops_no_drain_half_way(node: Bench) -> None:
-    for change in (node.manager.drain.begin(3600), node.manager.drain.end()):
+    for change in (node.sandboxes.drain.begin(3600), node.sandboxes.drain.end()):
         calling = asyncio.create_task(change)
         await asyncio.sleep(0)
         calling.cancel()
         await asyncio.wait({calling})
-        assert bool(node.store.facts.get("drain")) is bool(node.manager.node.draining)
+        assert bool(node.store.facts.get("drain")) is bool(node.sandboxes.node.draining)
 
 
 async def test_a_caller_that_leaves_does_not_hide_a_volume(node: Bench) -> None:
     (node.host.paths.database.parent / "volumes").mkdir(exist_ok=True)
-    making = asyncio.create_task(node.manager.volumes.create("t", "data", 16 << 20))
+    making = asyncio.create_task(node.sandboxes.volumes.create("t", "data", 16 << 20))
     await asyncio.sleep(0)
     making.cancel()
     await asyncio.wait({making})
     on_disk = [path.name for path in (node.host.paths.database.parent / "volumes").iterdir()]
-    assert [volume.id for volume in node.manager.volumes.list("t", "vol-", "")] == on_disk
+    assert [volume.id for volume in node.sandboxes.volumes.list("t", "vol-", "")] == on_disk
 
 
 async def test_a_full_disk_does_not_hide_what_is_lost(node: Bench, disk: Disk) -> None:
     disk.full = True
-    await reconcile(node.host, node.manager, node.store, [record(state=State.RUNNING)])
-    assert [found.state for found in node.manager.list()] == [State.LOST]
+    await node.sandboxes.recovery.run([record(state=State.RUNNING)])
+    assert [found.state for found in node.sandboxes.list()] == [State.LOST]
 
 
 async def test_the_end_of_a_suspended_sandbox_is_stored_for_this_boot(node: Bench) -> None:
@@ -413,8 +417,8 @@ async def test_the_end_of_a_suspended_sandbox_is_stored_for_this_boot(node: Benc
     node.host.paths.memory(kept.id).mkdir(parents=True)
     await node.store.put(kept)
     node.store.rebooted = True
-    await reconcile(node.host, node.manager, node.store, [kept])
-    assert (stored(node, kept.id).expire_uptime or 0) - expiry.uptime() <= 100
+    await node.sandboxes.recovery.run([kept])
+    assert (stored(node, kept.id).expire_uptime or 0) - uptime_s() <= 100
 
 
 async def test_what_an_adoption_changes_is_stored(node: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +432,7 @@ async def test_what_an_adoption_changes_is_stored(node: Bench, monkeypatch: pyte
         adopted.slot, adopted.rules = 7, "other settings"
 
     monkeypatch.setattr(node.network, "adopt", adopt)
-    await reconcile(node.host, node.manager, node.store, [kept])
+    await node.sandboxes.recovery.run([kept])
     assert (stored(node, kept.id).slot, stored(node, kept.id).rules) == (7, "other settings")
 
 
@@ -471,8 +475,12 @@ async def test_a_write_that_waits_does_not_bring_a_deleted_record_back(node: Ben
 # -- operations --------------------------------------------------------------------------------------------------------
 
 
+def tasks_of(sandbox_id: str) -> list[str]:
+    return [name for task in asyncio.all_tasks() if (name := task.get_name()).endswith(sandbox_id)]
+
+
 async def test_operations_run_one_at_a_time_and_end_with_a_delete() -> None:
-    operations, entry, seen = Operations(), Entry(record()), []
+    operations, seen = Operations(ID), []
     started = asyncio.Event()
 
     async def endless() -> None:
@@ -486,31 +494,30 @@ async def test_operations_run_one_at_a_time_and_end_with_a_delete() -> None:
     async def never() -> None:
         seen.append("ran")
 
-    calls = [asyncio.create_task(operations.run(entry, "test", work)) for work in (endless, never)]
+    calls = [asyncio.create_task(operations.run("test", work)) for work in (endless, never)]
     await started.wait()
-    entry.deleting = asyncio.create_task(operations.cancel(entry))
-    await entry.deleting
+    await operations.start_delete(operations.cancel)
     assert seen == ["undone"]
     for call in calls:
         with pytest.raises(InvalidState, match="was deleted while its test was in progress"):
             await call
     with pytest.raises(InvalidState, match="is being deleted"):
-        await operations.run(entry, "test", never)
-    assert (seen, entry.working) == (["undone"], set())
+        await operations.run("test", never)
+    assert (seen, tasks_of(ID)) == (["undone"], [])
 
 
 async def test_a_failure_after_the_caller_has_left_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
-    operations, entry, go_on = Operations(), Entry(record()), asyncio.Event()
+    operations, go_on = Operations(ID), asyncio.Event()
 
     async def fail() -> None:
         await go_on.wait()
         raise HostError("no luck")
 
-    call = asyncio.create_task(operations.run(entry, "test", fail))
+    call = asyncio.create_task(operations.run("test", fail))
     await asyncio.sleep(0)
     call.cancel()
     await asyncio.wait({call})
     go_on.set()
-    await until(lambda: not entry.working)
+    await until(lambda: not tasks_of(ID))
     await asyncio.sleep(0)
     assert "no luck" in "".join(capsys.readouterr())

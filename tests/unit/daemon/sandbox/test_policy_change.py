@@ -29,7 +29,7 @@ def secret(name: str = "KEY", placeholder: str = "mark", **fields: Any) -> Secre
 
 
 async def update(node: Bench, sandbox_id: str, change: PolicyChange) -> Record:
-    return await node.manager.update(
+    return await node.sandboxes.update(
         sandbox_id, expire_time=None, clear_expire_time=False, set_labels={}, remove_labels=(), policy=change
     )
 
@@ -39,23 +39,23 @@ def trusted(node: Bench) -> list[dict[str, object]]:
 
 
 async def test_a_create_holds_values_and_tells_the_guest_placeholders(node: Bench) -> None:
-    made = await node.manager.create(spec(secrets=(secret(),)), {"KEY": "value"})
+    made = await node.sandboxes.create(spec(secrets=(secret(),)), {"KEY": "value"})
     assert node.network.values == {made.id: {"KEY": "value"}}
     assert [order["env"] for order in trusted(node)] == [{"KEY": "mark"}]
     assert "value" not in made.to_json()
-    await node.manager.delete(made.id)
+    await node.sandboxes.delete(made.id)
     assert node.network.values == {}
 
 
 async def test_a_failed_create_forgets_values(node: Bench) -> None:
     node.world.faults["vmm.start"] = HostError("no")
     with pytest.raises(HostError):
-        await node.manager.create(spec(secrets=(secret(),)), {"KEY": "value"})
+        await node.sandboxes.create(spec(secrets=(secret(),)), {"KEY": "value"})
     assert node.network.values == {}
 
 
 async def test_a_change_keeps_placeholders_and_tells_only_news(node: Bench) -> None:
-    made = await node.manager.create(spec(secrets=(secret(),)), {"KEY": "value"})
+    made = await node.sandboxes.create(spec(secrets=(secret(),)), {"KEY": "value"})
     again = await update(node, made.id, PolicyChange(set_secrets={"KEY": (secret(placeholder="new"), "second")}))
     assert [one.placeholder for one in again.secrets] == ["mark"]
     assert node.network.values[made.id] == {"KEY": "second"}
@@ -69,44 +69,44 @@ async def test_a_change_keeps_placeholders_and_tells_only_news(node: Bench) -> N
 
 
 async def test_a_change_that_fails_changes_nothing(node: Bench) -> None:
-    made = await node.manager.create(spec(secrets=(secret(),)), {"KEY": "value"})
+    made = await node.sandboxes.create(spec(secrets=(secret(),)), {"KEY": "value"})
     node.network.update_faults = [HostError("no")]
     with pytest.raises(HostError):
         await update(node, made.id, PolicyChange(NetSpec(allow=()), {"KEY": (secret(), "other")}))
-    after = node.manager.get(made.id)
+    after = node.sandboxes.get(made.id)
     assert (after.net, after.secrets) == (made.net, made.secrets)
     assert node.network.values[made.id] == {"KEY": "value"}
     assert node.network.updates[-1].net == made.net
 
 
 async def test_changes_that_make_no_sense(node: Bench) -> None:
-    made = await node.manager.create(spec(env={"TAKEN": "x"}))
+    made = await node.sandboxes.create(spec(env={"TAKEN": "x"}))
     with pytest.raises(NotFound, match="no secret"):
         await update(node, made.id, PolicyChange(remove_secrets=("KEY",)))
     with pytest.raises(InvalidSpec, match="remove one of the two"):
         await update(node, made.id, PolicyChange(set_secrets={"TAKEN": (secret("TAKEN"), "v")}))
     node.world.vms[made.id].die()
-    while node.manager.get(made.id).error == "":  # noqa: ASYNC110
+    while node.sandboxes.get(made.id).error == "":  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     with pytest.raises(InvalidState):
         await update(node, made.id, PolicyChange(NetSpec(allow=())))
 
 
 async def test_the_same_request_with_other_values_is_another_request(node: Bench) -> None:
-    one = await node.manager.create(spec(request_id="r", secrets=(secret(),)), {"KEY": "value"})
-    two = await node.manager.create(spec(request_id="r", secrets=(secret(placeholder="other"),)), {"KEY": "value"})
+    one = await node.sandboxes.create(spec(request_id="r", secrets=(secret(),)), {"KEY": "value"})
+    two = await node.sandboxes.create(spec(request_id="r", secrets=(secret(placeholder="other"),)), {"KEY": "value"})
     assert one.id == two.id
     with pytest.raises(AlreadyExists):
-        await node.manager.create(spec(request_id="r", secrets=(secret(),)), {"KEY": "another"})
+        await node.sandboxes.create(spec(request_id="r", secrets=(secret(),)), {"KEY": "another"})
 
 
 async def test_denials_are_told_and_do_not_push_out_other_events(node: Bench) -> None:
-    made = await node.manager.create(spec())
-    watch = node.manager.watch(lambda _: True)
+    made = await node.sandboxes.create(spec())
+    watch = node.sandboxes.watch(lambda _: True)
     assert [(await anext(watch)).type for _ in range(2)] == [EventType.SNAPSHOT, EventType.SYNCED]
     for number in range(2000):
-        node.manager.on_denial(made, Denial(Reason.HOST_NOT_ALLOWED, f"h{number}", 443, "tls", 1))
-    await node.manager.delete(made.id)
+        node.events.publish_denial(made, Denial(Reason.HOST_NOT_ALLOWED, f"h{number}", 443, "tls", 1))
+    await node.sandboxes.delete(made.id)
     seen = []
     async for event in watch:
         seen.append(event)
@@ -116,7 +116,7 @@ async def test_denials_are_told_and_do_not_push_out_other_events(node: Bench) ->
     assert 100 < len(denied) < 1000
     assert denied[0].denial is not None
     assert denied[0].denial.host == "h0"
-    assert (await node.manager.fresh((await node.manager.create(spec())).id)).denials == {"spoofed": 1}
+    assert (await node.sandboxes.inspect((await node.sandboxes.create(spec())).id)).denials == {"spoofed": 1}
 
 
 def test_a_record_of_before_there_were_networks_can_be_read() -> None:

@@ -33,8 +33,8 @@ async def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 
 def templates_of(host: Bench) -> Templates:
-    assert host.manager.templates is not None
-    return host.manager.templates
+    assert host.sandboxes.templates is not None
+    return host.sandboxes.templates
 
 
 def files(host: Bench) -> list[str]:
@@ -44,8 +44,8 @@ def files(host: Bench) -> list[str]:
 
 async def create_and_delete(host: Bench, **fields: object) -> str:
     """Returns the template that the sandbox came from."""
-    record = await host.manager.create(spec(**fields))
-    await host.manager.delete(record.id)
+    record = await host.sandboxes.create(spec(**fields))
+    await host.sandboxes.delete(record.id)
     return record.template
 
 
@@ -59,7 +59,7 @@ async def test_a_template_is_made_once_and_used_again(host: Bench) -> None:
 
 
 async def test_creates_at_once_wait_for_one_maker(host: Bench) -> None:
-    records = await asyncio.gather(*(host.manager.create(spec()) for _ in range(5)))
+    records = await asyncio.gather(*(host.sandboxes.create(spec()) for _ in range(5)))
     assert len({record.template for record in records}) == 1
     assert host.world.starts == MADE + 5
 
@@ -100,13 +100,13 @@ async def test_a_new_agent_checks_what_it_finds(host: Bench) -> None:
     again.open()
     assert files(host) == [template]
     host.world.starts = 0
-    found = await again.get(host.manager.images.get("minimal"), 1, spec().memory_bytes)
+    found = await again.get(host.sandboxes.images.get("minimal"), 1, spec().memory_bytes)
     assert (found.digest, host.world.starts) == (template, 0)
     flipped = folder / template / "vmm" / "state"
     flipped.chmod(0o644)
     flipped.write_bytes(b"melted")
     last = Templates(host.host)
-    await last.get(host.manager.images.get("minimal"), 1, spec().memory_bytes)
+    await last.get(host.sandboxes.images.get("minimal"), 1, spec().memory_bytes)
     assert host.world.starts == MADE
 
 
@@ -114,15 +114,15 @@ async def test_a_new_agent_checks_what_it_finds(host: Bench) -> None:
 async def test_a_maker_that_fails_leaves_nothing_and_the_next_one_works(host: Bench, phase: str) -> None:
     host.world.faults[phase] = HostError("no")
     with pytest.raises(HostError):
-        await host.manager.create(spec())
-    assert (files(host), host.left(), host.manager.list()) == ([], [], [])
+        await host.sandboxes.create(spec())
+    assert (files(host), host.left(), host.sandboxes.list()) == ([], [], [])
     host.world.faults.clear()
     await create_and_delete(host)
 
 
 async def test_a_maker_that_is_cancelled_leaves_nothing(host: Bench) -> None:
     host.world.hangs.add("dial")
-    creating = asyncio.create_task(host.manager.create(spec()))
+    creating = asyncio.create_task(host.sandboxes.create(spec()))
     await host.world.reached["dial"].wait()
     await templates_of(host).aclose()
     with contextlib.suppress(asyncio.CancelledError, InvalidState):
@@ -136,14 +136,14 @@ async def test_a_full_disk_says_what_to_do(host: Bench, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "ftruncate", full)
     with pytest.raises(Exception, match="no space left for a template") as caught:
-        await host.manager.create(spec())
+        await host.sandboxes.create(spec())
     assert getattr(caught.value, "reason", "") == "DISK_FULL"
     assert (files(host), host.left()) == ([], [])
 
 
 async def test_a_clone_that_fails_is_tried_again(host: Bench) -> None:
     host.world.clone_faults = [GuestUnreachable("deaf"), GuestUnreachable("deaf")]
-    record = await host.manager.create(spec())
+    record = await host.sandboxes.create(spec())
     assert host.world.starts == MADE + 3
     assert list(host.world.vms) == [record.id]
 
@@ -151,7 +151,7 @@ async def test_a_clone_that_fails_is_tried_again(host: Bench) -> None:
 async def test_a_clone_that_always_fails_is_given_up_after_three(host: Bench) -> None:
     host.world.clone_faults = [GuestUnreachable("deaf")] * 9
     with pytest.raises(GuestUnreachable, match="deaf"):
-        await host.manager.create(spec())
+        await host.sandboxes.create(spec())
     assert len(host.world.clone_faults) == 6
     assert host.left() == []
 
@@ -168,7 +168,7 @@ async def test_a_template_stays_if_the_vmm_takes_no_other_either(host: Bench) ->
     template = await create_and_delete(host)
     host.world.faults["vmm.start"] = VmmError("no such file", reason="VMM_NOT_STARTED")
     with pytest.raises(VmmError, match="no such file"):
-        await host.manager.create(spec())
+        await host.sandboxes.create(spec())
     assert (files(host), host.left()) == ([template], [])
     host.world.faults.clear()
     host.world.starts = 0
@@ -188,14 +188,14 @@ async def test_the_budget_takes_the_least_used_and_never_one_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with bench(tmp_path, monkeypatch, templates=TemplateSettings(budget_bytes=1)) as host:
-        running = await host.manager.create(spec())
+        running = await host.sandboxes.create(spec())
         idle = await create_and_delete(host, vcpu_count=2)
         assert files(host) == sorted([running.template, idle])
         newest = await create_and_delete(host, vcpu_count=3)
         assert files(host) == sorted([running.template, newest])
         with pytest.raises(InvalidState, match="in use"):
             templates_of(host).remove(running.template)
-        await host.manager.delete(running.id)
+        await host.sandboxes.delete(running.id)
         templates_of(host).remove(running.template)
         assert files(host) == [newest]
         with pytest.raises(NotFound):
