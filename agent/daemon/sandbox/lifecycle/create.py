@@ -155,7 +155,7 @@ class Creator:
         except BaseException as error:
             outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
             if not entry.operations.deleting:
-                await asyncio.shield(self._deleter.remove(entry, "create failed"))
+                await self._deleter.discard(entry, "create failed")
             raise
         finally:
             CREATES.labels(outcome).inc()

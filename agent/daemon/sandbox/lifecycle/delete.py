@@ -52,18 +52,22 @@ class Deleter:
             try:
                 with step("delete.intent"), contextlib.suppress(AgentError):  # a full disk must not prevent a delete
                     await self._store.put(entry.record)
-                await self.remove(entry, reason)
+                await self._remove(entry, reason)
             except BaseException as error:
                 log.error("delete failed", sandbox_id=entry.record.id, error=str(error))
                 raise
         DELETES.labels(reason).inc()
         log.info("delete", sandbox_id=entry.record.id, reason=reason)
 
-    async def remove(self, entry: Entry, reason: str) -> None:
-        """Remove the host resources of a sandbox, then its record: recovery finishes the work after a crash.
+    async def discard(self, entry: Entry, reason: str) -> None:
+        """Remove what a failed create left, from the task of that create; a delete meanwhile waits for the removal.
 
-        :raises AgentError: a resource could not be removed; the record is kept.
+        :raises AgentError: a resource could not be removed; the next delete tries again.
         """
+        await asyncio.shield(entry.operations.start_delete(lambda: self._remove(entry, reason)))
+
+    async def _remove(self, entry: Entry, reason: str) -> None:
+        """Remove the host resources of a sandbox, then its record: recovery finishes the work after a crash."""
         if entry.machine is not None:
             if (spec := entry.record.spec).root or spec.volumes:
                 await entry.machine.sync()

@@ -302,3 +302,34 @@ async def test_reconcile_ends_a_vm_whose_guest_is_silent(node: Bench) -> None:
     await node.sandboxes.recovery.run([record(state=State.RUNNING)])
     assert node.left() == []
     assert [found.state for found in node.sandboxes.list()] == [State.LOST]
+
+
+async def test_a_delete_while_a_failed_create_is_removed_removes_nothing_twice(
+    node: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = node.sandboxes.watch(lambda _: True)
+    await anext(events)
+    removing, go_on, released = asyncio.Event(), asyncio.Event(), []
+
+    async def release(sandbox_id: str) -> None:
+        removing.set()
+        await go_on.wait()
+
+    monkeypatch.setattr(node.network, "release", release)
+    monkeypatch.setattr(node.host.uids, "release", released.append)  # a second one would free another sandbox's UID
+    node.world.faults["vmm.start"] = VmmError("no luck")
+    creating = asyncio.create_task(node.sandboxes.create(spec()))
+    await removing.wait()
+    (found,) = node.sandboxes.list()
+    deleting = asyncio.create_task(node.sandboxes.delete(found.id))
+    await asyncio.sleep(0.01)
+    go_on.set()
+    with pytest.raises(VmmError, match="no luck"):
+        await creating
+    await deleting
+    await asyncio.sleep(0.01)
+    assert len(released) == 1
+    node.world.faults.clear()
+    await node.sandboxes.create(spec())
+    seen = [(await anext(events)).type for _ in range(3)]
+    assert seen == [EventType.CREATED, EventType.DELETED, EventType.CREATED]
