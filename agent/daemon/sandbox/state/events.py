@@ -1,4 +1,4 @@
-"""Tells watchers what happens to sandboxes. One that does not keep up is told so and ended; it never slows the node."""
+"""Events of sandboxes for watchers. A watcher that is too slow gets an error; it never slows the node."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MAX_QUEUED = 1024
-# A guest makes as many denials as it likes: they must not push out what a watcher needs to know.
+# A guest can cause any number of denials: they must not displace other events from the queue.
 _MAX_QUEUED_DENIALS = 256
 
 
 class WatcherTooSlowError(AgentError):
-    """The watcher did not read its events; it must begin again with a new snapshot."""
+    """The watcher did not read its events in time, and must watch again from a new snapshot."""
 
     default_reason = "WATCHER_TOO_SLOW"
 
 
 class EventType(StrEnum):
-    """What happened to a sandbox."""
+    """Kind of an event. SNAPSHOT: a sandbox present at the start; SYNCED: all of these were sent."""
 
     SNAPSHOT = "snapshot"
     CREATED = "created"
@@ -41,7 +41,10 @@ class EventType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Denial:
-    """Something that a sandbox was not let do, `count` times. `host` is what it asked for: text from the guest."""
+    """Something refused to a sandbox, `count` times.
+
+    :param host: requested host, hostile text from the guest; "" if unknown.
+    """
 
     reason: Reason
     host: str
@@ -52,7 +55,12 @@ class Denial:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event; `record` is a snapshot, None only in SYNCED; `denial` is set only in DENIED."""
+    """One event.
+
+    :param record: copy of the sandbox's record; None in SYNCED only.
+    :param time: seconds since 1970.
+    :param denial: set in DENIED only.
+    """
 
     type: EventType
     record: Record | None
@@ -69,13 +77,13 @@ class _Watcher:
 
 
 class Events:
-    """Distributes events to watchers."""
+    """Distributes events to all watchers; nothing here waits."""
 
     def __init__(self) -> None:
         self._watchers: set[_Watcher] = set()
 
     def publish(self, kind: EventType, record: Record, reason: str = "") -> None:
-        """Queues an event for every watcher that wants this sandbox. Never blocks."""
+        """Queue an event for each watcher that wants this sandbox."""
         event = Event(kind, record.copy(), time.time(), reason)
         for watcher in self._watchers:
             if watcher.wanted(record):
@@ -85,14 +93,18 @@ class Events:
                     watcher.too_slow = True
 
     def publish_denial(self, record: Record, denial: Denial) -> None:
-        """Queues a denial for every watcher that wants this sandbox and has room for it."""
+        """Queue a denial for each watcher that wants this sandbox; drop it where too many events wait already."""
         event = Event(EventType.DENIED, record.copy(), time.time(), denial.reason.value, denial)
         for watcher in self._watchers:
             if watcher.wanted(record) and watcher.queue.qsize() < _MAX_QUEUED_DENIALS:
                 watcher.queue.put_nowait(event)
 
     async def watch(self, present: Iterable[Record], wanted: Callable[[Record], bool]) -> AsyncIterator[Event]:
-        """Yields a SNAPSHOT of each present sandbox, SYNCED, then every event. :raises WatcherTooSlowError:"""
+        """Yield a SNAPSHOT of each present sandbox, SYNCED, then every event.
+
+        :param wanted: returns whether the watcher wants the events of a sandbox.
+        :raises WatcherTooSlowError: events were lost, since the watcher did not read them in time.
+        """
         with self._registered(wanted) as watcher:
             now = time.time()
             for record in [record.copy() for record in present if wanted(record)]:

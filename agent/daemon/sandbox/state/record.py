@@ -1,4 +1,4 @@
-"""What the node remembers of a sandbox: the facts that survive a restart of the agent."""
+"""Record of a sandbox: the facts that survive a restart of the agent."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from agent.common.model import TRANSITIONS, NetSpec, SandboxSpec, SecretSpec, St
 
 @dataclass(slots=True)
 class Record:
-    """One sandbox. Times are seconds since 1970; `token` is what the VMM driver needs to adopt the VM.
+    """One sandbox. The names of the fields are those of the stored JSON. Times of day are seconds since 1970.
 
-    `expire_uptime` is when it ends by the clock of `agent.daemon.sandbox.lifecycle.expiry.uptime`, if it is to live for
-    so long rather than until a time of day: `expire_time` then follows it.
-    `uid` is whom its VMM runs as; None: the agent's own user. `slot` is its place in the pool of addresses, None if it
-    has no way to the uplink; `rules` is the digest of the kernel's rules that are in force. `net` and `secrets` are as
-    they are now, while `spec` has what the create asked for. `denials` counts what it was not let do, by reason.
-    `fingerprint` stands for the values of the secrets that came with the create. `standing` is true while its CPUs may
-    stand still although it is RUNNING. `shape` has the fields of the VM's
-    `agent.daemon.sandbox.machine.vm_shape.Shape`. `parent` is the sandbox that a fork is a copy of.
+    :param spec: specification as created; `labels`, `net` and `secrets` are the present values.
+    :param expire_uptime: expiry by `agent.common.clock.uptime_s`, for a duration or a lease; `expire_time` follows it.
+        None: `expire_time` is a time of day, or the sandbox never expires.
+    :param error: why the sandbox is FAILED or LOST.
+    :param phases: steps of the create with their seconds.
+    :param token: data that the VMM driver needs to adopt the VM.
+    :param template: digest of the template that the VM was cloned from; "": its kernel booted.
+    :param shape: fields of `agent.daemon.sandbox.machine.vm_shape.Shape`.
+    :param parent: id of the sandbox that this one was forked from; "": none.
+    :param slot: index in the pool of addresses; None: the sandbox has no route to the uplink.
+    :param uid: user of the VMM; None: the agent's own user.
+    :param rules: digest of the kernel's rules in force; "": unknown.
+    :param denials: number of refused connections and dropped packets, by reason.
+    :param fingerprint: keyed digest of the secret values of the create, to recognize a repeated request.
+    :param standing: the CPUs may be stopped although the state is RUNNING; the next agent resumes them.
     """
 
     id: str
@@ -50,19 +57,22 @@ class Record:
     standing: bool = False
 
     def move(self, state: State) -> None:
-        """Changes the state. :raises InvalidState: there is no such transition."""
+        """Change the state.
+
+        :raises InvalidState: `TRANSITIONS` has no such transition.
+        """
         if state not in TRANSITIONS[self.state]:
             raise InvalidState(f"sandbox {self.id} is {self.state}; it cannot become {state}")
         self.state = state
 
     def copy(self) -> Record:
-        """Returns a snapshot that later changes do not touch."""
+        """Return a copy that later changes of the record do not affect."""
         return dataclasses.replace(
             self, labels=dict(self.labels), phases=list(self.phases), token=dict(self.token), denials=dict(self.denials)
         )
 
     def to_json(self) -> str:
-        """Return the record as it is kept."""
+        """Return the stored form of the record."""
         return stored_json.encode(self)
 
     @classmethod

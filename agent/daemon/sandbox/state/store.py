@@ -1,10 +1,9 @@
-"""The node's state in SQLite: one row per sandbox, written before anything of it is made.
+"""State of the node in SQLite: one row per sandbox, written before any resource of the sandbox is created.
 
 WAL with synchronous=NORMAL survives any crash of the agent; only a crash of the host can lose the last commits, and
-that ends the VMs, too. What must outlive the host's crash is put with `durable`. All statements run in one thread of
-their own.
+that ends the VMs as well. Writes that must outlive a crash of the host are `durable`. All statements run in one thread.
 
-Each record is also kept as a file in its sandbox's directory: a damaged database is rebuilt from these.
+Each record is also copied to a file in its sandbox's directory; a damaged database is rebuilt from these files.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from agent.common.telemetry import STATE_REBUILT, log
 from agent.daemon.sandbox.state.record import Record
 
 T = TypeVar("T")
-# Each brings a database from the version of its place to the next one. Those that were released never change; a record
-# that gains fields gains a version as well, so that an older agent leaves it alone.
+# Migration number N upgrades a database of version N. Released ones never change. New fields of a record need a new
+# version as well, so that an older agent refuses the database.
 _MIGRATIONS = (
     "CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -40,9 +39,9 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def lock_directory(path: Path) -> int:
-    """Returns a descriptor that holds the lock of a directory, the file `path` in it, until it is closed.
+    """Lock a directory by the file `path` in it; return the descriptor that holds the lock until it is closed.
 
-    :raises InvalidState: another agent holds it.
+    :raises InvalidState: another agent holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -57,24 +56,25 @@ def lock_directory(path: Path) -> int:
 
 
 class Store:
-    """The records of all sandboxes, and facts about the node by name.
+    """Records of all sandboxes, and facts about the node by name.
 
-    :param copies: holds one directory per sandbox, made and removed by others, for the copy of its record.
+    :param path: the database.
+    :param copies: parent of the sandboxes' state directories, each of which gets a copy of its record if it exists.
     """
 
     def __init__(self, path: Path, copies: Path) -> None:
         self._path = path
         self._copies = copies
-        self.rebooted = False  # whether the host was started anew since the last agent
+        self.rebooted = False  # since the last agent ran
         self.facts: dict[str, str] = {}
         self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._db: sqlite3.Connection | None = None
 
     async def open(self) -> list[Record]:
-        """Opens or makes the database and returns what is in it; a damaged one is set aside and rebuilt.
+        """Open or create the database and return its records; set a damaged one aside and rebuild it.
 
-        :raises HostError: the directory cannot be written.
+        :raises HostError: the directory cannot be written (STATE_UNAVAILABLE), or a newer sandboxd wrote the database.
         """
         return await self._run(self._open)
 
@@ -108,7 +108,7 @@ class Store:
         return [Record.from_json(text) for (text,) in rows]
 
     def _rebuild(self, error: Exception) -> list[Record]:
-        """Sets the database aside and makes a new one of the records that sandboxes have in their directories."""
+        """Set the database aside and create a new one from the copies of the records."""
         if self._db is not None:
             self._db.close()
         aside = f"{self._path}.damaged-{time.time_ns()}"
@@ -122,7 +122,7 @@ class Store:
             self._write("INSERT OR REPLACE INTO sandboxes VALUES (?, ?)", record.id, record.to_json())
         STATE_REBUILT.inc()
         log.error(
-            "state file was damaged: it is set aside, and rebuilt from the sandboxes' directories",
+            "database damaged: set aside and rebuilt from the copies of the records",
             aside=aside, error=str(error), records=len(records),
         )  # fmt: skip
         return records
@@ -130,7 +130,7 @@ class Store:
     async def put(self, record: Record, *, durable: bool = False) -> None:
         """Write a record as it is in memory.
 
-        :param durable: it outlives a crash of the host.
+        :param durable: the write outlives a crash of the host.
         :raises HostError: the disk is full or gone.
         """
         async with self._lock(record.id):
@@ -139,8 +139,8 @@ class Store:
     async def change(self, record: Record, edit: Callable[[Record], None], *, durable: bool = False) -> None:
         """Change a record on disk, then in memory: readers see the change once it is stored, or never.
 
-        `edit` changes a copy. Only the fields that it changed are taken over, since others may change meanwhile. A
-        caller that is cancelled gets that after the write, when memory and database agree.
+        `edit` changes a copy. Only the fields that it changed are copied back, since others may change meanwhile. A
+        cancellation of the caller is raised after the write, when memory and database agree.
 
         :param durable: the change outlives a crash of the host.
         :raises HostError: the disk is full or gone; nothing has changed.
@@ -171,19 +171,25 @@ class Store:
                 self._write("INSERT OR REPLACE INTO sandboxes VALUES (?, ?)", sandbox_id, text)
             finally:
                 if durable:
-                    with contextlib.suppress(HostError):  # later writes are slower then; this one is done
+                    with contextlib.suppress(HostError):  # later writes are slower then; this one succeeded
                         self._write("PRAGMA synchronous=NORMAL")
             _copy(self._copies / sandbox_id, text)
 
         return write
 
     async def delete(self, sandbox_id: str) -> None:
-        """Removes a record. Idempotent."""
+        """Delete a record. Idempotent.
+
+        :raises HostError: the disk is full or gone.
+        """
         async with self._lock(sandbox_id):
             await self._run(lambda: self._write("DELETE FROM sandboxes WHERE id = ?", sandbox_id))
 
     async def set_fact(self, name: str, value: str) -> None:
-        """Keeps a fact about the node; "" removes it. :raises HostError: the disk is full or gone."""
+        """Store a fact about the node; "" deletes it.
+
+        :raises HostError: the disk is full or gone.
+        """
         await self._run(lambda: self._set_fact(name, value))
 
     def _set_fact(self, name: str, value: str) -> None:
@@ -204,11 +210,11 @@ class Store:
             raise HostError(f"cannot write {self._path}: {error}", reason="STATE_UNAVAILABLE") from error
 
     async def _run(self, work: Callable[[], T]) -> T:
-        # Shielded: a write that has begun is not undone by a caller that leaves.
+        # Shielded: cancelling the caller does not stop a write that has begun.
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
 
     async def aclose(self) -> None:
-        """Closes the database. Idempotent."""
+        """Close the database. Idempotent."""
         if self._db is not None:
             db, self._db = self._db, None
             await self._run(db.close)
@@ -216,7 +222,7 @@ class Store:
 
 
 def _copy(directory: Path, text: str) -> None:
-    """Keeps a record in its sandbox's directory if there is one. A copy that cannot be written is removed."""
+    """Copy a record into its sandbox's directory, if that exists; remove a copy that cannot be written."""
     path = directory / _COPY
     try:
         write_atomically(path, text.encode(), mode=0o600, durable=False)  # the directory is open to the sandbox's VMM
@@ -231,7 +237,7 @@ def _copied_records(copies: Path) -> list[Record]:
         try:
             record = Record.from_json(path.read_text())
         except (OSError, ValueError) as error:
-            log.error("a copy of a record is damaged, too", path=str(path), error=str(error))
+            log.error("copy of a record damaged", path=str(path), error=str(error))
             continue
         if record.id == path.parent.name:
             records.append(record)

@@ -1,4 +1,4 @@
-"""Checks what a caller asks for against the limits of the API and of this node. Every message says what to do."""
+"""Validation of requests against the limits of the API and of this node. Every message says what to do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ _MAX_REQUEST_ID = 128
 
 
 def check_env(env: Mapping[str, str]) -> None:
-    """:raises InvalidSpec: too many variables, too many bytes, or names that no shell can set."""
+    """Check environment variables.
+
+    :raises InvalidSpec: too many variables, too many bytes, or names that no shell can set.
+    """
     if len(env) > MAX_ENV_VARIABLES:
         raise InvalidSpec(f"env has {len(env)} variables; at most {MAX_ENV_VARIABLES} are allowed: write a file")
     size = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
@@ -47,7 +50,10 @@ def check_env(env: Mapping[str, str]) -> None:
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
-    """:raises InvalidSpec: too many labels, or one with a wrong key or too long a value."""
+    """Check labels.
+
+    :raises InvalidSpec: too many labels, an invalid key, or a value that is too long.
+    """
     if len(labels) > MAX_LABELS:
         raise InvalidSpec(f"{len(labels)} labels; at most {MAX_LABELS} are allowed")
     for key, value in labels.items():
@@ -58,7 +64,10 @@ def check_labels(labels: Mapping[str, str]) -> None:
 
 
 def changed_labels(labels: Mapping[str, str], add: Mapping[str, str], remove: Iterable[str]) -> dict[str, str]:
-    """Returns labels with some set and then some removed. :raises InvalidSpec: as `check_labels`."""
+    """Return labels with those of `add` set and those of `remove` deleted.
+
+    :raises InvalidSpec: the result is not valid; see `check_labels`.
+    """
     changed = {**labels, **add}
     for key in remove:
         changed.pop(key, None)
@@ -67,13 +76,20 @@ def changed_labels(labels: Mapping[str, str], add: Mapping[str, str], remove: It
 
 
 def check_expire_time(expire_time: float | None, now: float) -> None:
-    """Times are seconds since 1970. :raises InvalidSpec: it is over already, or beyond ten years."""
+    """Check an expire time; both times are seconds since 1970.
+
+    :raises InvalidSpec: it is in the past, or over ten years away.
+    """
     if expire_time is not None and not 0 < expire_time - now <= MAX_LIFETIME_S:
         raise InvalidSpec("expire_time must be in the future, at most ten years away; to end a sandbox, delete it")
 
 
 def check_lease_change(expire_time: float | None, *, leased: bool, clear: bool, end_lease: bool) -> None:
-    """:raises InvalidSpec: a lease ends with nothing in its place. :raises InvalidState: it decides when to expire."""
+    """Check a change of the expire time of a sandbox with or without a lease.
+
+    :raises InvalidSpec: the lease would end without an expire time in its place.
+    :raises InvalidState: the sandbox has a lease, which decides when it expires.
+    """
     if end_lease and expire_time is None:
         raise InvalidSpec("end_lease needs an expire_time: a sandbox without either would live for ever")
     if leased and not end_lease and (expire_time is not None or clear):
@@ -83,13 +99,19 @@ def check_lease_change(expire_time: float | None, *, leased: bool, clear: bool, 
 
 
 def check_request_id(request_id: str, limit: int = _MAX_REQUEST_ID) -> None:
-    """:raises InvalidSpec: it is too long, or has letters that are not allowed."""
+    """Check a request_id.
+
+    :raises InvalidSpec: it is too long, or has other characters than a-z A-Z 0-9 . _ -
+    """
     if len(request_id) > limit or _REQUEST_ID.fullmatch(request_id) is None:
         raise InvalidSpec(f"request_id is not valid; use 1 to {limit} of a-z A-Z 0-9 . _ -")
 
 
 def check_lifetime(lifetime: Lifetime) -> None:
-    """:raises InvalidSpec: a time under a second or over ten years."""
+    """Check a lifetime.
+
+    :raises InvalidSpec: a time under a second or over ten years.
+    """
     given = {"duration": lifetime.duration_s, "lease": lifetime.lease_s, "idle_timeout": lifetime.idle_s}
     for name, seconds in given.items():
         if seconds is not None and not 1 <= seconds <= MAX_LIFETIME_S:
@@ -97,7 +119,10 @@ def check_lifetime(lifetime: Lifetime) -> None:
 
 
 def check_secrets(secrets: tuple[SecretSpec, ...], env: Mapping[str, str]) -> None:
-    """:raises InvalidSpec: too many secrets, a name that is no variable's or is taken, or hosts that are no rules."""
+    """Check names and hosts of secrets.
+
+    :raises InvalidSpec: too many secrets, a name that is no variable name or is taken, or hosts that are no rules.
+    """
     if len(secrets) > MAX_SECRETS:
         raise InvalidSpec(f"{len(secrets)} secrets; at most {MAX_SECRETS} are allowed")
     for secret in secrets:
@@ -115,7 +140,10 @@ def check_secrets(secrets: tuple[SecretSpec, ...], env: Mapping[str, str]) -> No
 
 
 def check_value(name: str, value: str) -> None:
-    """:raises InvalidSpec: a value that could not be sent in a header (RFC 9110, 5.5)."""
+    """Check the value of a secret.
+
+    :raises InvalidSpec: it could not be sent in an HTTP header (RFC 9110, 5.5).
+    """
     if not 1 <= len(value.encode()) <= MAX_SECRET_BYTES:
         raise InvalidSpec(f"secret {name[:80]!r}: its value must have 1 to {MAX_SECRET_BYTES} bytes")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
@@ -123,7 +151,10 @@ def check_value(name: str, value: str) -> None:
 
 
 def check_mounts(volumes: tuple[tuple[str, str], ...]) -> None:
-    """:raises InvalidSpec: too many volumes, one twice, or a path where none can be mounted."""
+    """Check mounts, each a path and a volume.
+
+    :raises InvalidSpec: too many volumes, one volume twice, or a path where nothing can be mounted.
+    """
     if len(volumes) > MAX_MOUNTS:
         raise InvalidSpec(f"{len(volumes)} volumes; at most {MAX_MOUNTS} can be mounted")
     if len({volume for _, volume in volumes}) != len(volumes):
@@ -136,14 +167,17 @@ def check_mounts(volumes: tuple[tuple[str, str], ...]) -> None:
 
 
 def check_net(net: NetSpec) -> None:
-    """:raises InvalidSpec: a rule that is none, or too many."""
+    """Check a network policy.
+
+    :raises InvalidSpec: a malformed rule, too many rules, or a tenant name that is too long.
+    """
     parse_rules(net.allow or (), "allow")
     if len(net.tenant) > MAX_TENANT_CHARACTERS:
         raise InvalidSpec(f"tenant has over {MAX_TENANT_CHARACTERS} characters")
 
 
 def same_request(one: SandboxSpec, other: SandboxSpec) -> bool:
-    """Whether both ask for the same; placeholders are drawn anew for each request, so they do not count."""
+    """Return whether two specifications are equal apart from placeholders, which are random in each request."""
     return _without_placeholders(one) == _without_placeholders(other)
 
 
@@ -157,7 +191,10 @@ def complete(
     net: NetSpec = _OPEN, secrets: tuple[SecretSpec, ...] = (), root: str = "",
     volumes: tuple[tuple[str, str], ...] = (),
 ) -> SandboxSpec:  # fmt: skip
-    """Returns a valid specification; zeros become the node's defaults. :raises InvalidSpec:"""
+    """Return a valid specification, with the node's defaults for zeros.
+
+    :raises InvalidSpec: a field is out of range, or malformed.
+    """
     if _IMAGE_NAME.fullmatch(image) is None:
         raise InvalidSpec(f"image name {image[:80]!r} is not valid; list the images to see which there are")
     check_request_id(request_id)
