@@ -1,19 +1,17 @@
-"""What is said once for every command: where the daemon is, and whether programs or people read the output."""
+"""Global options of one `sandboxctl` run, and the parsers of option values such as 512MiB, 10m and KEY=VALUE."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from pathlib import Path
 
 import typer
 
 
 @dataclass(slots=True)
 class Options:
-    """The options that all commands share."""
+    """The options that every command accepts: how to reach the daemon, and whether to print JSON."""
 
     address: str = ""
     tls_ca: str = ""
@@ -23,61 +21,79 @@ class Options:
     json: bool = False
 
 
-_options = Options()
+_current = Options()
 
 
 def current() -> Options:
-    """Returns the options of this run."""
-    return _options
+    """Return the global options of this run."""
+    return _current
 
 
-def begin(options: Options) -> None:
-    """Sets the options of this run, as they stand before the command's name."""
-    global _options  # noqa: PLW0603  one process is one run; tests begin several
-    _options = options
+def set_current(options: Options) -> None:
+    """Replace the global options of this run."""
+    global _current  # noqa: PLW0603  a process is one run; only tests make several
+    _current = options
 
 
-def _set_json(value: bool) -> bool:
-    _options.json = _options.json or value
-    return value
+def parse_size(text: str) -> int:
+    """Return the bytes of an option such as --memory 512MiB.
 
-
-def _set_address(value: str) -> str:
-    _options.address = value or _options.address
-    return value
-
-
-_EVERYWHERE = {
-    "json_": (bool, False, typer.Option("--json", callback=_set_json, help="Print JSON only.")),
-    "address_": (
-        str, "",
-        typer.Option("--address", callback=_set_address, metavar="ADDRESS", help="unix:PATH or HOST:PORT."),
-    ),
-}  # fmt: skip
-
-
-def add_command(app: typer.Typer, function: Callable[..., Any], name: str | None = None, **settings: Any) -> None:
-    """Adds a command to `app`; the options that are accepted everywhere are accepted after its name, too.
-
-    A coroutine function is run to its end, and what it returns is the exit status; see `agent.cli.runner`.
+    :raises typer.BadParameter: `text` is not a size.
     """
-    signature = inspect.signature(function, eval_str=True)
+    from agent.common import quantities
 
-    @functools.wraps(function)
-    def command(**values: Any) -> None:
-        for added in _EVERYWHERE:
-            del values[added]
-        result = function(**values)
-        if inspect.iscoroutine(result):
-            from agent.cli.runner import run
+    try:
+        return quantities.parse_size(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
-            result = run(cast("Coroutine[Any, Any, int | None]", result))
-        raise typer.Exit(result or 0)
 
-    extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-        for name, (kind, default, option) in _EVERYWHERE.items()
-    ]
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
-    command.__signature__ = signature.replace(parameters=[*parameters, *extra])  # type: ignore[attr-defined]
-    app.command(name, **settings)(command)
+def parse_duration(text: str) -> float:
+    """Return the seconds of an option such as --lifetime 10m.
+
+    :raises typer.BadParameter: `text` is not a duration.
+    """
+    from agent.common import quantities
+
+    try:
+        return quantities.parse_duration(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def parse_pairs(words: Iterable[str] | None, option: str, *, value_needed: bool = True) -> dict[str, str]:
+    """Return KEY=VALUE words as a mapping; the last of equal keys wins.
+
+    :param option: the option that the words were given to, for the error message.
+    :param value_needed: reject a KEY without "=VALUE".
+    :raises typer.BadParameter: a word is not of that form.
+    """
+    result = {}
+    for word in words or ():
+        key, separator, value = word.partition("=")
+        if not key or (value_needed and not separator):
+            raise typer.BadParameter(f"{word!r} is not of the form KEY=VALUE", param_hint=option)
+        result[key] = value
+    return result
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """Return the variables of a file with one KEY=VALUE per line; skip blank lines and lines that start with #.
+
+    Values are taken literally: no quotes, no expansion.
+
+    :raises typer.BadParameter: the file cannot be read, or a line is not of that form.
+    """
+    result = {}
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {path}: {error}", param_hint="--env-file") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        key, separator, value = line.partition("=")
+        if not separator or not key.strip():
+            raise typer.BadParameter(f"{path}, line {number}: write KEY=VALUE", param_hint="--env-file")
+        result[key.strip()] = value
+    return result

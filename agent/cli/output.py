@@ -1,7 +1,7 @@
-"""What goes to stdout: JSON for programs, tables for people.
+"""Standard output: JSON for programs, lines and tables for people.
 
-JSON of a message has the field names of the protos. Numbers are numbers, enums their lower-case word ("running"), times
-RFC 3339, durations seconds, bytes base64. A message or optional value that is not set is null; of a oneof only the
+The JSON of a protobuf message has the field names of the .proto files. Enums are lower-case words ("running"), times
+RFC 3339, durations seconds, bytes base64. A message or optional value that is not set is null; of a oneof, only the
 member that is set appears.
 """
 
@@ -10,15 +10,11 @@ from __future__ import annotations
 import base64
 import json
 import sys
-import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agent.cli import options
-from agent.cli.text import age, printable, table_lines
-
-if TYPE_CHECKING:
-    from google.protobuf.timestamp_pb2 import Timestamp
+from agent.cli.formatting import enum_word, printable, table_lines
 
 _COLOURS = {
     "running": "green", "ready": "green", "ok": "green",
@@ -27,8 +23,33 @@ _COLOURS = {
 }  # fmt: skip
 
 
+def json_enabled() -> bool:
+    """Return whether --json was given."""
+    return options.current().json
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on a line of its own and flush."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def print_line(line: str) -> None:
+    """Print one line for people and flush."""
+    sys.stdout.write(printable(line) + "\n")
+    sys.stdout.flush()
+
+
+def print_result(value: dict[str, Any], line: str) -> None:
+    """Print the result of a command: `value` with --json, else `line`."""
+    if json_enabled():
+        print_json(value)
+    else:
+        print_line(line)
+
+
 def to_json(message: Any) -> dict[str, Any]:
-    """Returns a protobuf message as what json.dumps takes; see the module's text for the form."""
+    """Return a protobuf message as values for json.dumps; the module's docstring states the form."""
     result: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
@@ -38,15 +59,15 @@ def to_json(message: Any) -> dict[str, Any]:
             if entry is not None and entry.GetOptions().map_entry:
                 result[field.name] = dict(value)
             else:
-                result[field.name] = [_value(field, item) for item in value]
+                result[field.name] = [_field_value(field, item) for item in value]
         elif not field.has_presence or message.HasField(field.name):
-            result[field.name] = _value(field, value)
-        elif oneof is None or oneof.name.startswith("_"):  # "_name" is how protoc marks a lone optional
+            result[field.name] = _field_value(field, value)
+        elif oneof is None or oneof.name.startswith("_"):  # protoc wraps an optional field in a oneof "_NAME"
             result[field.name] = None
     return result
 
 
-def _value(field: Any, value: Any) -> Any:
+def _field_value(field: Any, value: Any) -> Any:
     if field.enum_type is not None:
         return enum_word(field.enum_type, value)
     if isinstance(value, bytes):
@@ -58,51 +79,19 @@ def _value(field: Any, value: Any) -> Any:
     if field.message_type.full_name == "google.protobuf.Timestamp":
         try:
             return value.ToJsonString()
-        except ValueError:  # a guest may say any time
+        except ValueError:  # outside of RFC 3339's years: a guest can report any time
             return None
     return to_json(value)
 
 
-def enum_word(enum: Any, number: int) -> str:
-    """Returns "running" for STATE_RUNNING of an enum `State`; the number as text where it is unknown."""
-    known = enum.values_by_number.get(number)
-    return str(number) if known is None else str(known.name).partition("_")[2].lower()
-
-
-def emit(value: Any) -> None:
-    """Prints one JSON object on a line of its own, at once."""
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
-
-
-def say(line: str) -> None:
-    """Prints a line for people, at once."""
-    sys.stdout.write(printable(line) + "\n")
-    sys.stdout.flush()
-
-
-def json_wanted() -> bool:
-    """Whether stdout is for programs."""
-    return options.current().json
-
-
-def since(moment: Timestamp) -> str:
-    """Returns how long ago a time was."""
-    return age(time.time() - moment.seconds)
-
-
-def until(moment: Timestamp) -> str:
-    """Returns how far ahead a time is."""
-    return age(moment.seconds - time.time())
-
-
-def labels_text(labels: Any) -> str:
-    """Returns labels on one line, sorted."""
-    return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
+def print_facts(facts: Iterable[tuple[str, str]], width: int) -> None:
+    """Print one "NAME  VALUE" line for each fact, with names padded to `width` columns."""
+    for name, value in facts:
+        print_line(f"{name:<{width}}{value}")
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], fixed: int = 1) -> None:
-    """Prints a table. On a terminal the last columns are cut to its width, but never the first `fixed` ones."""
+    """Print a table. A terminal gets one that fits its width: all columns after the first `fixed` may be cut."""
     if not sys.stdout.isatty():
         sys.stdout.write("\n".join(table_lines(headers, rows)) + "\n")
         sys.stdout.flush()
@@ -113,7 +102,7 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], fixed: in
 
 
 def rich_table(headers: Sequence[str], rows: Iterable[Sequence[str]], fixed: int = 1) -> Any:
-    """Returns the table as rich draws it."""
+    """Return a `rich.table.Table`; the first `fixed` columns are never cut."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,8 +1,7 @@
-"""`cp`: files and folders into a sandbox and out of it."""
+"""`cp`: copies files and directories into a sandbox and out of it."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from agent.cli import output
 from agent.cli.connect import connected
-from agent.cli.errors import warn
+from agent.cli.errors import print_warning
 from agent.common.api_client import Api
 from agent.common.model import is_sandbox_id
 
@@ -19,73 +18,68 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One side of a copy: `sandbox_id` is empty for this machine."""
+class Location:
+    """Source or target of a copy; `sandbox_id` is "" for this machine."""
 
     sandbox_id: str
     path: str
 
     @classmethod
-    def of(cls, word: str) -> Place:
-        """Returns what SRC or DST means: ID:PATH is in a sandbox, all else is here."""
+    def parse(cls, word: str) -> Location:
+        """Parse SRC or DST: ID:PATH is in a sandbox, any other text is a path on this machine."""
         sandbox_id, separator, path = word.partition(":")
         return cls(sandbox_id, path) if separator and is_sandbox_id(sandbox_id) else cls("", word)
 
 
-def own_name(path: str) -> bytes:
-    """Returns the name that a copy of `path` gets in a folder; b"" where its contents go there, as for "." or "/"."""
-    name = os.fsencode(os.path.basename(path.rstrip("/")))  # noqa: PTH119  bytes of any kind
-    return b"" if name in (b".", b"..") else name
-
-
 async def cp(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="ID:PATH, a path here, or - for standard input.")],
-    target: Annotated[str, typer.Argument(metavar="DST", help="ID:PATH, a path here, or - for standard output.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="ID:PATH, a local path, or - for standard input.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="ID:PATH, a local path, or - for standard output.")],
     follow_link: Annotated[
-        bool, typer.Option("--follow-link", "-L", help="If SRC is a symbolic link, copy what it leads to.")
+        bool, typer.Option("--follow-link", "-L", help="If SRC is a symbolic link, copy its target.")
     ] = False,
 ) -> int:
-    """Copy files and folders between this machine and a sandbox.
+    """Copy files between this machine and a sandbox.
 
-    As cp does: into DST if that is a folder; "SRC/." means what is in SRC. Modes, times and symbolic links are kept;
-    files get the sandbox's root, or the user here, as their owner. Device files and their like are left out, and the
-    exit status is then 1; set-user-ID bits do not come out of a sandbox.
+    Directories are copied with their content. If DST is a directory, copy into it, as cp does; "SRC/." copies only the
+    content of SRC. Keep modes, times and symbolic links. Files belong to root in the sandbox, and to the current user
+    on this machine. Skip devices, sockets and pipes, and then exit with 1. Set-user-ID bits never leave a sandbox.
     """
     from agent.cli.transfer.progress import Transfer
 
-    here, there = Place.of(source), Place.of(target)
+    here, there = Location.parse(source), Location.parse(target)
     if bool(here.sandbox_id) == bool(there.sandbox_id):
         raise typer.BadParameter("one of SRC and DST must be ID:PATH, the other a path on this machine")
-    if output.json_wanted() and target == "-":
+    if output.json_enabled() and target == "-":
         raise typer.BadParameter("--json and a copy to standard output exclude each other")
     follow = follow_link or source.endswith("/")
     transfer = Transfer()
     async with connected() as api:
         with transfer:
             await _copy(api, transfer, here, there, follow=follow)
-    for path in transfer.left_out:
-        warn(f"left out {path}: it is not a file, a folder or a symbolic link")
-    if output.json_wanted():
-        output.emit(
+    for path in transfer.skipped:
+        print_warning(f"skipped {path}: it is not a file, directory or symbolic link")
+    if output.json_enabled():
+        output.print_json(
             {
                 "files": transfer.files,
-                "folders": transfer.folders,
+                "folders": transfer.directories,
                 "links": transfer.links,
                 "bytes": transfer.bytes,
-                "left_out": transfer.left_out,
+                "left_out": transfer.skipped,
             }
         )
-    return 1 if transfer.left_out else 0
+    return 1 if transfer.skipped else 0
 
 
-async def _copy(api: Api, transfer: Transfer, source: Place, target: Place, *, follow: bool) -> None:
-    from agent.cli.transfer.guest_files import GuestFiles, absolute
+async def _copy(api: Api, transfer: Transfer, source: Location, target: Location, *, follow: bool) -> None:
+    from agent.cli.transfer.entry import guest_path
+    from agent.cli.transfer.guest_files import GuestFiles
 
     if source.sandbox_id:
         from agent.cli.transfer.download import download
 
         files = GuestFiles(api, source.sandbox_id)
-        await download(files, transfer, absolute(source.path), target.path, follow=follow)
+        await download(files, transfer, guest_path(source.path), target.path, follow=follow)
     else:
         from agent.cli.transfer.upload import upload
 

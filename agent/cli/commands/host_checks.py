@@ -1,4 +1,4 @@
-"""What `doctor` can say of a host by a look at its kernel, its devices and its programs."""
+"""Checks of `doctor` on this host's kernel, devices, network and programs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.cli import text
+from agent.cli import formatting
 from agent.common.errors import AgentError
 from agent.daemon.host import cgroup
 
 if TYPE_CHECKING:
     from agent.common.config.settings import Settings
 
-_SHOWN_USERS = 5
+_MAX_SHOWN_USERS = 5
 _SBIN = f"{os.defpath}:/usr/sbin:/sbin"
 
 
 class Status(StrEnum):
-    """ok: fine. warn: works without, or less well. missing: sandboxd does not run without it."""
+    """Result of a check: as it should be, optional or degraded, or required and missing."""
 
     OK = "ok"
     WARN = "warn"
@@ -32,7 +32,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing of the host; `advice` says what to do about it."""
+    """Result for one resource of the host; `advice` says how to fix it."""
 
     name: str
     status: Status
@@ -40,21 +40,21 @@ class Check:
     advice: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as JSON."""
+        """Return the form that `doctor --json` prints."""
         return {"name": self.name, "status": self.status.value, "detail": self.detail, "advice": self.advice}
 
 
-def nearest(path: Path) -> Path:
-    """Returns the path itself, or the nearest directory above it that exists."""
-    return next((place for place in (path, *path.parents) if place.exists()), Path("/"))
+def existing_ancestor(path: Path) -> Path:
+    """Return `path` if it exists, else its closest ancestor that does."""
+    return next((candidate for candidate in (path, *path.parents) if candidate.exists()), Path("/"))
 
 
 def host_checks(settings: Settings) -> list[Check]:
-    """Returns the checks that need no more than a look, in the order of the report."""
+    """Run the checks that only read state of this host, and return them in the order of the report."""
     return [
         _kernel(), _cpus(), _memory(settings), _root(), _kvm(settings), _tun(), _nftables(), _uplink(settings),
         _pools(settings), *_vsock(settings), _ext4(),
-        _builder("mkfs.erofs", "erofs-utils"), _builder("mmdebstrap", "mmdebstrap"), _cgroup(),
+        _build_tool("mkfs.erofs", "erofs-utils"), _build_tool("mmdebstrap", "mmdebstrap"), _cgroup(),
     ]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def _kernel() -> Check:
     if platform.system() != "Linux":
         return Check("kernel", Status.MISSING, f"{platform.system()} {release}", "sandboxd needs Linux")
     if machine != "x86_64":
-        return Check("kernel", Status.WARN, f"{release} on {machine}: guests are x86_64, so they are emulated")
+        return Check("kernel", Status.WARN, f"{release} on {machine}: guests are x86_64 and must be emulated")
     return Check("kernel", Status.OK, f"{release} on {machine}")
 
 
@@ -77,10 +77,10 @@ def _memory(settings: Settings) -> Check:
 
     memory = psutil.virtual_memory()
     usable = memory.total - settings.node.reserved_memory_bytes
-    detail = f"{text.size(memory.total)}, {text.size(memory.available)} available"
+    detail = f"{formatting.size(memory.total)}, {formatting.size(memory.available)} available"
     if usable < settings.sandbox.default_memory_bytes:
         return Check(
-            "memory", Status.WARN, f"{detail}: no sandbox of the default size fits",
+            "memory", Status.WARN, f"{detail}: too little for a sandbox of the default size",
             "lower sandbox.default_memory_bytes or node.reserved_memory_bytes",
         )  # fmt: skip
     return Check("memory", Status.OK, detail)
@@ -92,13 +92,13 @@ def _root() -> Check:
     return Check(
         "root",
         Status.WARN,
-        "no: what follows is what this user may",
-        "sandboxd makes namespaces and taps: run it as root",
+        "no: the checks below hold for this user",
+        "run sandboxd as root: it creates namespaces and TAP devices",
     )
 
 
-def _opens(device: str) -> str:
-    """Returns "" if a device opens for reading and writing, else why not."""
+def _open_error(device: str) -> str:
+    """Return the error of opening a device for reading and writing, or "" if it opens."""
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -107,46 +107,48 @@ def _opens(device: str) -> str:
 
 
 def _kvm(settings: Settings) -> Check:
-    why_not, wanted = _opens("/dev/kvm"), settings.vmm.accelerator
+    error, wanted = _open_error("/dev/kvm"), settings.vmm.accelerator
     if wanted == "tcg":
         return Check("kvm", Status.OK, "not used: vmm.accelerator is tcg")
-    if not why_not:
-        return Check("kvm", Status.OK, "/dev/kvm opens; whether a kernel boots on it, only a boot says (--probe)")
-    detail = f"/dev/kvm does not open ({why_not})"
+    if not error:
+        return Check("kvm", Status.OK, "/dev/kvm opens; boot a kernel to test it (--probe)")
+    detail = f"/dev/kvm does not open ({error})"
     if wanted == "kvm":
         return Check("kvm", Status.MISSING, f"{detail}, and vmm.accelerator is kvm", "set vmm.accelerator to auto")
     return Check(
-        "kvm", Status.WARN, f"{detail}: guests are emulated (tcg), which is slower", "modprobe kvm, run as root"
+        "kvm", Status.WARN, f"{detail}: guests are emulated (TCG), which is slower", "modprobe kvm, run as root"
     )
 
 
 def _tun() -> Check:
-    why_not = _opens("/dev/net/tun")
-    if not why_not:
+    error = _open_error("/dev/net/tun")
+    if not error:
         return Check("tun", Status.OK, "/dev/net/tun opens")
     status = Status.MISSING if os.geteuid() == 0 else Status.WARN
-    return Check("tun", status, f"/dev/net/tun does not open ({why_not})", "modprobe tun, run as root")
+    return Check("tun", status, f"/dev/net/tun does not open ({error})", "modprobe tun, run as root")
 
 
 def _nftables() -> Check:
-    """What sandboxes may reach is held by the kernel's packet filter, loaded through its library."""
+    """Check for libnftables, through which the daemon loads the packet filter of every sandbox."""
     try:
         ctypes.CDLL("libnftables.so.1")
     except OSError:
         return Check(
-            "nftables", Status.MISSING, "libnftables.so.1 is not found: sandboxes need it",
+            "nftables", Status.MISSING, "libnftables.so.1 is not installed; every sandbox needs it",
             "apt-get install libnftables1",
         )  # fmt: skip
-    return Check("nftables", Status.OK, "libnftables.so.1 is there")
+    return Check("nftables", Status.OK, "libnftables.so.1 is installed")
 
 
 def _uplink(settings: Settings) -> Check:
     name = settings.egress.uplink
     if not name:
-        return Check("uplink", Status.OK, "sandboxes leave through this host's own network")
+        return Check("uplink", Status.OK, "sandboxes use the network of this host")
     if Path("/run/netns", name).exists():
-        return Check("uplink", Status.OK, f"sandboxes leave through the network namespace {name}")
-    return Check("uplink", Status.MISSING, f"egress.uplink: there is no namespace {name}", f"ip netns add {name}")
+        return Check("uplink", Status.OK, f"sandboxes use the network namespace {name}")
+    return Check(
+        "uplink", Status.MISSING, f"egress.uplink: the network namespace {name} does not exist", f"ip netns add {name}"
+    )
 
 
 def _pools(settings: Settings) -> Check:
@@ -159,30 +161,32 @@ def _pools(settings: Settings) -> Check:
     except AgentError as error:
         return Check("address pools", Status.WARN, error.message, "run as root" if os.geteuid() else "")
     if found:
-        detail = f"sandboxes get addresses of {ranges}, which others use: {', '.join(found[:_SHOWN_USERS])}"
+        detail = (
+            f"other programs use addresses of {ranges}, the sandboxes' pools: {', '.join(found[:_MAX_SHOWN_USERS])}"
+        )
         return Check("address pools", Status.WARN, detail, "set egress.pool_ipv4 and egress.pool_ipv6 to free ranges")
-    return Check("address pools", Status.OK, f"nothing else uses {ranges}")
+    return Check("address pools", Status.OK, f"no other program uses {ranges}")
 
 
 def _vsock(settings: Settings) -> list[Check]:
-    """The vsock link needs the kernel's device or, without it, the program; the serial link neither."""
+    """Check for /dev/vhost-vsock and vhost-device-vsock: QEMU with the vsock link needs one of them."""
     from agent.daemon.vmm.qemu.vsock_backend import find_binary
 
-    why_not = _opens("/dev/vhost-vsock")
+    error = _open_error("/dev/vhost-vsock")
     try:
         backend = find_binary(settings.paths.tools_dir)
     except AgentError:
         backend = ""
-    # Cloud Hypervisor has a vsock device of its own.
+    # Cloud Hypervisor implements vsock itself.
     needed = settings.vmm.link == "vsock" and settings.vmm.driver != "cloud-hypervisor"
-    lacking = Status.MISSING if needed and why_not and not backend else Status.WARN
-    use = "" if needed else "; only QEMU with vmm.link vsock needs it"
+    status = Status.MISSING if needed and error and not backend else Status.WARN
+    use = "" if needed else "; only QEMU with vmm.link = vsock needs it"
     return [
-        Check("vhost-vsock", Status.OK, "/dev/vhost-vsock opens") if not why_not
-        else Check("vhost-vsock", lacking, f"/dev/vhost-vsock does not open ({why_not}){use}", "modprobe vhost_vsock"),
+        Check("vhost-vsock", Status.OK, "/dev/vhost-vsock opens") if not error
+        else Check("vhost-vsock", status, f"/dev/vhost-vsock does not open ({error}){use}", "modprobe vhost_vsock"),
         Check("vhost-device-vsock", Status.OK, backend) if backend
         else Check(
-            "vhost-device-vsock", lacking, f"neither in PATH nor in {settings.paths.tools_dir}{use}",
+            "vhost-device-vsock", status, f"neither in PATH nor in {settings.paths.tools_dir}{use}",
             "./bootstrap.sh setup",
         ),
     ]  # fmt: skip
@@ -195,14 +199,14 @@ def _program(name: str) -> str | None:
 def _ext4() -> Check:
     found = _program("mkfs.ext4")
     if found is None:
-        return Check("mkfs.ext4", Status.MISSING, "not found: disks are made with it", "apt-get install e2fsprogs")
+        return Check("mkfs.ext4", Status.MISSING, "not found: required to create disks", "apt-get install e2fsprogs")
     return Check("mkfs.ext4", Status.OK, found)
 
 
-def _builder(name: str, package: str) -> Check:
+def _build_tool(name: str, package: str) -> Check:
     found = _program(name)
     if found is None:
-        detail = "not found: only `sandboxctl image build` needs it"
+        detail = "not found; only `sandboxctl image build` needs it"
         return Check(name, Status.WARN, detail, f"apt-get install {package}")
     return Check(name, Status.OK, found)
 
@@ -212,5 +216,5 @@ def _cgroup() -> Check:
     missing = [name for name in cgroup.CONTROLLERS if name not in found]
     if not missing:
         return Check("cgroup v2", Status.OK, " ".join(found))
-    detail = f"no controllers {' '.join(missing)}: sandboxes are not limited by the host"
+    detail = f"missing controllers: {' '.join(missing)}; the host does not limit the resources of sandboxes"
     return Check("cgroup v2", Status.WARN, detail, "boot with systemd.unified_cgroup_hierarchy=1")

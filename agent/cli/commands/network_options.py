@@ -1,4 +1,4 @@
-"""What `create` and `update` say of a sandbox's network and secrets."""
+"""Options for network policy and secrets that `create` and `update` share, and their lines in `inspect`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ if TYPE_CHECKING:
 
 Allow = Annotated[
     list[str] | None,
-    typer.Option(metavar="RULE", help="Host, *.domain, address or range, with :PORT; repeatable. Nothing else then."),
+    typer.Option(
+        metavar="RULE",
+        help="Allow a host, *.domain, address or range, optionally with :PORT, and deny the rest; repeatable.",
+    ),
 ]
-NoNetwork = Annotated[bool, typer.Option("--no-network", help="Nothing may be reached.")]
-Inspect = Annotated[bool, typer.Option("--inspect", help="Open all TLS to allowed names, and check the host inside.")]
+NoNetwork = Annotated[bool, typer.Option("--no-network", help="Deny all network access.")]
+Inspect = Annotated[
+    bool, typer.Option("--inspect", help="Decrypt TLS to allowed hosts and check the host name in the requests.")
+]
 Secrets = Annotated[
     list[str] | None,
     typer.Option(
         "--secret", metavar="NAME=HOST[,HOST...]",
-        help="The value is this command's own environment variable NAME and goes to these hosts alone. "
+        help="Send the value of this command's environment variable NAME to these hosts only. "
         "Append +in-body, +keep-shape or +allow-reflection. Repeatable.",
     ),
 ]  # fmt: skip
@@ -34,12 +39,15 @@ _FLAGS = {"in-body": "in_body", "keep-shape": "keep_shape", "allow-reflection": 
 def policy(
     allow: Iterable[str] | None, *, nothing: bool, inspect: bool, everything: bool = False
 ) -> NetworkPolicy | None:
-    """Returns the policy that the options ask for; None if they say nothing. :raises typer.BadParameter:"""
+    """Return the policy for --allow, --no-network, --inspect and --open-network, or None if none of them is given.
+
+    :raises typer.BadParameter: two of --allow, --no-network and --open-network are given.
+    """
     from sandboxd.v1 import sandbox_pb2
 
     rules = list(allow or ())
     if bool(rules) + nothing + everything > 1:
-        raise typer.BadParameter("give one of --allow, --no-network and --open-network")
+        raise typer.BadParameter("give only one of --allow, --no-network and --open-network")
     if not (rules or nothing or everything or inspect):
         return None
     message = sandbox_pb2.NetworkPolicy(inspect=inspect)
@@ -50,7 +58,11 @@ def policy(
 
 
 def secrets(texts: Iterable[str] | None) -> dict[str, Secret]:
-    """Returns the secrets that the options ask for. :raises typer.BadParameter: :raises CliError: no value."""
+    """Return the secrets for the texts given to --secret; values come from the environment.
+
+    :raises typer.BadParameter: a text is not of the form NAME=HOST[,HOST...][+FLAG...].
+    :raises CliError: the environment variable NAME is empty or not set.
+    """
     from sandboxd.v1 import sandbox_pb2
 
     found = {}
@@ -65,7 +77,7 @@ def secrets(texts: Iterable[str] | None) -> dict[str, Secret]:
         value = os.environ.get(name)
         if not value:
             raise CliError(
-                f"--secret {name}: the environment variable {name} is not set; its value is the secret",
+                f"--secret {name}: set the environment variable {name} to the value of the secret",
                 reason="NO_SECRET_VALUE", status=2,
             )  # fmt: skip
         chosen = {_FLAGS[flag]: True for flag in flags}
@@ -74,12 +86,12 @@ def secrets(texts: Iterable[str] | None) -> dict[str, Secret]:
 
 
 def facts(sandbox: Sandbox) -> list[tuple[str, str]]:
-    """Returns lines for `inspect`."""
+    """Return the (name, value) lines of `inspect` for policy, secrets, denials and tenant."""
     net = sandbox.network
-    said = "open"
+    access = "open"
     if net.HasField("allow"):
-        said = ", ".join(net.allow.rules) or "nothing"
-    lines = [("network", said + (", inspected" if net.inspect else ""))]
+        access = ", ".join(net.allow.rules) or "nothing"
+    lines = [("network", access + (", inspected" if net.inspect else ""))]
     lines += [
         (f"  {name}", f"{secret.placeholder} for {', '.join(secret.hosts)}")
         for name, secret in sorted(sandbox.secrets.items())

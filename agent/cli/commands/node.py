@@ -1,4 +1,4 @@
-"""`node` and `version`: the daemon and its machine."""
+"""`node`, `drain`, `undrain` and `version`: the daemon and its machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.cli import output, text
+from agent.cli import formatting, options, output
 from agent.cli.connect import connected
 from agent.cli.errors import CliError
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 async def node(
-    watch: Annotated[bool, typer.Option("--watch", help="Print it again on every change, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Print it again after each change, until Ctrl-C.")] = False,
 ) -> None:
-    """Show what the node is, has, and has promised to sandboxes."""
+    """Show the node: its state, versions, images and resources."""
     from sandboxd.v1 import node_pb2
 
     async with connected() as api:
@@ -30,24 +30,23 @@ async def node(
 
 
 def _show(node: Node) -> None:
-    if output.json_wanted():
-        output.emit(output.to_json(node))
+    if output.json_enabled():
+        output.print_json(output.to_json(node))
         return
-    state = output.enum_word(node.DESCRIPTOR.fields_by_name["state"].enum_type, node.state)
+    state = formatting.enum_field(node, "state")
     facts = [
         ("name", f"{node.name} (region {node.region})"), ("state", f"{state} {node.state_reason}".strip()),
-        ("sandboxd", f"{node.version}, up {output.since(node.start_time)}"),
+        ("sandboxd", f"{node.version}, up {formatting.since(node.start_time)}"),
         ("vmm", f"{node.vmm} {node.vmm_version} ({node.accelerator}: {node.vmm_reason})"),
-        ("kernel", node.kernel), ("cpu", node.cpu_model), ("labels", output.labels_text(node.labels) or "-"),
+        ("kernel", node.kernel), ("cpu", node.cpu_model), ("labels", formatting.labels(node.labels) or "-"),
         *(("degraded", sentence) for sentence in node.degraded),
         ("images", ", ".join(image.name for image in node.images) or "none"),
     ]  # fmt: skip
-    for name, value in facts:
-        output.say(f"{name:<10}{value}")
+    output.print_facts(facts, width=10)
     rows = [
         _row("cpus", node.cpu_millis, lambda number: f"{number / 1000:g}"),
-        _row("memory", node.memory_bytes, text.size),
-        _row("disk", node.disk_bytes, text.size),
+        _row("memory", node.memory_bytes, formatting.size),
+        _row("disk", node.disk_bytes, formatting.size),
         _row("sandboxes", node.sandboxes, str),
     ]
     output.print_table(("", "TOTAL", "ALLOCATABLE", "ALLOCATED", "USED"), rows)
@@ -60,11 +59,17 @@ def _row(name: str, resource: Resource, shown: Callable[[int], str]) -> tuple[st
 
 async def drain(
     evict_after: Annotated[
-        float | None, typer.Option(parser=text.duration_option, metavar="TIME", help="Delete what is left then.")
+        float | None,
+        typer.Option(parser=options.parse_duration, metavar="TIME", help="Delete the remaining sandboxes after TIME."),
     ] = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until the node is empty.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Return at once instead of waiting until the node is empty.")
+    ] = False,
 ) -> None:
-    """Take no more sandboxes, and wait until those that are there have ended; Ctrl-C ends only the waiting."""
+    """Reject new sandboxes and wait for the end of existing ones.
+
+    Ctrl-C stops waiting, but the node keeps draining.
+    """
     from sandboxd.v1 import node_pb2
 
     request = node_pb2.DrainNodeRequest()
@@ -72,17 +77,14 @@ async def drain(
         request.evict_after.FromMicroseconds(round(evict_after * 1e6))
     async with connected() as api:
         async for progress in api.nodes.DrainNode(request):
-            if output.json_wanted():
-                output.emit(output.to_json(progress))
-            else:
-                when = f", deleted in {output.until(progress.evict_time)}" if progress.HasField("evict_time") else ""
-                output.say(f"{progress.remaining} sandboxes left{when}")
+            when = f", deleted in {formatting.until(progress.evict_time)}" if progress.HasField("evict_time") else ""
+            output.print_result(output.to_json(progress), f"{progress.remaining} sandboxes left{when}")
             if no_wait:
                 return
 
 
 async def undrain() -> None:
-    """Take sandboxes again."""
+    """Accept new sandboxes again."""
     from sandboxd.v1 import node_pb2
 
     async with connected() as api:
@@ -90,7 +92,7 @@ async def undrain() -> None:
 
 
 async def version() -> None:
-    """Show the version of this command, and of the daemon if one answers."""
+    """Show the version of this command and of the daemon."""
     from importlib.metadata import version as installed_version
 
     import grpc
@@ -103,8 +105,8 @@ async def version() -> None:
             daemon = (await api.nodes.GetNode(node_pb2.GetNodeRequest(), timeout=3)).version
     except (CliError, grpc.aio.AioRpcError):
         daemon = None
-    if output.json_wanted():
-        output.emit({"sandboxctl": installed_version("sandboxd"), "sandboxd": daemon})
+    if output.json_enabled():
+        output.print_json({"sandboxctl": installed_version("sandboxd"), "sandboxd": daemon})
         return
-    output.say(f"sandboxctl {installed_version('sandboxd')}")
-    output.say(f"sandboxd   {daemon or 'does not answer'}")
+    output.print_line(f"sandboxctl {installed_version('sandboxd')}")
+    output.print_line(f"sandboxd   {daemon or 'does not answer'}")

@@ -1,4 +1,4 @@
-"""`port-forward`: a port of this machine that leads into a sandbox."""
+"""`port-forward`: forward a local port to a port inside a sandbox."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import typer
 
 from agent.cli import output
 from agent.cli.connect import connected
-from agent.cli.errors import CliError, warn
+from agent.cli.errors import CliError, print_warning
 
 
 def parse_ports(word: str) -> tuple[int, int]:
-    """Returns (local, remote) of "[LOCAL:]REMOTE"; local is 0 (any free port) where it is empty but for the colon.
+    """Return (local, remote) for "[LOCAL:]REMOTE"; for ":REMOTE" the local port is 0, any free one.
 
-    :raises typer.BadParameter:
+    :raises typer.BadParameter: `word` is not of that form, or a port is out of range.
     """
     local, separator, remote = word.rpartition(":")
     local = (local or "0") if separator else remote
@@ -25,11 +25,14 @@ def parse_ports(word: str) -> tuple[int, int]:
 
 async def port_forward(
     id: Annotated[str, typer.Argument(metavar="ID")],
-    ports: Annotated[str, typer.Argument(metavar="[LOCAL:]REMOTE", help="LOCAL empty or 0: any free one.")],
-    bind: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
-    host: Annotated[str, typer.Option(metavar="HOST", help="Address inside the sandbox.")] = "127.0.0.1",
+    ports: Annotated[str, typer.Argument(metavar="[LOCAL:]REMOTE", help="Ports. LOCAL empty or 0: any free port.")],
+    bind: Annotated[str, typer.Option(metavar="ADDRESS", help="Local address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address inside the sandbox to connect to.")] = "127.0.0.1",
 ) -> None:
-    """Carry connections to a port here into the sandbox until Ctrl-C; prints the address once it listens."""
+    """Forward a local port to a port inside a sandbox.
+
+    Print the local address once it listens, and run until Ctrl-C.
+    """
     import asyncio
 
     from agent.cli.transfer.forwarder import Forwarder
@@ -58,9 +61,7 @@ def _announce(address: tuple[str, int], sandbox_id: str, remote: int) -> None:
 
     bound, port = address
     if not ip_address(bound).is_loopback:
-        warn(f"{bound} is not loopback: whoever reaches this machine reaches the sandbox's port {remote}")
+        print_warning(f"{bound} is not loopback: other machines can connect to port {remote} of the sandbox")
     shown = f"[{bound}]:{port}" if ":" in bound else f"{bound}:{port}"
-    if output.json_wanted():
-        output.emit({"address": shown, "host": bound, "port": port, "sandbox_id": sandbox_id, "remote_port": remote})
-    else:
-        output.say(f"{shown} leads to port {remote} of {sandbox_id}")
+    value = {"address": shown, "host": bound, "port": port, "sandbox_id": sandbox_id, "remote_port": remote}
+    output.print_result(value, f"forwarding {shown} to port {remote} of {sandbox_id}")

@@ -1,6 +1,6 @@
-"""`report`: what somebody who looks into a fault needs to know of this host and its daemon, in one file.
+"""`report`: diagnostics of this host and its daemon in one archive, for a bug report.
 
-No secrets, and nothing of what guests or clients wrote: no environment, labels, consoles, files or names of hosts.
+Contains no secrets and no data of guests or clients: no environment, labels, console output, files or host names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import typer
 
 from agent.cli import output
 from agent.cli.connect import connected
-from agent.cli.errors import CliError, warn
+from agent.cli.errors import CliError, print_warning
 
 _HOST_FILES = (
     "/etc/os-release", "/proc/version", "/proc/cmdline", "/proc/meminfo", "/proc/loadavg", "/proc/pressure/cpu",
@@ -27,8 +27,8 @@ _COMMANDS = (
     ("disk", ("df", "--all", "--human-readable")),
 )
 _TIMEOUT_S = 20.0
-# Of a sandbox: what says how it is, and nothing that somebody wrote.
-_SANDBOX = (
+# Fields of a sandbox that the daemon sets; other ones can have data of clients.
+_SANDBOX_FIELDS = (
     "id",
     "state",
     "image_digest",
@@ -44,42 +44,43 @@ _SANDBOX = (
 
 async def report(
     to: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Default: sandboxd-report-TIME.tar.gz.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Archive to write. Default: sandboxd-report-TIME.tar.gz."),
     ] = None,
 ) -> None:
-    """Collect what a bug report needs into a file, without secrets and without anything that guests wrote."""
+    """Collect diagnostics for a bug report into an archive.
+
+    The archive has no secrets and no data of guests.
+    """
     import platform
 
     path = to or Path(f"sandboxd-report-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.tar.gz")
     parts: dict[str, str] = {"about.json": json.dumps({"host": platform.node(), "python": platform.python_version()})}
     for name, collect in (("host", _host), ("daemon", _daemon), ("settings", _settings), ("metrics", _metrics)):
-        await _collected(parts, name, collect)
+        await _add(parts, name, collect)
     try:
         _write(path, parts)
     except OSError as error:
         raise CliError(f"cannot write {path}: {error.strerror}", reason="WRITE_FAILED") from error
-    if output.json_wanted():
-        output.emit({"path": str(path), "parts": sorted(parts)})
-    else:
-        output.say(str(path))
+    output.print_result({"path": str(path), "parts": sorted(parts)}, str(path))
 
 
-async def _collected(parts: dict[str, str], name: str, collect: Callable[[], Awaitable[dict[str, str]]]) -> None:
-    """What cannot be had is said in the report: a broken daemon is why one is made."""
+async def _add(parts: dict[str, str], name: str, collect: Callable[[], Awaitable[dict[str, str]]]) -> None:
+    """Add the parts that `collect` returns, or its error: most reports are made because something is broken."""
     try:
         parts |= await collect()
-    except Exception as error:  # noqa: BLE001  whatever it is, the rest is wanted all the same
+    except Exception as error:  # noqa: BLE001  any failure must leave the other parts
         parts[f"{name}.error"] = f"{type(error).__name__}: {error}"
-        warn(f"the report lacks {name}: {error}")
+        print_warning(f"the report lacks {name}: {error}")
 
 
 async def _host() -> dict[str, str]:
     import asyncio
 
-    return await asyncio.to_thread(_looked_at_host)
+    return await asyncio.to_thread(_read_host)
 
 
-def _looked_at_host() -> dict[str, str]:
+def _read_host() -> dict[str, str]:
     import subprocess
 
     found = {}
@@ -104,7 +105,7 @@ async def _daemon() -> dict[str, str]:
         node = await api.nodes.GetNode(node_pb2.GetNodeRequest())
         templates = await api.templates.ListTemplates(node_pb2.ListTemplatesRequest())
         sandboxes = await api.sandboxes.ListSandboxes(sandbox_pb2.ListSandboxesRequest(page_size=1000))
-    shown = [_bare(output.to_json(sandbox)) for sandbox in sandboxes.sandboxes]
+    shown = [_without_client_data(output.to_json(sandbox)) for sandbox in sandboxes.sandboxes]
     return {
         "daemon/node.json": _json(output.to_json(node)),
         "daemon/templates.json": _json([output.to_json(template) for template in templates.templates]),
@@ -112,13 +113,13 @@ async def _daemon() -> dict[str, str]:
     }
 
 
-def _bare(sandbox: dict[str, Any]) -> dict[str, Any]:
-    facts = {name: sandbox[name] for name in _SANDBOX}
+def _without_client_data(sandbox: dict[str, Any]) -> dict[str, Any]:
+    facts = {name: sandbox[name] for name in _SANDBOX_FIELDS}
     return facts | {"volumes": len(sandbox["volumes"]), "failed": bool(sandbox["error"])}
 
 
 async def _settings() -> dict[str, str]:
-    """Settings hold paths and limits; keys and values of secrets are never among them."""
+    """Return the settings: they have paths and limits, and never keys or values of secrets."""
     import dataclasses
 
     from agent.common.config.loading import load

@@ -1,4 +1,4 @@
-"""`token` and `ca`: who may use the gateway of this machine, and the certificate authority of its exposed ports."""
+"""`token` and `ca`: access tokens of this machine's gateway, and the CA of its exposed ports."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.cli import output, text
+from agent.cli import formatting, options, output
 from agent.cli.errors import CliError
 
 if TYPE_CHECKING:
     from agent.common.tokens import Token, TokenFile
 
-_Id = Annotated[str, typer.Argument(metavar="ID")]
 
-
-def _file() -> TokenFile:
+def _token_file() -> TokenFile:
     from agent.common.config.loading import load
     from agent.common.tokens import TokenFile
 
     return TokenFile(load().gateway.tokens_file)
 
 
-def _facts(token: Token) -> dict[str, object]:
+def _to_json(token: Token) -> dict[str, object]:
     return {
         "id": token.id, "org": token.org, "note": token.note, "regions": token.regions,
         "maxSandboxes": token.max_sandboxes, "maxMemoryBytes": token.max_memory_bytes,
@@ -32,59 +30,71 @@ def _facts(token: Token) -> dict[str, object]:
 
 
 async def create(
-    org: Annotated[str, typer.Option(metavar="NAME", help="Whose sandboxes it is about; nobody else sees them.")],
-    note: Annotated[str, typer.Option(metavar="TEXT", help="What it is for.")] = "",
+    org: Annotated[str, typer.Option(metavar="NAME", help="Organization whose sandboxes the token gives access to.")],
+    note: Annotated[str, typer.Option(metavar="TEXT", help="Note for `token ls`.")] = "",
     region: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="May create there; repeat. Default: all.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Allow creates in this region; repeatable. Default: all regions."),
     ] = None,
-    max_sandboxes: Annotated[int, typer.Option(metavar="N", min=0, help="At most so many at a time; 0: no limit.")] = 0,
-    max_memory: Annotated[str, typer.Option(metavar="SIZE", help="At most so much memory each, such as 2GiB.")] = "",
-    max_lifetime: Annotated[str, typer.Option(metavar="TIME", help="At most so long each, such as 30m.")] = "",
+    max_sandboxes: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Maximum number of sandboxes at a time; 0: no limit.")
+    ] = 0,
+    max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Maximum memory of each sandbox, such as 2GiB.")] = "",
+    max_lifetime: Annotated[
+        str, typer.Option(metavar="TIME", help="Maximum lifetime of each sandbox, such as 30m.")
+    ] = "",
 ) -> None:
-    """Make a token for the gateway, and print it: it is shown this once."""
+    """Create an access token for the gateway and print it.
+
+    It cannot be shown again.
+    """
     if not org.strip() or len(org) > 64:
         raise CliError("--org must have 1 to 64 characters", reason="INVALID_ORG", status=2)
-    token, secret = _file().create(
+    token, secret = _token_file().create(
         org,
         note=note,
         regions=region or [],
         max_sandboxes=max_sandboxes,
-        max_memory_bytes=text.size_option(max_memory) if max_memory else 0,
-        max_lifetime_s=int(text.duration_option(max_lifetime)) if max_lifetime else 0,
+        max_memory_bytes=options.parse_size(max_memory) if max_memory else 0,
+        max_lifetime_s=int(options.parse_duration(max_lifetime)) if max_lifetime else 0,
     )
-    if output.json_wanted():
-        output.emit({**_facts(token), "token": secret})
-    else:
-        output.say(secret)
+    output.print_result({**_to_json(token), "token": secret}, secret)
 
 
 async def ls() -> None:
-    """List the tokens, without their texts."""
-    tokens = _file().tokens()
-    if output.json_wanted():
+    """List the tokens without their secret part."""
+    tokens = _token_file().tokens()
+    if output.json_enabled():
         for token in tokens:
-            output.emit(_facts(token))
+            output.print_json(_to_json(token))
         return
-    rows = [
-        (
-            token.id, token.org, text.age(time.time() - token.create_time), ",".join(token.regions) or "all",
-            str(token.max_sandboxes or "-"), text.size(token.max_memory_bytes) if token.max_memory_bytes else "-",
-            f"{token.max_lifetime_s} s" if token.max_lifetime_s else "-", text.printable(token.note),
-        )
-        for token in tokens
-    ]  # fmt: skip
-    output.print_table(("ID", "ORG", "AGE", "REGIONS", "SANDBOXES", "MEMORY", "LIFETIME", "NOTE"), rows)
+    headers = ("ID", "ORG", "AGE", "REGIONS", "SANDBOXES", "MEMORY", "LIFETIME", "NOTE")
+    output.print_table(headers, [_row(token) for token in tokens])
 
 
-async def revoke(token_id: _Id) -> None:
-    """Remove a token: it opens nothing any more; connections that it opened stay."""
-    _file().revoke(token_id)
-    if output.json_wanted():
-        output.emit({"revoked": token_id})
+def _row(token: Token) -> tuple[str, ...]:
+    return (
+        token.id, token.org, formatting.duration(time.time() - token.create_time), ",".join(token.regions) or "all",
+        str(token.max_sandboxes or "-"), formatting.size(token.max_memory_bytes) if token.max_memory_bytes else "-",
+        f"{token.max_lifetime_s} s" if token.max_lifetime_s else "-", formatting.printable(token.note),
+    )  # fmt: skip
+
+
+async def revoke(token_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """Revoke a token.
+
+    The gateway rejects it for new connections; open ones stay.
+    """
+    _token_file().revoke(token_id)
+    if output.json_enabled():
+        output.print_json({"revoked": token_id})
 
 
 async def create_ca() -> None:
-    """Make the CA for the gateway's exposed ports, and print its certificate's file, for clients to trust."""
+    """Create the CA for the gateway's exposed ports.
+
+    Print the path of its certificate, which clients must trust.
+    """
     from agent.common.ca import LocalCa, write_ca
     from agent.common.config.loading import load
 
@@ -92,12 +102,7 @@ async def create_ca() -> None:
     try:
         path = write_ca(settings.state_dir, LocalCa.generate(f"*.{settings.domain}"))
     except FileExistsError as error:
-        raise CliError(
-            f"{error.filename} exists; remove it first if another CA is wanted", reason="CA_EXISTS"
-        ) from None
+        raise CliError(f"{error.filename} exists; remove it to create another CA", reason="CA_EXISTS") from None
     except OSError as error:
         raise CliError(f"cannot write {error.filename}: {error.strerror}", reason="CA_NOT_WRITTEN") from error
-    if output.json_wanted():
-        output.emit({"certificateFile": str(path)})
-    else:
-        output.say(str(path))
+    output.print_result({"certificateFile": str(path)}, str(path))

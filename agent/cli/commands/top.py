@@ -1,4 +1,4 @@
-"""`top`: what the running sandboxes use, again and again."""
+"""`top`: CPU, memory, disk and network use of running sandboxes, refreshed until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent.cli import output, text
-from agent.cli.commands.sandbox import listed
+from agent.cli import formatting, options, output
+from agent.cli.commands.sandbox import list_sandboxes
 from agent.cli.connect import connected
 from agent.common.api_client import Api
+from agent.common.model import State
 
 if TYPE_CHECKING:
     import asyncio
 
     from sandboxd.v1.sandbox_pb2 import SandboxStats
 
-_CALLS_AT_ONCE = 16
+_CONCURRENT_CALLS = 16
 _HEADERS = (
     "ID", "CPU%", "HOST MEM", "GUEST MEM", "DISK", "READ/S", "WRITTEN/S", "RECEIVED/S", "SENT/S", "LOAD", "PROCS", "UP",
 )  # fmt: skip
@@ -28,7 +29,7 @@ _COUNTERS = ("disk_read_bytes", "disk_written_bytes", "net_received_bytes", "net
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Stats of a sandbox at one moment of our clock."""
+    """Statistics of a sandbox, and the local monotonic time when they arrived."""
 
     stats: SandboxStats
     at_s: float
@@ -39,24 +40,29 @@ Samples = dict[str, _Sample]
 
 async def top(
     ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", show_default=False)] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and exit.")] = False,
     interval: Annotated[
         float,
-        typer.Option(parser=text.duration_option, metavar="TIME", help="Between two looks, as 500ms; default 2s."),
+        typer.Option(
+            parser=options.parse_duration, metavar="TIME", help="Refresh interval, such as 500ms. Default: 2s."
+        ),
     ] = 2.0,
 ) -> None:
-    """Show CPU, memory, disk and network of running sandboxes, until Ctrl-C."""
+    """Show the resource use of running sandboxes.
+
+    Refresh CPU, memory, disk and network use until Ctrl-C.
+    """
     import asyncio
 
     if interval < 0.1:
-        raise typer.BadParameter("--interval is at least 100ms")
+        raise typer.BadParameter("--interval must be at least 100ms")
     async with connected() as api:
-        before = await _look(api, ids)
-        live = None if once or output.json_wanted() or not sys.stdout.isatty() else _live()
+        before = await _sample_all(api, ids)
+        live = None if once or output.json_enabled() or not sys.stdout.isatty() else _start_live()
         try:
             while True:
                 await asyncio.sleep(interval)
-                now = await _look(api, ids)
+                now = await _sample_all(api, ids)
                 _show(before, now, live)
                 if once:
                     return
@@ -66,7 +72,7 @@ async def top(
                 live.stop()
 
 
-def _live() -> Any:
+def _start_live() -> Any:
     from rich.live import Live
 
     live = Live(auto_refresh=False)
@@ -74,12 +80,12 @@ def _live() -> Any:
     return live
 
 
-async def _look(api: Api, ids: list[str] | None) -> Samples:
-    """Returns stats by id. Without ids, sandboxes that have gone meanwhile are left out."""
+async def _sample_all(api: Api, ids: list[str] | None) -> Samples:
+    """Return samples by sandbox id. Without `ids`, sample all running sandboxes and skip those that end meanwhile."""
     import asyncio
 
-    chosen = ids or [sandbox.id async for sandbox in listed(api, {}, ["running"])]
-    limit = asyncio.Semaphore(_CALLS_AT_ONCE)
+    chosen = ids or [sandbox.id async for sandbox in list_sandboxes(api, {}, [State.RUNNING])]
+    limit = asyncio.Semaphore(_CONCURRENT_CALLS)
     samples = await asyncio.gather(*(_sample(api, sandbox_id, limit, strict=bool(ids)) for sandbox_id in chosen))
     return {sandbox_id: sample for sandbox_id, sample in zip(chosen, samples, strict=True) if sample is not None}
 
@@ -101,18 +107,22 @@ async def _sample(api: Api, sandbox_id: str, limit: asyncio.Semaphore, *, strict
 
 
 def cpu_percent(before: float, after: float, span_s: float) -> float | None:
-    """Returns the CPU use in percent of one CPU, from CPU seconds at both ends of a span; None where it is unknown."""
+    """Return CPU use in percent of one CPU from the CPU seconds before and after a span; None if it is unknown."""
     return max(0.0, (after - before) / span_s * 100) if span_s > 0 and after > 0 else None
 
 
 def rate(before: int, after: int, span_s: float) -> float | None:
-    """Returns what a counter gained per second; None if it is unknown: the counters of another VMM begin anew."""
+    """Return the increase of a counter per second; None if it fell, since a new VMM restarts its counters at 0."""
     return (after - before) / span_s if span_s > 0 and after >= before else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Usage:
-    """What a sandbox used between two samples: percent of one CPU, and bytes per second; None where it is unknown."""
+    """Use of a sandbox between two samples.
+
+    :param cpu_percent: percent of one CPU; None if unknown.
+    :param rates: bytes per second for each of `_COUNTERS`; None if unknown.
+    """
 
     cpu_percent: float | None = None
     rates: tuple[float | None, ...] = (None,) * len(_COUNTERS)
@@ -130,11 +140,13 @@ def _usage(before: Samples, sandbox_id: str, sample: _Sample) -> _Usage:
 
 def _show(before: Samples, now: Samples, live: Any) -> None:
     used = {sandbox_id: _usage(before, sandbox_id, sample) for sandbox_id, sample in now.items()}
-    if output.json_wanted():
+    if output.json_enabled():
         for sandbox_id, sample in now.items():
             usage = used[sandbox_id]
             rates = {f"{name}_per_s": value for name, value in zip(_COUNTERS, usage.rates, strict=True)}
-            output.emit({"id": sandbox_id, "cpu_percent": usage.cpu_percent, **rates, **output.to_json(sample.stats)})
+            output.print_json(
+                {"id": sandbox_id, "cpu_percent": usage.cpu_percent, **rates, **output.to_json(sample.stats)}
+            )
         return
     rows = [_row(sandbox_id, sample.stats, used[sandbox_id]) for sandbox_id, sample in now.items()]
     if live is not None:
@@ -147,8 +159,8 @@ def _row(sandbox_id: str, stats: SandboxStats, usage: _Usage) -> tuple[str, ...]
     used = stats.memory_total_bytes - stats.memory_available_bytes
     disk = stats.disk_total_bytes - stats.disk_available_bytes
     cpu = "-" if usage.cpu_percent is None else f"{usage.cpu_percent:.0f}"
-    rates = ("-" if value is None else text.size(round(value)) for value in usage.rates)
+    rates = ("-" if value is None else formatting.size(round(value)) for value in usage.rates)
     return (
-        sandbox_id, cpu, text.size(stats.vmm_pss_bytes), text.size(used), text.size(disk), *rates,
-        f"{stats.load1:.2f}", str(stats.process_count), text.age(stats.uptime.seconds),
+        sandbox_id, cpu, formatting.size(stats.vmm_pss_bytes), formatting.size(used), formatting.size(disk), *rates,
+        f"{stats.load1:.2f}", str(stats.process_count), formatting.duration(stats.uptime.seconds),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One attached process: its bytes to and from the standard streams, its signals and sizes, its exit."""
+"""A process of a sandbox attached to the local standard streams: bytes, signals, terminal size, exit status."""
 
 from __future__ import annotations
 
@@ -10,45 +10,49 @@ import sys
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from agent.cli import output
-from agent.cli.errors import INTERRUPTED, CliError, exit_status
-from agent.cli.terminal import stdio, terminal
+from agent.cli import output, stdio
+from agent.cli.errors import EXIT_INTERRUPTED, CliError, process_exit_status
+from agent.cli.terminal import local_tty
 from agent.common.api_client import Api
 
 if TYPE_CHECKING:
     from sandboxd.v1.process_pb2 import Exit
 
-_LEAVE = 0x1D  # Ctrl-], as telnet(1) has it
+_DETACH_KEY = 0x1D  # Ctrl-], as in telnet(1)
 
 
-class Session:
-    """Carries one Exec or Attach call.
+class AttachedProcess:
+    """Connects one Exec or Attach call with the standard streams.
 
-    :param message: ExecRequest or AttachRequest.
-    :param use_stdin: pass our standard input on.
-    :param use_terminal: the process has a terminal, which is shown on ours.
-    :param can_leave: Ctrl-] on a terminal leaves the process running.
+    :param message: the class ExecRequest or AttachRequest.
+    :param use_stdin: send the local standard input to the process.
+    :param use_terminal: the process runs on a terminal; connect it with the local one.
+    :param detachable: Ctrl-] on a terminal ends the command and leaves the process running.
     """
 
     def __init__(
-        self, api: Api, sandbox_id: str, message: Any, *, use_stdin: bool, use_terminal: bool, can_leave: bool = False
+        self, api: Api, sandbox_id: str, message: Any, *, use_stdin: bool, use_terminal: bool, detachable: bool = False
     ) -> None:
         self._api = api
         self._sandbox_id = sandbox_id
         self._message = message
         self._use_stdin = use_stdin
         self._use_terminal = use_terminal
-        self._can_leave = can_leave
+        self._detachable = detachable
         self._process_id = 0
         self._interrupted = False
-        self._left = False
+        self._detached = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[Any] | None = None
-        self._out = stdio.Output(sys.stdout.fileno())
-        self._err = stdio.Output(sys.stderr.fileno())
+        self._out = stdio.Writer(sys.stdout.fileno())
+        self._err = stdio.Writer(sys.stderr.fileno())
 
     async def run(self, call: Any, first: Any) -> int:
-        """Returns the exit status: the process's own, 128 + n for signal n. :raises grpc.aio.AioRpcError:"""
+        """Send `first`, carry the streams to the process's end, and return its exit status (128 + N for signal N).
+
+        :raises grpc.aio.AioRpcError: the call failed.
+        :raises CliError: the call ended without an exit status.
+        """
         self._main = asyncio.current_task()
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
@@ -56,24 +60,24 @@ class Session:
             async with contextlib.AsyncExitStack() as stack:
                 stack.push_async_callback(self._end_tasks)
                 if self._use_terminal:
-                    stack.enter_context(terminal.raw(self._resized, keys=self._use_stdin))
+                    stack.enter_context(local_tty.raw_mode(self._resized, raw_stdin=self._use_stdin))
                 await call.write(first)
-                ended = await self._follow(call)
+                end = await self._receive(call)
         except asyncio.CancelledError:
-            if self._left:
+            if self._detached:
                 return 0
             if self._interrupted:
-                return INTERRUPTED
+                return EXIT_INTERRUPTED
             raise
         finally:
             call.cancel()
             loop.remove_signal_handler(signal.SIGINT)
-        return exit_status(ended)
+        return process_exit_status(end)
 
-    async def _follow(self, call: Any) -> Exit:
+    async def _receive(self, call: Any) -> Exit:
         async for response in call:
             kind = response.WhichOneof("message")
-            if output.json_wanted():
+            if output.json_enabled():
                 await self._out.write(f"{json.dumps(output.to_json(response))}\n".encode())
             elif kind == "stdout":
                 await self._out.write(response.stdout)
@@ -82,16 +86,16 @@ class Session:
             if kind == "process":
                 self._started(call, response.process)
             elif kind == "exit":
-                ended: Exit = response.exit
-                return ended
-        raise CliError("the daemon ended the call without the process's exit", reason="NO_EXIT")
+                end: Exit = response.exit
+                return end
+        raise CliError("the daemon ended the call without an exit status", reason="NO_EXIT")
 
     def _started(self, call: Any, process: Any) -> None:
         self._process_id = process.process_id
         if self._use_terminal:
-            self._resized()  # it may have another size by now, or had another client
+            self._resized()  # the size may have changed since the request, or be that of another client
         if self._use_stdin and not process.HasField("exit"):
-            self._spawn(self._feed(call))
+            self._spawn(self._send_stdin(call))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -103,26 +107,26 @@ class Session:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _feed(self, call: Any) -> None:
-        """Passes standard input on; one piece is under way at a time, so a slow reader slows the writer."""
+    async def _send_stdin(self, call: Any) -> None:
+        """Send standard input chunk by chunk; each write waits for the last one, so that a slow process slows us."""
         import grpc
 
-        # Whatever ends the call is reported by the side that reads it.
+        # `_receive` reports the error that ended the call.
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             while data := await stdio.read(sys.stdin.fileno()):
-                if self._can_leave and self._use_terminal and _LEAVE in data:
-                    self._leave()
+                if self._detachable and self._use_terminal and _DETACH_KEY in data:
+                    self._detach()
                     return
                 await call.write(self._message(stdin=data))
             await call.write(self._message(stdin_eof=True))
 
-    def _leave(self) -> None:
-        self._left = True
+    def _detach(self) -> None:
+        self._detached = True
         assert self._main is not None
         self._main.cancel()
 
     def _interrupt(self) -> None:
-        """The first Ctrl-C is the process's, the next one ours."""
+        """Send the first Ctrl-C to the process; end the command on the second."""
         assert self._main is not None
         if self._interrupted or not self._process_id:
             self._interrupted = True
@@ -131,7 +135,7 @@ class Session:
         self._interrupted = True
         self._spawn(self._send_interrupt())
 
-    # Signals and sizes are calls of their own: on the stream they would wait behind input that nobody reads.
+    # Signals and sizes are separate calls: on the stream they would queue behind input that the process does not read.
 
     async def _send_interrupt(self) -> None:
         import grpc
@@ -152,7 +156,7 @@ class Session:
 
         from sandboxd.v1 import process_pb2
 
-        rows, cols = terminal.size()
+        rows, cols = local_tty.size()
         size = process_pb2.Terminal(rows=rows, cols=cols)
         with contextlib.suppress(grpc.RpcError):
             await self._api.processes.ResizeTerminal(

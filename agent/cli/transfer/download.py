@@ -1,4 +1,4 @@
-"""From a sandbox to this machine. What the sandbox says is hostile; see `agent.cli.transfer.host_tree`."""
+"""Copies from a sandbox to this machine. Paths and metadata are hostile; see `agent.cli.transfer.host_tree`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import os
 import sys
 from functools import partial
 
-from agent.cli.commands.copy import own_name
+from agent.cli import stdio
 from agent.cli.errors import CliError
-from agent.cli.terminal import stdio
-from agent.cli.text import printable
-from agent.cli.transfer.guest_files import Entry, GuestFiles, Kind
-from agent.cli.transfer.host_tree import HostTree, Names, names_below, set_facts
+from agent.cli.formatting import printable
+from agent.cli.transfer.entry import Entry, Kind, copy_name
+from agent.cli.transfer.guest_files import GuestFiles
+from agent.cli.transfer.host_tree import HostTree, Names, names_below, set_metadata
 from agent.cli.transfer.progress import Pool, Transfer
 
 
 async def download(files: GuestFiles, transfer: Transfer, source: bytes, target: str, *, follow: bool) -> None:
-    """Copies `source` of the sandbox to `target` here; "-" is standard output.
+    """Copy `source` of the sandbox to `target` on this machine; "-" is standard output.
 
-    :raises CliError: what is there cannot be copied there. :raises OSError: this machine's disk.
+    :raises CliError: `source` does not exist, `target` does not fit it, or the sandbox's listing is malformed.
+    :raises OSError: a file here cannot be written.
+    :raises grpc.aio.AioRpcError: a call failed.
     """
     if target == "-":
         await _to_stdout(files, transfer, source)
@@ -26,38 +28,38 @@ async def download(files: GuestFiles, transfer: Transfer, source: bytes, target:
     found = await files.stat(source, follow=follow)
     if found is None:
         raise CliError(f"{os.fsdecode(source)}: no such file in the sandbox", reason="ENOENT")
-    tree, names = _place(os.fsdecode(source), target, folder=found.kind is Kind.FOLDER)
+    tree, names = _resolve_target(os.fsdecode(source), target, directory=found.kind is Kind.DIRECTORY)
     if found.kind is Kind.FILE:
         transfer.expect(found.size_bytes)
-    if found.kind is Kind.FOLDER:
-        await _Tree(files, transfer, tree, source, names).run(found)
+    if found.kind is Kind.DIRECTORY:
+        await _TreeDownload(files, transfer, tree, source, names).run(found)
     else:
-        await _one(files, transfer, tree, names, found)
+        await _copy_entry(files, transfer, tree, names, found)
 
 
-def _place(source: str, target: str, *, folder: bool) -> tuple[HostTree, Names]:
-    """Returns the trusted folder to write below, and the names in it that the copy gets."""
+def _resolve_target(source: str, target: str, *, directory: bool) -> tuple[HostTree, Names]:
+    """Return the existing directory to write below, and the names of the copy in it, as cp(1) chooses them."""
     if os.path.isdir(target):  # noqa: PTH112  bytes of any kind
-        name = own_name(source)
+        name = copy_name(source)
         return HostTree(target), (name,) if name else ()
     parent, last = os.path.split(target.rstrip("/"))
-    if (target.endswith("/") and not folder) or not os.path.isdir(parent or "."):  # noqa: PTH112
-        raise CliError(f"{parent if not target.endswith('/') else target}: no such folder here", reason="ENOENT")
-    if folder and os.path.lexists(target):
-        raise CliError(f"{target} is not a folder, but the source is one", reason="NOT_A_FOLDER")
+    if (target.endswith("/") and not directory) or not os.path.isdir(parent or "."):  # noqa: PTH112
+        raise CliError(f"{parent if not target.endswith('/') else target}: no such directory here", reason="ENOENT")
+    if directory and os.path.lexists(target):
+        raise CliError(f"{target} is not a directory, but the source is one", reason="NOT_A_FOLDER")
     return HostTree(parent or "."), (os.fsencode(last),)
 
 
 async def _to_stdout(files: GuestFiles, transfer: Transfer, source: bytes) -> None:
-    sink = stdio.Output(sys.stdout.fileno())
+    writer = stdio.Writer(sys.stdout.fileno())
     async for data in files.read(source):
-        await sink.write(data)
+        await writer.write(data)
         transfer.advance(len(data))
     transfer.files += 1
 
 
-class _Tree:
-    """One folder on its way out."""
+class _TreeDownload:
+    """Copies one directory and its content."""
 
     def __init__(self, files: GuestFiles, transfer: Transfer, tree: HostTree, root: bytes, names: Names) -> None:
         self._files = files
@@ -65,28 +67,28 @@ class _Tree:
         self._tree = tree
         self._root = root
         self._names = names
-        self._folders: list[tuple[Names, Entry]] = []
+        self._directories: list[tuple[Names, Entry]] = []
 
     async def run(self, root: Entry) -> None:
         if self._names:
-            self._make_folder(self._names, root)
+            self._make_directory(self._names, root)
         async with Pool() as pool:
             async for entry in self._files.walk(self._root):
                 names = (*self._names, *names_below(self._root, entry.path))
-                if entry.kind is Kind.FOLDER:
-                    self._make_folder(names, entry)
+                if entry.kind is Kind.DIRECTORY:
+                    self._make_directory(names, entry)
                 else:
-                    await pool.start(partial(_one, self._files, self._transfer, self._tree, names, entry))
-        for names, entry in reversed(self._folders):  # last, since filling a folder changes its time
-            self._tree.set_folder_facts(names, entry.mode, entry.mtime_ns)
+                    await pool.start(partial(_copy_entry, self._files, self._transfer, self._tree, names, entry))
+        for names, entry in reversed(self._directories):  # last, since writing in a directory changes its time
+            self._tree.set_directory_metadata(names, entry.mode, entry.mtime_ns)
 
-    def _make_folder(self, names: Names, entry: Entry) -> None:
-        if self._tree.make_folder(names):
-            self._folders.append((names, entry))
-        self._transfer.folders += 1
+    def _make_directory(self, names: Names, entry: Entry) -> None:
+        if self._tree.make_directory(names):
+            self._directories.append((names, entry))
+        self._transfer.directories += 1
 
 
-async def _one(files: GuestFiles, transfer: Transfer, tree: HostTree, names: Names, entry: Entry) -> None:
+async def _copy_entry(files: GuestFiles, transfer: Transfer, tree: HostTree, names: Names, entry: Entry) -> None:
     if entry.kind is Kind.LINK:
         tree.make_link(names, entry.target, entry.mtime_ns)
         transfer.links += 1
@@ -95,10 +97,10 @@ async def _one(files: GuestFiles, transfer: Transfer, tree: HostTree, names: Nam
             async for data in files.read(entry.path):
                 _write_all(fd, data)
                 transfer.advance(len(data))
-            set_facts(fd, entry.mode, entry.mtime_ns)
+            set_metadata(fd, entry.mode, entry.mtime_ns)
         transfer.files += 1
     else:
-        transfer.left_out.append(printable(os.fsdecode(entry.path)))
+        transfer.skipped.append(printable(os.fsdecode(entry.path)))
 
 
 def _write_all(fd: int, data: bytes) -> None:

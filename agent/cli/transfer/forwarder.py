@@ -1,4 +1,4 @@
-"""Connections that are carried into a sandbox."""
+"""TCP connections from a local port to a port inside a sandbox."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import socket
 import struct
 from typing import Any
 
-from agent.cli.connect import described_address
-from agent.cli.errors import from_rpc, warn
+from agent.cli.connect import rpc_error
+from agent.cli.errors import print_warning
 from agent.common.api_client import Api, opened
 
-_PIECE_BYTES = 64 << 10
+_CHUNK_BYTES = 64 << 10
 
 
 class Forwarder:
-    """The connections of one listening port."""
+    """Forwards the connections of one listening socket to `host`:`port` in a sandbox."""
 
     def __init__(self, api: Api, sandbox_id: str, host: str, port: int) -> None:
         self._api = api
@@ -26,17 +26,17 @@ class Forwarder:
         self._connections: set[asyncio.Task[Any]] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Carries one connection; an error ends that one alone."""
+        """Forward one connection (callback of asyncio.start_server); an error resets this connection alone."""
         import grpc
 
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
         try:
-            await self._carry(reader, writer)
+            await self._forward(reader, writer)
         except grpc.aio.AioRpcError as error:
-            failure = from_rpc(error, described_address())
-            warn(f"a connection failed: {failure.message} ({failure.reason})")
+            failure = rpc_error(error)
+            print_warning(f"a connection failed: {failure.message} ({failure.reason})")
             _reset(writer)
         except (ConnectionError, asyncio.CancelledError):
             _reset(writer)
@@ -46,7 +46,7 @@ class Forwarder:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from sandboxd.v1 import network_pb2
 
         call = opened(self._api.network.Dial)
@@ -55,8 +55,8 @@ class Forwarder:
         feeder: asyncio.Task[None] | None = None
         try:
             async for response in call:
-                if feeder is None:  # it is connected; writing earlier could hide why it is not
-                    feeder = asyncio.create_task(_feed(reader, call, network_pb2.DialRequest))
+                if feeder is None:  # connected now; a write before that could hide the error of the connect
+                    feeder = asyncio.create_task(_send(reader, call, network_pb2.DialRequest))
                 writer.write(response.data)
                 await writer.drain()
                 if response.eof:
@@ -68,24 +68,24 @@ class Forwarder:
                 await asyncio.gather(feeder, return_exceptions=True)
 
     async def aclose(self) -> None:
-        """Ends every connection."""
+        """Reset every connection and wait for its end."""
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Ends a connection with a reset (SO_LINGER of socket(7)): nobody may take half of an answer for all of it."""
+    """Close with a TCP reset (SO_LINGER, socket(7)), so that the client cannot mistake half an answer for all of it."""
     with contextlib.suppress(OSError):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
 
 
-async def _feed(reader: asyncio.StreamReader, call: Any, message: Any) -> None:
-    """Carries the client's bytes; their end is the end of the call's requests (half-close)."""
+async def _send(reader: asyncio.StreamReader, call: Any, message: Any) -> None:
+    """Send the client's bytes; at their end, half-close the call."""
     import grpc
 
-    with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reading side reports it
-        while data := await reader.read(_PIECE_BYTES):
+    with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # `_forward` raises the error of the call
+        while data := await reader.read(_CHUNK_BYTES):
             await call.write(message(data=data))
         await call.done_writing()

@@ -1,63 +1,26 @@
-"""The files of a sandbox by their exact names, which are bytes; the API's paths are UTF-8.
+"""File operations in a sandbox by paths that are bytes, while the API's paths are UTF-8.
 
-What has a name in UTF-8 goes through FileService. The rest is done by a shell in the guest that gets the name as octal
-escapes: sh, find, cat, mkdir, ln, chmod and touch of the image.
+A path that is valid UTF-8 goes through FileService. For any other one, a shell in the guest gets the path as octal
+escapes and uses the image's find, cat, mkdir, ln, chmod, touch and readlink.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import stat
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from agent.cli.errors import CliError
+from agent.cli.transfer.entry import Entry, Kind
 from agent.cli.transfer.guest_shell import GuestShell
 from agent.common.api_client import Api, is_cut_off, opened
 
 if TYPE_CHECKING:
     from sandboxd.v1.file_pb2 import FileInfo
 
-_HOME = b"/home/sandbox"  # where relative paths of the API start
 _REPLACED = "\N{REPLACEMENT CHARACTER}"
-
-
-class Kind(StrEnum):
-    """Kinds of files that matter here."""
-
-    FILE = "file"
-    FOLDER = "folder"
-    LINK = "link"
-    OTHER = "other"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One file, here or there. `target` is a symbolic link's."""
-
-    path: bytes
-    kind: Kind
-    size_bytes: int
-    mode: int
-    mtime_ns: int
-    target: bytes = b""
-
-
-def kind_of(mode: int) -> Kind:
-    """Returns the kind for st_mode."""
-    if stat.S_ISREG(mode):
-        return Kind.FILE
-    return Kind.FOLDER if stat.S_ISDIR(mode) else Kind.LINK if stat.S_ISLNK(mode) else Kind.OTHER
-
-
-def absolute(path: str) -> bytes:
-    """Returns a path of the guest as the API takes it."""
-    raw = os.fsencode(path)
-    return raw if raw.startswith(b"/") else b"/".join((_HOME, raw)) if raw else _HOME
+_FIELDS = "%y\\0%m\\0%s\\0%T@\\0%l\\0%p\\0"  # of `_parsed`: type, mode, size, mtime, link target, path
 
 
 def _utf8(path: bytes) -> str | None:
@@ -68,7 +31,10 @@ def _utf8(path: bytes) -> str | None:
 
 
 class GuestFiles:
-    """Calls on files of one sandbox, as its root. Errors are those of FileService, and CliError from the shell."""
+    """Reads and writes files of one sandbox as its root user.
+
+    Every method raises grpc.aio.AioRpcError if FileService fails, and CliError if the shell does.
+    """
 
     def __init__(self, api: Api, sandbox_id: str) -> None:
         self._files = api.files
@@ -76,24 +42,27 @@ class GuestFiles:
         self._shell = GuestShell(api, sandbox_id)
 
     async def stat(self, path: bytes, *, follow: bool) -> Entry | None:
-        """Returns a file's facts, or None where there is none."""
+        """Return the facts of a file, or None if it does not exist."""
         import grpc
 
         from sandboxd.v1 import file_pb2
 
         text = _utf8(path)
         if text is None:
-            return await anext(self._found(path, follow=follow, depth=0), None)
+            return await anext(self._find(path, follow=follow, depth=0), None)
         try:
             request = file_pb2.StatRequest(sandbox_id=self._id, path=text, no_follow=not follow)
             return await self._entry(await self._files.Stat(request))
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.NOT_FOUND and await self._exists():
+            if error.code() is grpc.StatusCode.NOT_FOUND and await self._sandbox_exists():
                 return None
             raise
 
-    async def _exists(self) -> bool:
-        """Tells a file that is missing from a sandbox that is. :raises grpc.aio.AioRpcError: NOT_FOUND."""
+    async def _sandbox_exists(self) -> bool:
+        """Return True; NOT_FOUND for a file and for the whole sandbox is the same gRPC status.
+
+        :raises grpc.aio.AioRpcError: NOT_FOUND, the sandbox does not exist.
+        """
         from sandboxd.v1 import file_pb2
 
         await self._files.Stat(file_pb2.StatRequest(sandbox_id=self._id, path="/"))
@@ -101,20 +70,20 @@ class GuestFiles:
 
     async def _entry(self, info: FileInfo) -> Entry:
         path = info.path_bytes or info.path.encode()
-        kind = {1: Kind.FILE, 2: Kind.FOLDER, 3: Kind.LINK}.get(info.type, Kind.OTHER)
+        kind = {1: Kind.FILE, 2: Kind.DIRECTORY, 3: Kind.LINK}.get(info.type, Kind.OTHER)
         target = info.link_target.encode()
-        if _REPLACED in info.link_target:  # or what stands in a name for a byte that is not UTF-8
+        if _REPLACED in info.link_target:  # the API has no bytes of a target, and puts this for each invalid one
             target = await self._shell.collect('exec readlink -n "$1"', path)
         mtime_ns = info.modify_time.seconds * 10**9 + info.modify_time.nanos
         return Entry(path, kind, info.size_bytes, info.mode, mtime_ns, target)
 
     async def walk(self, root: bytes) -> AsyncIterator[Entry]:
-        """Yields what is below a folder, parents first, as the guest says it: check the paths."""
+        """Yield the files below a directory, parents first. The guest chooses the paths: check them."""
         from sandboxd.v1 import file_pb2
 
         text = _utf8(root)
         if text is None:
-            async for entry in self._found(root, follow=True, depth=None):
+            async for entry in self._find(root, follow=True, depth=None):
                 if entry.path != root:
                     yield entry
             return
@@ -123,16 +92,16 @@ class GuestFiles:
                 if info.path_bytes or info.path != text:
                     yield await self._entry(info)
 
-    async def _found(self, path: bytes, *, follow: bool, depth: int | None) -> AsyncIterator[Entry]:
+    async def _find(self, path: bytes, *, follow: bool, depth: int | None) -> AsyncIterator[Entry]:
         flags = ("-H" if follow else "-P", "" if depth is None else f"-maxdepth {depth}")
-        script = f"""exec find {flags[0]} "$1" {flags[1]} -printf '%y\\0%m\\0%s\\0%T@\\0%l\\0%p\\0'"""
+        script = f"""exec find {flags[0]} "$1" {flags[1]} -printf '{_FIELDS}'"""
         if depth == 0:
             script = f'[ -e "$1" ] || [ -L "$1" ] || exit 0; {script}'
         async for fields in self._shell.records(script, 6, path):
             yield _parsed(fields)
 
     async def read(self, path: bytes) -> AsyncIterator[bytes]:
-        """Yields the bytes of a file."""
+        """Yield the content of a file in pieces."""
         from sandboxd.v1 import file_pb2
 
         text = _utf8(path)
@@ -144,7 +113,7 @@ class GuestFiles:
             yield piece.data
 
     async def write(self, path: bytes, mode: int, data: AsyncIterator[bytes]) -> None:
-        """Makes or overwrites a file; the mode is that of a new one."""
+        """Write `data` to a file; a new one gets the permission bits `mode`."""
         import grpc
 
         from sandboxd.v1 import file_pb2
@@ -156,7 +125,7 @@ class GuestFiles:
             return
         call = opened(self._files.WriteFile)
         try:
-            # A call that has ended fails in one of these ways here; awaiting it says why it ended.
+            # A write to a call that has ended raises one of these; awaiting the call raises the reason.
             with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
                 first = file_pb2.WriteFileRequest.Open(sandbox_id=self._id, path=text, mode=mode)
                 await call.write(file_pb2.WriteFileRequest(open=first))
@@ -167,14 +136,14 @@ class GuestFiles:
         except grpc.aio.AioRpcError as error:
             if is_cut_off(error):
                 raise CliError(
-                    f"the sandbox stopped taking {text}: is its disk full? See `df` there", reason="UPLOAD_CUT_OFF"
+                    f"the sandbox refused the rest of {text}: is its disk full? Run `df` in it", reason="UPLOAD_CUT_OFF"
                 ) from error
             raise
         finally:
             call.cancel()
 
-    async def make_folder(self, path: bytes, mode: int) -> bool:
-        """Ensures that a folder is there; returns whether it is new."""
+    async def make_directory(self, path: bytes, mode: int) -> bool:
+        """Create a directory unless it exists; return whether it is new."""
         import grpc
 
         from sandboxd.v1 import file_pb2
@@ -187,13 +156,13 @@ class GuestFiles:
             await self._files.MakeDirectory(file_pb2.MakeDirectoryRequest(sandbox_id=self._id, path=text, mode=mode))
         except grpc.aio.AioRpcError as error:
             found = await self.stat(path, follow=True) if error.code() is grpc.StatusCode.ALREADY_EXISTS else None
-            if found is None or found.kind is not Kind.FOLDER:
+            if found is None or found.kind is not Kind.DIRECTORY:
                 raise
             return False
         return True
 
     async def make_link(self, path: bytes, target: bytes) -> None:
-        """Makes a symbolic link, in the place of what is there unless that is a folder."""
+        """Create a symbolic link, in place of an existing file or link; an existing directory is an error."""
         import grpc
 
         from sandboxd.v1 import file_pb2
@@ -211,8 +180,8 @@ class GuestFiles:
             await self._files.Remove(file_pb2.RemoveRequest(sandbox_id=self._id, path=text))
             await self._files.Symlink(request)
 
-    async def set_facts(self, path: bytes, mode: int, mtime_ns: int) -> None:
-        """Sets permission bits and modification time; the access time becomes the same."""
+    async def set_metadata(self, path: bytes, mode: int, mtime_ns: int) -> None:
+        """Set the permission bits, and the modification and access time to `mtime_ns`."""
         from google.protobuf.timestamp_pb2 import Timestamp
 
         from sandboxd.v1 import file_pb2
@@ -230,11 +199,15 @@ class GuestFiles:
 
 
 def _parsed(fields: list[bytes]) -> Entry:
+    """Return the entry for one record of `_FIELDS`.
+
+    :raises CliError: the guest wrote something else.
+    """
     kind, mode, size, mtime, target, path = fields
     try:
         seconds, _, fraction = mtime.partition(b".")
         nanos = int(seconds) * 10**9 + int(fraction[:9].ljust(9, b"0"))
-        kinds = {b"f": Kind.FILE, b"d": Kind.FOLDER, b"l": Kind.LINK}
+        kinds = {b"f": Kind.FILE, b"d": Kind.DIRECTORY, b"l": Kind.LINK}
         return Entry(path, kinds.get(kind, Kind.OTHER), int(size), int(mode, 8) & 0o7777, nanos, target)
     except ValueError:
-        raise CliError("the sandbox's find(1) answers with nonsense", reason="GUEST_MALFORMED") from None
+        raise CliError("the output of find(1) in the sandbox is malformed", reason="GUEST_MALFORMED") from None

@@ -1,4 +1,4 @@
-"""Small shell scripts in the guest, for names that are not UTF-8; see `agent.cli.transfer.guest_files`."""
+"""Shell scripts in the guest, for paths that are not UTF-8; see `agent.cli.transfer.guest_files`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agent.common.api_client import Api, opened
 
 _MAX_COLLECTED = 1 << 20
 _MAX_STDERR = 4096
-# Each word is decoded in place. `$(...)` drops newlines at the end, so an x is put there and taken off again.
+# Decodes each word in place. `$(...)` drops trailing newlines, so an x is appended and removed again.
 _PRELUDE = """n=$#
 while [ $n -gt 0 ]; do
     v=$(printf '%bx' "$1"); v=${v%x}
@@ -22,12 +22,12 @@ done
 
 
 def escaped(word: bytes) -> str:
-    """Returns bytes as octal escapes of printf's %b."""
+    """Return bytes as octal escapes for %b of printf(1)."""
     return "".join(f"\\0{byte:03o}" for byte in word)
 
 
 class GuestShell:
-    """Runs scripts as the sandbox's root; their words ("$1", "$2") are exact bytes."""
+    """Runs scripts as root of one sandbox; their arguments ("$1", "$2") are exact bytes."""
 
     def __init__(self, api: Api, sandbox_id: str) -> None:
         self._processes = api.processes
@@ -36,7 +36,10 @@ class GuestShell:
     async def run(
         self, script: str, *words: bytes, stdin: AsyncIterator[bytes] | None = None
     ) -> AsyncGenerator[bytes, None]:
-        """Yields what the script writes. :raises CliError: it failed; the message is what it wrote to stderr."""
+        """Run a script with `stdin` (default: empty) and yield its output.
+
+        :raises CliError: its exit status is not 0; the message is its stderr.
+        """
         from sandboxd.v1 import process_pb2
 
         spec = process_pb2.ProcessSpec(
@@ -52,7 +55,7 @@ class GuestShell:
                 process_pb2.ExecRequest(start=process_pb2.ExecRequest.Start(sandbox_id=self._id, spec=spec))
             )
             if stdin is not None:
-                feeder = asyncio.create_task(_feed(call, stdin))
+                feeder = asyncio.create_task(_send_stdin(call, stdin))
             async for response in call:
                 if response.stdout:
                     yield response.stdout
@@ -68,24 +71,30 @@ class GuestShell:
                 await asyncio.gather(feeder, return_exceptions=True)
 
     async def collect(self, script: str, *words: bytes, stdin: AsyncIterator[bytes] | None = None) -> bytes:
-        """Returns all that the script writes. :raises CliError: it failed, or writes more than 1 MiB."""
+        """Run a script and return its whole output.
+
+        :raises CliError: its exit status is not 0, or the output exceeds 1 MiB.
+        """
         result = b""
         async with contextlib.aclosing(self.run(script, *words, stdin=stdin)) as pieces:
             async for data in pieces:
                 result += data
                 if len(result) > _MAX_COLLECTED:
-                    raise CliError("the sandbox answers with far too much", reason="GUEST_MALFORMED")
+                    raise CliError("the output of the sandbox is too long", reason="GUEST_MALFORMED")
         return result
 
     async def records(self, script: str, fields: int, *words: bytes) -> AsyncIterator[list[bytes]]:
-        """Yields the script's output as records of so many fields, each of which ends with NUL. :raises CliError:"""
+        """Run a script and yield its output as records of `fields` fields, each of which ends with NUL.
+
+        :raises CliError: its exit status is not 0, or a field exceeds 1 MiB.
+        """
         rest = b""
         record: list[bytes] = []
         async with contextlib.aclosing(self.run(script, *words)) as pieces:
             async for data in pieces:
                 *complete, rest = (rest + data).split(b"\0")
                 if len(rest) > _MAX_COLLECTED:
-                    raise CliError("the sandbox answers with a name that no file can have", reason="GUEST_MALFORMED")
+                    raise CliError("the sandbox sent a file name that is too long", reason="GUEST_MALFORMED")
                 for field in complete:
                     record.append(field)
                     if len(record) == fields:
@@ -93,13 +102,13 @@ class GuestShell:
                         record = []
 
 
-async def _feed(call: Any, stdin: AsyncIterator[bytes]) -> None:
+async def _send_stdin(call: Any, stdin: AsyncIterator[bytes]) -> None:
     import grpc
 
     from sandboxd.v1 import process_pb2
 
     async for data in stdin:
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reader reports it
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # `run` raises the error of the call
             await call.write(process_pb2.ExecRequest(stdin=data))
             continue
         return

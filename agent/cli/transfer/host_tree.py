@@ -1,7 +1,7 @@
-"""A folder of this machine that a hostile sandbox's files are written into.
+"""A directory of this machine into which the files of a hostile sandbox are written.
 
-Everything is done by descriptors, name by name, and no symbolic link is followed below the folder: one that the
-download made, or that was there, cannot lead a later file elsewhere.
+Every path is opened name by name relative to descriptors (openat(2) with O_NOFOLLOW), so no symbolic link below the
+directory, downloaded or older, can redirect a write to another place.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from contextlib import contextmanager
 
 from agent.cli.errors import CliError
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# A set-user-ID program of the sandbox's making must not become one of this machine.
+# Drops set-user-ID and set-group-ID: a program from a sandbox must not get them on this machine.
 MODE_MASK = 0o777
 Names = tuple[bytes, ...]
 
 
 def names_below(root: bytes, path: bytes) -> Names:
-    """Returns the names that lead from a folder of the sandbox to what it listed there.
+    """Return the names of `path` relative to the directory `root`, both of the sandbox.
 
-    :raises CliError: the path is not below the folder, or has names in it that no listing has.
+    :raises CliError: `path` is not below `root`, or has "", ".", ".." or NUL in its names.
     """
     prefix = root.rstrip(b"/") + b"/"
     names = tuple(path.removeprefix(prefix).split(b"/"))
     if not path.startswith(prefix) or any(not _plain(name) for name in names):
         shown = os.fsdecode(path)[:200].encode(errors="replace").decode()
         raise CliError(
-            f"the sandbox lists {shown!r} in {os.fsdecode(root)!r}; nothing of that is written",
+            f"the sandbox lists {shown!r} in {os.fsdecode(root)!r}; this path is not written",
             reason="HOSTILE_LISTING",
         )
     return names
@@ -43,26 +43,29 @@ def _plain(name: bytes) -> bool:
 
 
 class HostTree:
-    """Writes below `root`, which exists and is trusted. Names are checked by `names_below` or the user's own."""
+    """Writes files below `root`, an existing directory that the user chose.
+
+    Names come from the user, or are checked by `names_below`.
+    """
 
     def __init__(self, root: str) -> None:
         self._root = root
 
     def shown(self, names: Names) -> str:
-        """Returns the path for a message."""
+        """Return the path for an error message."""
         return os.path.join(self._root, *(os.fsdecode(name) for name in names))  # noqa: PTH118  bytes of any kind
 
     @contextmanager
-    def _folder(self, names: Names) -> Iterator[int]:
+    def _directory(self, names: Names) -> Iterator[int]:
         fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for index, name in enumerate(names, 1):
                 try:
-                    inner = os.open(name, _FOLDER, dir_fd=fd)
+                    inner = os.open(name, _DIRECTORY, dir_fd=fd)
                 except OSError as error:
                     if error.errno in (errno.ELOOP, errno.ENOTDIR):
                         raise CliError(
-                            f"{self.shown(names[:index])} is not a folder here, and links are not followed",
+                            f"{self.shown(names[:index])} is not a directory here, and symbolic links are not followed",
                             reason="NOT_A_FOLDER",
                         ) from None
                     raise self._named(error, names[:index]) from None
@@ -75,13 +78,13 @@ class HostTree:
     def _named(self, error: OSError, names: Names) -> OSError:
         return OSError(error.errno, os.strerror(error.errno or 0), self.shown(names))
 
-    def make_folder(self, names: Names) -> bool:
-        """Ensures that a folder is there; returns whether it is new. It is ours alone until `set_folder_facts`."""
-        with self._folder(names[:-1]) as parent:
+    def make_directory(self, names: Names) -> bool:
+        """Create a directory unless it exists; return whether it is new. A new one has mode 0700."""
+        with self._directory(names[:-1]) as parent:
             try:
                 os.mkdir(names[-1], 0o700, dir_fd=parent)
             except FileExistsError:
-                with self._folder(names):
+                with self._directory(names):
                     return False
             except OSError as error:
                 raise self._named(error, names) from None
@@ -89,8 +92,8 @@ class HostTree:
 
     @contextmanager
     def new_file(self, names: Names) -> Iterator[int]:
-        """Yields a descriptor of an empty file, mode 0600 if it is new. What is no regular file gives way to it."""
-        with self._folder(names[:-1]) as parent:
+        """Yield a descriptor of an empty file, mode 0600 if new. Replaces a link or device; a directory is an error."""
+        with self._directory(names[:-1]) as parent:
             try:
                 fd = self._open_file(names, parent)
             except OSError as error:
@@ -112,8 +115,8 @@ class HostTree:
         return fd
 
     def make_link(self, names: Names, target: bytes, mtime_ns: int) -> None:
-        """Makes a symbolic link, in the place of what is there unless that is a folder. Nothing is read through it."""
-        with self._folder(names[:-1]) as parent:
+        """Create a symbolic link, in place of an existing file or link; an existing directory is an error."""
+        with self._directory(names[:-1]) as parent:
             try:
                 try:
                     os.symlink(target, names[-1], dir_fd=parent)
@@ -125,14 +128,14 @@ class HostTree:
             except OSError as error:
                 raise self._named(error, names) from None
 
-    def set_folder_facts(self, names: Names, mode: int, mtime_ns: int) -> None:
-        """Sets permission bits and modification time of a folder, once it is full."""
-        with self._folder(names) as fd:
-            set_facts(fd, mode, mtime_ns)
+    def set_directory_metadata(self, names: Names, mode: int, mtime_ns: int) -> None:
+        """Set permission bits and modification time of a directory; call it after the last write in it."""
+        with self._directory(names) as fd:
+            set_metadata(fd, mode, mtime_ns)
 
 
-def set_facts(fd: int, mode: int, mtime_ns: int) -> None:
-    """Sets permission bits (without set-user-ID and its like) and modification time."""
+def set_metadata(fd: int, mode: int, mtime_ns: int) -> None:
+    """Set the permission bits (never set-user-ID, set-group-ID or sticky) and the modification time."""
     os.fchmod(fd, mode & MODE_MASK)
-    with contextlib.suppress(OverflowError, OSError):  # a guest may say any time
+    with contextlib.suppress(OverflowError, OSError):  # a guest can report any time
         os.utime(fd, ns=(mtime_ns, mtime_ns))

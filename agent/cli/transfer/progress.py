@@ -1,4 +1,4 @@
-"""What both directions of `cp` need: several files at once, a bar that shows progress, a count of what was done."""
+"""Counts and progress bar of one `cp`, and the pool that copies several files at a time."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any, Self
 
 from agent.cli import output
 
-_AT_ONCE = 8
+_CONCURRENCY = 8
 
 
 class Transfer:
-    """Counts what went over; inside `with`, shows it on stderr if that is a terminal."""
+    """Counts of copied files and bytes; inside `with`, a progress bar on stderr if that is a terminal."""
 
     def __init__(self) -> None:
-        self.files = self.folders = self.links = self.bytes = 0
-        self.left_out: list[str] = []
+        self.files = self.directories = self.links = self.bytes = 0
+        self.skipped: list[str] = []
         self._bar: Any = None
         self._task: Any = None
 
     def expect(self, size_bytes: int) -> None:
-        """Says how much there is in all, where that is known."""
+        """Set the total for the progress bar."""
         if self._bar is not None:
             self._bar.update(self._task, total=size_bytes)
 
     def advance(self, size_bytes: int) -> None:
-        """Counts bytes that have gone over."""
+        """Add copied bytes."""
         self.bytes += size_bytes
         if self._bar is not None:
             self._bar.update(self._task, advance=size_bytes)
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty() and not output.json_wanted():
+        if sys.stderr.isatty() and not output.json_enabled():
             self._bar = _bar()
             self._task = self._bar.add_task("", total=None)
             self._bar.start()
@@ -56,14 +56,14 @@ def _bar() -> Any:
 
 
 class Pool:
-    """Runs up to eight files at a time inside `async with`; the first error ends all and is raised at its end."""
+    """Runs up to eight copies at a time inside `async with`; the first error cancels the others and is raised."""
 
     def __init__(self) -> None:
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._slots = asyncio.Semaphore(_CONCURRENCY)
         self._group = asyncio.TaskGroup()
 
     async def start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs what `work` returns beside the others, once there is room."""
+        """Wait for a free slot, then run `work()` as a task."""
         await self._slots.acquire()
         self._group.create_task(self._run(work))
 
@@ -87,7 +87,7 @@ class Pool:
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Returns the error that ended the others."""
+    """Return the first error that is not itself a group."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

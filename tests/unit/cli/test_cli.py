@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import typer
 
-from agent.cli import connect, options, output, text
-from agent.cli.commands.copy import Place, own_name
+from agent.cli import connect, formatting, options, output
+from agent.cli.commands.copy import Location
 from agent.cli.commands.host_checks import Status, host_checks
 from agent.cli.commands.port_forward import parse_ports
 from agent.cli.commands.top import cpu_percent
-from agent.cli.errors import CliError, complain, exit_status
+from agent.cli.errors import CliError, print_error, process_exit_status
+from agent.cli.transfer.entry import copy_name
 from agent.cli.transfer.guest_shell import escaped
 from agent.common.config.daemon import VmmSettings
 from agent.common.config.settings import Settings
@@ -28,7 +29,7 @@ ID = "sbx-0123456789abcdef"
 
 @pytest.fixture(autouse=True)
 def _fresh_options() -> None:
-    options.begin(options.Options())
+    options.set_current(options.Options())
 
 
 def ctl(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -46,43 +47,43 @@ def ctl(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     [(0, "0B"), (1023, "1023B"), (1024, "1KiB"), (1536, "1.5KiB"), (512 << 20, "512MiB"), (5 << 40, "5TiB")],
 )
 def test_sizes(number: int, shown: str) -> None:
-    assert text.size(number) == shown
+    assert formatting.size(number) == shown
 
 
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(-1, "0s"), (99, "99s"), (100, "1m"), (3600, "60m"), (6000, "1h"), (48 * 3600, "2d")]
 )
 def test_ages(seconds: float, shown: str) -> None:
-    assert text.age(seconds) == shown
+    assert formatting.duration(seconds) == shown
 
 
 def test_what_a_guest_writes_cannot_steer_a_terminal() -> None:
     hostile = "a\x1b]0;title\x07b\r\u202ec\nd\te"
-    assert text.printable(hostile) == "a\ufffd]0;title\ufffdb\ufffd\ufffdc\ufffdd\ufffde"
-    assert text.printable_lines(hostile) == "a]0;titlebc\nd\te"
+    assert formatting.printable(hostile) == "a\ufffd]0;title\ufffdb\ufffd\ufffdc\ufffdd\ufffde"
+    assert formatting.printable_lines(hostile) == "a]0;titlebc\nd\te"
 
 
 def test_pairs() -> None:
-    assert text.pairs(["A=1", "B=x=y", "A=2", "C="], "--env") == {"A": "2", "B": "x=y", "C": ""}
-    assert text.pairs(["A"], "--label", value_needed=False) == {"A": ""}
+    assert options.parse_pairs(["A=1", "B=x=y", "A=2", "C="], "--env") == {"A": "2", "B": "x=y", "C": ""}
+    assert options.parse_pairs(["A"], "--label", value_needed=False) == {"A": ""}
     for wrong in ("A", "=1", ""):
         with pytest.raises(typer.BadParameter):
-            text.pairs([wrong], "--env")
+            options.parse_pairs([wrong], "--env")
 
 
 def test_env_file(tmp_path: Path) -> None:
     path = tmp_path / "env"
     path.write_text("# comment\n\nA=1\nB = two words # kept\n")
-    assert text.env_file(path) == {"A": "1", "B": " two words # kept"}
+    assert options.read_env_file(path) == {"A": "1", "B": " two words # kept"}
     path.write_text("A=1\nnonsense\n")
     with pytest.raises(typer.BadParameter, match="line 2"):
-        text.env_file(path)
+        options.read_env_file(path)
     with pytest.raises(typer.BadParameter, match="cannot read"):
-        text.env_file(tmp_path / "none")
+        options.read_env_file(tmp_path / "none")
 
 
 def test_table_lines_align_and_keep_one_line_a_row() -> None:
-    assert text.table_lines(("A", "LONG"), [("xyz", "1"), ("\n", "2")]) == ["A    LONG", "xyz  1", "\ufffd    2"]
+    assert formatting.table_lines(("A", "LONG"), [("xyz", "1"), ("\n", "2")]) == ["A    LONG", "xyz  1", "\ufffd    2"]
 
 
 def test_a_table_on_a_terminal_fits_80_columns_and_keeps_its_ids() -> None:
@@ -129,19 +130,19 @@ def test_json_of_bytes_oneofs_and_optionals() -> None:
 
 def test_errors_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     error = CliError("it\x1b[31m failed\nhere", reason="SOME_REASON", code="NOT_FOUND")
-    complain(error)
+    print_error(error)
     assert capsys.readouterr().err == "sandboxctl: it[31m failed\nhere (SOME_REASON)\n"
-    options.begin(options.Options(json=True))
-    complain(error)
+    options.set_current(options.Options(json=True))
+    print_error(error)
     body = json.loads(capsys.readouterr().err)["error"]
     assert (body["reason"], body["metadata"]) == ("SOME_REASON", {"code": "NOT_FOUND"})
 
 
 def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_status(process_pb2.Exit(exit_code=3)) == 3
-    assert exit_status(process_pb2.Exit(signal="SIGTERM", signal_number=15)) == 143
+    assert process_exit_status(process_pb2.Exit(exit_code=3)) == 3
+    assert process_exit_status(process_pb2.Exit(signal="SIGTERM", signal_number=15)) == 143
     assert capsys.readouterr().err == ""
-    assert exit_status(process_pb2.Exit(signal="SIGKILL", signal_number=9, oom_killed=True)) == 137
+    assert process_exit_status(process_pb2.Exit(signal="SIGKILL", signal_number=9, oom_killed=True)) == 137
     assert "no memory left" in capsys.readouterr().err
 
 
@@ -159,13 +160,13 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_addresses(given: str, meant: str) -> None:
-    options.begin(options.Options(address=given))
+    options.set_current(options.Options(address=given))
     assert connect.address() == meant
 
 
 @pytest.mark.parametrize("given", ["unix:relative", "unix:", "host", "host:", ":80", "host:http", "host:70000"])
 def test_wrong_addresses(given: str) -> None:
-    options.begin(options.Options(address=given))
+    options.set_current(options.Options(address=given))
     with pytest.raises(CliError) as caught:
         connect.address()
     assert caught.value.status == 2
@@ -285,17 +286,17 @@ def test_wrong_ports(word: str) -> None:
 
 
 def test_places() -> None:
-    assert Place.of(f"{ID}:/a:b") == Place(ID, "/a:b")
-    assert Place.of(f"{ID}:") == Place(ID, "")
+    assert Location.parse(f"{ID}:/a:b") == Location(ID, "/a:b")
+    assert Location.parse(f"{ID}:") == Location(ID, "")
     for here in ("/a", "a:b", "sbx-short:/a", "-", f"./{ID}:x"):
-        assert Place.of(here) == Place("", here)
+        assert Location.parse(here) == Location("", here)
 
 
 @pytest.mark.parametrize(
     ("path", "name"), [("/a/b", b"b"), ("b/", b"b"), (".", b""), ("a/.", b""), ("..", b""), ("/", b""), ("a/..", b"")]
 )
 def test_own_names(path: str, name: bytes) -> None:
-    assert own_name(path) == name
+    assert copy_name(path) == name
 
 
 def test_escaped_words_are_what_printf_makes_of_them() -> None:
@@ -353,7 +354,7 @@ def test_doctor_for_people_has_a_line_for_each_check_and_no_colours(tmp_path: Pa
 def test_what_the_settings_ask_for_decides_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from agent.cli.commands import host_checks as checks_module
 
-    monkeypatch.setattr(checks_module, "_opens", lambda device: "No such file or directory")
+    monkeypatch.setattr(checks_module, "_open_error", lambda device: "No such file or directory")
     monkeypatch.setattr("agent.daemon.vmm.qemu.vsock_backend.shutil.which", lambda *args, **kwargs: None)
 
     def status(name: str, **vmm: Any) -> Status:

@@ -15,10 +15,11 @@ import pytest
 
 from agent.cli.errors import CliError
 from agent.cli.transfer.download import download
-from agent.cli.transfer.guest_files import Entry, GuestFiles, Kind
+from agent.cli.transfer.entry import Entry, Kind, local_entry
+from agent.cli.transfer.guest_files import GuestFiles
 from agent.cli.transfer.host_tree import HostTree, names_below
 from agent.cli.transfer.progress import Pool, Transfer
-from agent.cli.transfer.upload import local_entry, upload
+from agent.cli.transfer.upload import upload
 from agent.common.api_client import api_over
 from sandboxd.v1 import file_pb2 as pb
 from sandboxd.v1 import file_pb2_grpc
@@ -132,7 +133,7 @@ async def test_a_link_that_was_in_the_target_is_not_followed(
 ) -> None:
     (place / "target" / "src").symlink_to(place / "outside")
     service.listing = [info("/src/x")]
-    with pytest.raises(CliError, match="not a folder here"):
+    with pytest.raises(CliError, match="not a directory here"):
         await download(files, Transfer(), b"/src", str(place / "target"), follow=False)
     assert list((place / "outside").iterdir()) == []
 
@@ -155,14 +156,14 @@ async def test_folders_that_may_not_be_written_are_filled_all_the_same(
     made = place / "target" / "src" / "d"
     assert (stat.S_IMODE(made.stat().st_mode), made.stat().st_mtime) == (0o555, 1)
     assert (made / "x").read_bytes() == b"evil"
-    assert (transfer.files, transfer.folders, transfer.bytes) == (1, 2, 4)
+    assert (transfer.files, transfer.directories, transfer.bytes) == (1, 2, 4)
 
 
 async def test_devices_are_left_out_and_named(files: GuestFiles, service: HostileFiles, place: Path) -> None:
     service.listing = [info("/src/\x1bdev", OTHER), info("/src/x")]
     transfer = Transfer()
     await download(files, transfer, b"/src", str(place / "target"), follow=False)
-    assert transfer.left_out == ["/src/\ufffddev"]
+    assert transfer.skipped == ["/src/\ufffddev"]
     assert service.read_paths == ["/src/x"]
 
 
@@ -184,10 +185,10 @@ async def test_where_a_file_goes(files: GuestFiles, service: HostileFiles, place
         await download(files, Transfer(), b"/src/f", f"{place}/{target}", follow=False)
         assert (place / copy).read_bytes() == b"evil"
     for target in ("nowhere/f", "target/none/"):
-        with pytest.raises(CliError, match="no such folder"):
+        with pytest.raises(CliError, match="no such directory"):
             await download(files, Transfer(), b"/src/f", f"{place}/{target}", follow=False)
     service.root = info("/src", FOLDER)
-    with pytest.raises(CliError, match="not a folder"):
+    with pytest.raises(CliError, match="not a directory"):
         await download(files, Transfer(), b"/src", f"{place}/target/f", follow=False)
 
 
@@ -232,7 +233,7 @@ def test_a_tree_replaces_what_is_no_regular_file_without_opening_it(place: Path)
     with tree.new_file((b"pipe",)) as fd:
         os.write(fd, b"x")
     assert (place / "target" / "pipe").read_bytes() == b"x"
-    tree.make_folder((b"d",))
+    tree.make_directory((b"d",))
     with pytest.raises(IsADirectoryError), tree.new_file((b"d",)):
         pass
     with pytest.raises(IsADirectoryError):
@@ -242,11 +243,11 @@ def test_a_tree_replaces_what_is_no_regular_file_without_opening_it(place: Path)
 def test_a_tree_makes_a_folder_once_and_leaves_no_descriptor(place: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     tree = HostTree(str(place / "target"))
-    assert tree.make_folder((b"d",)) is True
-    assert tree.make_folder((b"d",)) is False
+    assert tree.make_directory((b"d",)) is True
+    assert tree.make_directory((b"d",)) is False
     tree.make_link((b"l",), b"d", 0)
     with pytest.raises(CliError):
-        tree.make_folder((b"l", b"x"))
+        tree.make_directory((b"l", b"x"))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -255,7 +256,7 @@ def test_local_entries(place: Path) -> None:
     entry = local_entry(os.fsencode(place / "target" / "l"), follow=False)
     assert (entry.kind, entry.target) == (Kind.LINK, b"\xff")
     assert isinstance(entry, Entry)
-    assert local_entry(os.fsencode(place), follow=False).kind is Kind.FOLDER
+    assert local_entry(os.fsencode(place), follow=False).kind is Kind.DIRECTORY
 
 
 async def test_the_first_error_of_a_pool_is_raised_as_itself() -> None:

@@ -30,7 +30,7 @@ def test_secrets_come_from_the_environment_never_from_words(monkeypatch: pytest.
     found = network_options.secrets(["KEY=a.example,*.b.example+in-body+keep-shape"])["KEY"]
     assert (found.value, list(found.hosts)) == ("the value", ["a.example", "*.b.example"])
     assert (found.in_body, found.keep_shape, found.allow_reflection) == (True, True, False)
-    with pytest.raises(CliError, match="NOBODYS is not set"):
+    with pytest.raises(CliError, match="set the environment variable NOBODYS"):
         network_options.secrets(["NOBODYS=a.example"])
     for wrong in ("KEY", "KEY=", "=a.example", "KEY=a.example+all"):
         with pytest.raises(typer.BadParameter):

@@ -1,4 +1,4 @@
-"""The user's terminal: raw while a remote one is shown on it, and as it was afterwards, however that ended."""
+"""The user's terminal: its size and type, and raw mode that is undone however the command ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 
 def size() -> tuple[int, int]:
-    """Returns (rows, columns) of the terminal that is on stdin, stdout or stderr; (0, 0) where there is none."""
+    """Return (rows, columns) of the terminal on stdin, stdout or stderr, or (0, 0) without one."""
     for stream in (0, 1, 2):
         with contextlib.suppress(OSError):
             found = os.get_terminal_size(stream)
@@ -22,13 +22,13 @@ def size() -> tuple[int, int]:
     return 0, 0
 
 
-def name() -> str:
-    """Returns TERM, or "" for the remote side's default."""
+def term_type() -> str:
+    """Return $TERM, or "" for the guest's default."""
     return os.environ.get("TERM", "")[:64]
 
 
-def is_terminal() -> bool:
-    """Whether stdin is a terminal."""
+def stdin_is_tty() -> bool:
+    """Return whether stdin is a terminal."""
     try:
         return os.isatty(sys.stdin.fileno())
     except (OSError, ValueError, AttributeError):
@@ -36,33 +36,32 @@ def is_terminal() -> bool:
 
 
 @contextmanager
-def raw(on_resize: Callable[[], None], *, keys: bool) -> Iterator[None]:
-    """Inside the context, `on_resize` is called when the terminal's size changes, and with `keys` stdin passes every
-    key on, Ctrl-C included, if it is a terminal.
+def raw_mode(on_resize: Callable[[], None], *, raw_stdin: bool) -> Iterator[None]:
+    """Call `on_resize` when the terminal's size changes; with `raw_stdin` put the terminal on stdin into raw mode.
 
-    SIGCONT makes the terminal raw again: a shell that takes a
-    stopped job back has changed it.
+    In raw mode every key reaches stdin, Ctrl-C included. SIGCONT enters raw mode again, since a shell resets the
+    terminal when it continues a stopped job.
     """
     loop = asyncio.get_running_loop()
-    fd = sys.stdin.fileno() if keys and is_terminal() else -1
+    fd = sys.stdin.fileno() if raw_stdin and stdin_is_tty() else -1
     before = termios.tcgetattr(fd) if fd >= 0 else None
 
     def enter() -> None:
         if before is not None:
             tty.setraw(fd, termios.TCSADRAIN)
 
-    def resume() -> None:
+    def on_continue() -> None:
         enter()
         on_resize()
 
     try:
         enter()
         loop.add_signal_handler(signal.SIGWINCH, on_resize)
-        loop.add_signal_handler(signal.SIGCONT, resume)
+        loop.add_signal_handler(signal.SIGCONT, on_continue)
         yield
     finally:
         loop.remove_signal_handler(signal.SIGWINCH)
         loop.remove_signal_handler(signal.SIGCONT)
         if before is not None:
-            with contextlib.suppress(termios.error):  # it has hung up
+            with contextlib.suppress(termios.error):  # the terminal has hung up
                 termios.tcsetattr(fd, termios.TCSADRAIN, before)
