@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 
 from agent.cli.errors import CliError
 from agent.cli.transfer.download import download
-from agent.cli.transfer.entry import Entry, Kind, local_entry
+from agent.cli.transfer.entry import Entry, Kind, copy_name, local_entry
 from agent.cli.transfer.guest_files import GuestFiles
+from agent.cli.transfer.guest_shell import escaped
 from agent.cli.transfer.host_tree import HostTree, names_below
 from agent.cli.transfer.progress import Pool, Transfer
 from agent.cli.transfer.upload import upload
@@ -270,3 +272,16 @@ async def test_the_first_error_of_a_pool_is_raised_as_itself() -> None:
 
     with pytest.raises(CliError, match="first"):
         await fill()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("/a/b", b"b"), ("b/", b"b"), (".", b""), ("a/.", b""), ("..", b""), ("/", b""), ("a/..", b"")]
+)
+def test_own_names(path: str, name: bytes) -> None:
+    assert copy_name(path) == name
+
+
+def test_escaped_words_are_what_printf_makes_of_them() -> None:
+    word = bytes(range(1, 256)) + b"\n\n"
+    done = subprocess.run(["sh", "-c", 'printf %b "$1"', "sh", escaped(word)], capture_output=True, check=True)
+    assert done.stdout == word
