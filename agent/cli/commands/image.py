@@ -18,7 +18,7 @@ from agent.common.errors import AgentError
 if TYPE_CHECKING:
     from sandboxd.v1.node_pb2 import Image
 
-_Name = Annotated[str, typer.Argument(metavar="NAME")]
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="Image name.")]
 
 
 async def ls() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 async def logs(
-    id: Annotated[str, typer.Argument(metavar="ID")],
+    id: Annotated[str, typer.Argument(metavar="ID", help="Sandbox id.")],
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print new output until the sandbox is deleted.")
     ] = False,
@@ -47,7 +47,9 @@ async def logs(
 
 
 async def events(
-    id: Annotated[str, typer.Argument(metavar="[ID]", show_default=False)] = "",
+    id: Annotated[
+        str, typer.Argument(metavar="[ID]", help="Sandbox id. Default: all sandboxes.", show_default=False)
+    ] = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new events until Ctrl-C.")] = False,
     label: Annotated[
         list[str] | None,

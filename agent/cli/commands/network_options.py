@@ -29,8 +29,8 @@ Secrets = Annotated[
     list[str] | None,
     typer.Option(
         "--secret", metavar="NAME=HOST[,HOST...]",
-        help="Send the value of this command's environment variable NAME to these hosts only. "
-        "Append +in-body, +keep-shape or +allow-reflection. Repeatable.",
+        help="Put the secret NAME into requests to these hosts only. Its value is that of this command's environment "
+        "variable NAME. Append +in-body, +keep-shape or +allow-reflection. Repeatable.",
     ),
 ]  # fmt: skip
 _FLAGS = {"in-body": "in_body", "keep-shape": "keep_shape", "allow-reflection": "allow_reflection"}

@@ -24,7 +24,7 @@ def parse_ports(word: str) -> tuple[int, int]:
 
 
 async def port_forward(
-    id: Annotated[str, typer.Argument(metavar="ID")],
+    id: Annotated[str, typer.Argument(metavar="ID", help="Sandbox id.")],
     ports: Annotated[str, typer.Argument(metavar="[LOCAL:]REMOTE", help="Ports. LOCAL empty or 0: any free port.")],
     bind: Annotated[str, typer.Option(metavar="ADDRESS", help="Local address to listen on.")] = "127.0.0.1",
     host: Annotated[str, typer.Option(metavar="HOST", help="Address inside the sandbox to connect to.")] = "127.0.0.1",

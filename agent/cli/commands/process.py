@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 # Exit statuses of shells for a program that cannot be run (POSIX, Shell Command Language, 2.8.2).
 _SHELL_STATUS = {"EXEC_NOT_FOUND": 127, "EXEC_NOT_EXECUTABLE": 126}
-_SandboxId = Annotated[str, typer.Argument(metavar="ID")]
+_SandboxId = Annotated[str, typer.Argument(metavar="ID", help="Sandbox id.")]
 _ProcessId = Annotated[int, typer.Argument(metavar="PROCESS", help="Process id, as `ps` or `exec -d` prints it.")]
 
 
 async def exec_(
     id: _SandboxId,
-    argv: Annotated[list[str], typer.Argument(metavar="[--] PROGRAM [ARG]...")],
+    argv: Annotated[list[str], typer.Argument(metavar="[--] PROGRAM [ARG]...", help="Program and its arguments.")],
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="Send standard input to the program.")
     ] = False,

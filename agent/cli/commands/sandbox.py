@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _PAGE_SIZE = 500
 _CONCURRENT_DELETES = 8
-SandboxId = Annotated[str, typer.Argument(metavar="ID")]
+SandboxId = Annotated[str, typer.Argument(metavar="ID", help="Sandbox id.")]
 Labels = Annotated[
     list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="Set a label; repeatable.")
 ]
@@ -114,7 +114,7 @@ async def delete_sandbox(api: Api, sandbox_id: str) -> None:
 
 
 async def rm(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", show_default=False)] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Sandbox ids.", show_default=False)] = None,
     all: Annotated[bool, typer.Option("--all", help="Delete every sandbox of the node.")] = False,
     label: LabelFilter = None,
 ) -> int:

@@ -54,7 +54,9 @@ async def prepare(
     output.print_result(output.to_json(template), template.name)
 
 
-async def rm(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+async def rm(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Template name, as `template ls` prints it.")],
+) -> None:
     """Delete a template that no sandbox uses."""
     from sandboxd.v1 import node_pb2
 

@@ -80,7 +80,9 @@ def _row(token: Token) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-async def revoke(token_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+async def revoke(
+    token_id: Annotated[str, typer.Argument(metavar="ID", help="Token id, as `token ls` prints it.")],
+) -> None:
     """Revoke a token.
 
     The gateway rejects it for new connections; open ones stay.

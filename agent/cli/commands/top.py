@@ -39,7 +39,10 @@ Samples = dict[str, _Sample]
 
 
 async def top(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", show_default=False)] = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID]...", help="Sandbox ids. Default: all running ones.", show_default=False),
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print one table and exit.")] = False,
     interval: Annotated[
         float,
