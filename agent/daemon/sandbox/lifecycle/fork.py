@@ -158,7 +158,8 @@ class Forker:
 
         async def make() -> Machine:
             ready.set()
-            await run_to_completion(asyncio.shield(fork.frozen))  # even if cancelled: the freeze writes files of this child
+            # Even if cancelled: the freeze writes files of this child.
+            await run_to_completion(asyncio.shield(fork.frozen))
             machine = await snapshot.restore(self._host, child, fork.image, fork.directory)
             try:
                 with step("token"):

@@ -309,7 +309,8 @@ async def test_a_delete_while_a_failed_create_is_removed_removes_nothing_twice(
 ) -> None:
     events = node.sandboxes.watch(lambda _: True)
     await anext(events)
-    removing, go_on, released = asyncio.Event(), asyncio.Event(), []
+    removing, go_on = asyncio.Event(), asyncio.Event()
+    released: list[str] = []
 
     async def release(sandbox_id: str) -> None:
         removing.set()
