@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
@@ -216,3 +218,39 @@ def test_pins_are_held_and_forgotten() -> None:
     assert len(pins) == 3  # the oldest went
     assert pins.names(two) == ("c", "b")
     assert not pins.has("a", one)
+
+
+def test_no_code_is_loaded_after_privileges_are_dropped() -> None:
+    """The user of the egress process may not be able to read the code: the clone may lie in /root."""
+    script = """
+import asyncio, socket, sys
+import dns.message, dns.rdatatype
+from agent.common.ca import LocalCa
+from agent.egress import __main__ as egress
+from agent.egress.dns.resolver import Resolver
+from agent.common.policy.hosts import normalise
+
+async def look_up():
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", 0))
+    sock.setblocking(False)
+    resolver = Resolver([f"127.0.0.1:{sock.getsockname()[1]}"])
+    asking = asyncio.create_task(resolver.query("a.example", dns.rdatatype.TXT))
+    data, peer = await asyncio.get_running_loop().sock_recvfrom(sock, 4096)
+    answer = dns.message.make_response(dns.message.from_wire(data))
+    answer.answer.append(dns.rrset.from_text("a.example.", 60, "IN", "TXT", "x"))
+    sock.sendto(answer.to_wire(), peer)
+    records, _ = await asking
+    assert [str(record) for record in records] == ['"x"'], records
+    await resolver.aclose()
+
+asyncio.run(asyncio.sleep(0))
+egress._load_all()
+loaded = set(sys.modules)
+asyncio.run(look_up())
+LocalCa.generate("x").context("a.example", ("h2",))
+normalise("bücher.example")
+print(sorted(set(sys.modules) - loaded))
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
