@@ -145,13 +145,13 @@ class Mover:
             for direction in carried.directions:
                 if not direction.done:
                     self._move(direction)
-        except OSError:
+            if not all(direction.done for direction in carried.directions):
+                self._watch(carried)
+                return
+        except OSError:  # the pair's own, or no descriptors, pipe buffers or epoll watches are left: others go on
             self._finish(carried, reset)
             return
-        if all(direction.done for direction in carried.directions):
-            self._finish(carried, socket.socket.close)
-            return
-        self._watch(carried)
+        self._finish(carried, socket.socket.close)
 
     def _move(self, direction: _Direction) -> None:
         """Moves what there is. Leaves a pipe with the direction only if the target does not take all."""
@@ -202,7 +202,7 @@ class Mover:
             elif not direction.ended:
                 wanted[direction.source.fileno()] |= select.EPOLLIN
         for number, events in wanted.items():
-            before, self._interest[number] = self._interest[number], events
+            before = self._interest[number]
             if before == events:
                 continue
             if before == 0:
@@ -211,6 +211,7 @@ class Mover:
                 self._poll.modify(number, events)
             else:  # what has ended both ways would be reported for as long as it is registered
                 self._poll.unregister(number)
+            self._interest[number] = events  # last: `_finish` unregisters what is registered
 
     def _finish(self, carried: Carried, close: Callable[[socket.socket], None]) -> None:
         for number in carried.numbers:

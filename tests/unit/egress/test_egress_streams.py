@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import select
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -119,6 +121,44 @@ async def test_idle_connections_hold_no_pipes(mover: Mover) -> None:
     for one, two in ends:
         one[0].close()
         two[1].close()
+
+
+class FullEpoll:
+    """An epoll that is out of watches or memory (epoll_ctl(2), ENOSPC) at the given registrations, from 0."""
+
+    def __init__(self, inner: select.epoll, full_at: set[int]) -> None:
+        self._inner = inner
+        self._full_at = full_at
+        self._count = -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def register(self, number: int, events: int) -> None:
+        self._count += 1
+        if self._count in self._full_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._inner.register(number, events)
+
+
+@pytest.mark.parametrize("full_at", [0, 1])
+async def test_a_pair_that_cannot_be_watched_is_reset_and_others_go_on(mover: Mover, full_at: int) -> None:
+    loop = asyncio.get_running_loop()
+    mover._poll = FullEpoll(mover._poll, {full_at})  # type: ignore[assignment]
+    (a, b), (c, d) = pair(), pair()
+    (e, f), (g, h) = pair(), pair()
+    async with asyncio.timeout(5):
+        await mover.carry(b, c).done
+        for sock in (a, d):
+            with pytest.raises(ConnectionResetError):
+                await loop.sock_recv(sock, 10)
+        carried = mover.carry(f, g)
+        await loop.sock_sendall(e, b"hello")
+        assert await loop.sock_recv(h, 10) == b"hello"
+        carried.abort()
+        await carried.done
+    for sock in (a, d, e, h):
+        sock.close()
 
 
 # -- the control link --------------------------------------------------------------------------------------------------
