@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _LENGTH_BYTES = 4
@@ -39,6 +39,7 @@ class Link:
         self._sending = asyncio.Lock()
         self._buffer = bytearray()
         self._fds: list[int] = []
+        self._waiting: dict[asyncio.Future[None], Callable[[int], object]] = {}  # with what removes its registration
 
     async def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Sends a message and copies of `fds`. :raises LinkClosed:"""
@@ -46,14 +47,13 @@ class Link:
         data = memoryview(len(body).to_bytes(_LENGTH_BYTES, "big") + body)
         async with self._sending:
             try:
-                while fds:
+                while data:
                     try:
-                        sent = socket.send_fds(self._sock, [data[:_CHUNK_BYTES]], fds)
+                        sent = socket.send_fds(self._sock, [data[:_CHUNK_BYTES]], fds) if fds else self._sock.send(data)
                     except BlockingIOError:
                         await self._ready(self._loop.add_writer, self._loop.remove_writer)
                         continue
                     data, fds = data[sent:], ()
-                await self._loop.sock_sendall(self._sock, data)
             except OSError as error:
                 raise LinkClosed(f"the link is gone: {error}") from error
 
@@ -100,10 +100,12 @@ class Link:
                 ready.set_result(None)
 
         add(number, wake)
+        self._waiting[ready] = remove
         try:
             await ready
         finally:
-            remove(number)
+            if self._waiting.pop(ready, None) is not None:
+                remove(number)
 
     def hang_up(self) -> None:
         """Ends the link for whoever sends or receives here, too. Idempotent."""
@@ -111,7 +113,13 @@ class Link:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Closes the link; the other side sees LinkClosed. Idempotent."""
+        """Close the link: the other side, and tasks that send or receive here, see LinkClosed. Idempotent."""
+        # The number may be another socket's as soon as this one is closed.
+        while self._waiting:
+            ready, remove = self._waiting.popitem()
+            remove(self._sock.fileno())
+            if not ready.done():
+                ready.set_exception(LinkClosed("this end closed the link"))
         close_all(self._fds)
         self._fds = []
         self._sock.close()

@@ -189,6 +189,26 @@ async def test_messages_and_descriptors_arrive_together() -> None:
         os.close(fd)
 
 
+@pytest.mark.parametrize("direction", ["receive", "send"])
+async def test_a_link_that_is_closed_ends_the_wait_of_another_task(direction: str) -> None:
+    loop = asyncio.get_running_loop()
+    one, other, raw = links()
+    number = raw.fileno()
+    waiting: asyncio.Task[Any] = asyncio.create_task(
+        one.receive() if direction == "receive" else one.send({"text": "x" * 2_000_000})
+    )
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    one.close()
+    async with asyncio.timeout(5):
+        with pytest.raises(LinkClosed):
+            await waiting
+    # The next socket of this number must not find registrations of the old one.
+    assert not loop.remove_reader(number)
+    assert not loop.remove_writer(number)
+    other.close()
+
+
 @pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\0\0\0\2[]", b"\0\0\0\3{x}"])
 async def test_nonsense_ends_the_link(data: bytes) -> None:
     one, other, raw = links()
