@@ -25,12 +25,12 @@ from agent.egress.dns.resolver import Resolver, load_all, system_resolvers
 from agent.egress.dns.server import DnsServer
 from agent.egress.http.intercept import Interceptor
 from agent.egress.launch import arguments_of, identity_of
-from agent.egress.notes import LoopNotes, note
 from agent.egress.sandbox_state import Sandbox
+from agent.egress.stderr_log import LoopNotes, note
 from agent.egress.tcp.connection import Means
-from agent.egress.tcp.dial import dial
 from agent.egress.tcp.proxy import TcpProxy
-from agent.egress.tcp.splice import Mover
+from agent.egress.transport.dial import dial
+from agent.egress.transport.splice import Mover
 
 
 def _arguments() -> argparse.Namespace:

@@ -19,9 +19,9 @@ from agent.common.policy.policy import Policy
 from agent.common.policy.secret import Secret
 from agent.egress.control_protocol import SOCKETS, Link, LinkClosed, close_all
 from agent.egress.dns.server import DnsServer
-from agent.egress.notes import note_accept_failure
 from agent.egress.report import Reporter
 from agent.egress.sandbox_state import Sandbox
+from agent.egress.stderr_log import note_accept_failure
 from agent.egress.tcp.proxy import TcpProxy
 
 _REPORT_EVERY_S = 0.25

@@ -9,7 +9,7 @@ from agent.common.ca import LocalCa
 from agent.common.policy.policy import Policy
 from agent.common.policy.reasons import Reason
 from agent.common.policy.secret import Secret
-from agent.egress.dns.pins import Pins
+from agent.egress.dns_pins import Pins
 from agent.egress.report import Reporter
 
 

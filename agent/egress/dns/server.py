@@ -19,8 +19,8 @@ from agent.common.policy.reasons import Reason
 from agent.egress.dns import dns_answers
 from agent.egress.dns.dns_answers import Malformed, Question
 from agent.egress.dns.resolver import BlockedAnswer, ResolveError, Resolver
-from agent.egress.notes import note_accept_failure
 from agent.egress.sandbox_state import Sandbox
+from agent.egress.stderr_log import note_accept_failure
 
 _MAX_IN_FLIGHT = 256  # of one sandbox; what comes beyond that is dropped, and asked again by whoever needs it
 _MAX_CONNECTIONS = 32

@@ -16,7 +16,7 @@ import h2.settings
 from hyperframe.frame import GoAwayFrame
 
 from agent.egress.http.secret_injection import Headers
-from agent.egress.tcp.byte_streams import Stream
+from agent.egress.transport.byte_streams import Stream
 
 MAX_HEADER_LIST_BYTES = 64 << 10
 _MAX_STREAMS = 100

@@ -19,9 +19,9 @@ from agent.egress.http.request_policy import Admitted, Gate, answer_for, unreach
 from agent.egress.http.secret_injection import Headers
 from agent.egress.http.stream_replacer import Replacer
 from agent.egress.sandbox_state import Denied
-from agent.egress.tcp import byte_streams
-from agent.egress.tcp.byte_streams import Stream
-from agent.egress.tcp.dial import DialError
+from agent.egress.transport import byte_streams
+from agent.egress.transport.byte_streams import Stream
+from agent.egress.transport.dial import DialError
 
 MAX_HEAD_BYTES = 64 << 10
 _HEAD_TIMEOUT_S = 15.0  # from a request's first byte to the end of its headers

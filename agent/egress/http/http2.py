@@ -25,8 +25,8 @@ from agent.egress.http.request_policy import Gate, answer_for, unreachable
 from agent.egress.http.secret_injection import Headers
 from agent.egress.http.stream_replacer import Replacer
 from agent.egress.sandbox_state import Denied
-from agent.egress.tcp.byte_streams import Stream
-from agent.egress.tcp.dial import DialError
+from agent.egress.transport.byte_streams import Stream
+from agent.egress.transport.dial import DialError
 
 _IDLE_TIMEOUT_S = 900.0
 

@@ -21,9 +21,9 @@ from agent.egress.http.http1 import Http1Relay
 from agent.egress.http.http2 import Http2Relay
 from agent.egress.http.request_policy import Gate, answer_for, unreachable
 from agent.egress.sandbox_state import Denied, Sandbox
-from agent.egress.tcp.byte_streams import Stream, TlsStream, handshake
-from agent.egress.tcp.dial import DialError
-from agent.egress.tcp.sockets import no_delay
+from agent.egress.transport.byte_streams import Stream, TlsStream, handshake
+from agent.egress.transport.dial import DialError
+from agent.egress.transport.sockets import no_delay
 
 _H2, _HTTP1 = "h2", "http/1.1"
 _SPOKEN = (_H2, _HTTP1)
@@ -33,7 +33,7 @@ Dial = Callable[[Policy, Sequence[Address], int], Awaitable[socket.socket]]
 class Interceptor:
     """Serves opened connections of all sandboxes.
 
-    :param dial: as `agent.egress.tcp.dial.dial`.
+    :param dial: as `agent.egress.transport.dial.dial`.
     :param upstream_ca_file: certificates (PEM) that servers are verified with, besides the host's.
     """
 

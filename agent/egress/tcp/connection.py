@@ -17,10 +17,10 @@ from agent.egress.http.request_policy import Gate, Target
 from agent.egress.sandbox_state import Denied, Sandbox
 from agent.egress.tcp import peek, sniff
 from agent.egress.tcp.authorization import Grounds, Judge
-from agent.egress.tcp.dial import DialError, dial
 from agent.egress.tcp.sniff import Kind
-from agent.egress.tcp.sockets import readable, reset
-from agent.egress.tcp.splice import Carried, Mover
+from agent.egress.transport.dial import DialError, dial
+from agent.egress.transport.sockets import readable, reset
+from agent.egress.transport.splice import Carried, Mover
 
 SERVER_FIRST_S = 0.3  # a client that has said nothing for so long waits for its server
 HELLO_TIMEOUT_S = 15.0

@@ -7,7 +7,7 @@ import socket
 
 from agent.egress.tcp import sniff
 from agent.egress.tcp.sniff import Hello, Kind
-from agent.egress.tcp.sockets import readable
+from agent.egress.transport.sockets import readable
 
 _ESTABLISHED = 1  # linux/tcp_states.h
 

@@ -14,10 +14,10 @@ from ipaddress import ip_address
 from agent.common.accepting import Acceptor
 from agent.common.policy.addresses import Address
 from agent.common.policy.reasons import Reason
-from agent.egress.notes import note_accept_failure
 from agent.egress.sandbox_state import Sandbox
+from agent.egress.stderr_log import note_accept_failure
 from agent.egress.tcp.connection import Means, TcpConnection
-from agent.egress.tcp.sockets import no_delay, reset
+from agent.egress.transport.sockets import no_delay, reset
 
 
 class TcpProxy:

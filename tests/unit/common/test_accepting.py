@@ -20,9 +20,9 @@ from agent.daemon.rpc.auth.peercred import PeerSocket
 from agent.egress.control import Control
 from agent.egress.control_protocol import Link
 from agent.egress.dns.server import DnsServer
-from agent.egress.notes import LoopNotes
 from agent.egress.report import Reporter
 from agent.egress.sandbox_state import Sandbox
+from agent.egress.stderr_log import LoopNotes
 from agent.egress.tcp.proxy import TcpProxy
 
 

@@ -21,9 +21,9 @@ import pytest
 from agent.common.policy.policy import Policy
 from agent.common.policy.rules import parse_rules
 from agent.egress.dns import dns_answers
-from agent.egress.dns.pins import Pins
 from agent.egress.dns.resolver import BlockedAnswer, ResolveError, Resolver
 from agent.egress.dns.server import DnsServer
+from agent.egress.dns_pins import Pins
 from agent.egress.report import Reporter
 from agent.egress.sandbox_state import Sandbox
 

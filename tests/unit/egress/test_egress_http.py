@@ -24,8 +24,8 @@ from agent.egress.http.http2 import Http2Relay
 from agent.egress.http.request_policy import Gate, Target
 from agent.egress.report import Reporter
 from agent.egress.sandbox_state import Sandbox
-from agent.egress.tcp.byte_streams import Stream
-from agent.egress.tcp.dial import DialError
+from agent.egress.transport.byte_streams import Stream
+from agent.egress.transport.dial import DialError
 
 HOST = "a.example"
 VALUE, MARK = "the-real-value-0123456789", "sbx_secret_ABCDEFGHIJKLMNO"

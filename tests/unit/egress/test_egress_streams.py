@@ -18,10 +18,10 @@ from agent.common.policy.reasons import Reason
 from agent.common.policy.rules import parse_rules
 from agent.egress.control import Control
 from agent.egress.control_protocol import MAX_MESSAGE_BYTES, Link, LinkClosed
-from agent.egress.notes import LoopNotes
 from agent.egress.report import MAX_DENIALS, Reporter
 from agent.egress.sandbox_state import Sandbox
-from agent.egress.tcp.splice import Mover
+from agent.egress.stderr_log import LoopNotes
+from agent.egress.transport.splice import Mover
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

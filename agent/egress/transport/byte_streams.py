@@ -11,7 +11,7 @@ import socket
 import ssl
 from collections.abc import Sequence
 
-from agent.egress.tcp.sockets import readable, reset, writable
+from agent.egress.transport.sockets import readable, reset, writable
 
 READ_BYTES = 256 << 10
 # One for all streams: it is filled and copied from without a pause in between.

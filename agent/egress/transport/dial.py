@@ -12,7 +12,7 @@ from itertools import zip_longest
 from agent.common.policy.addresses import Address
 from agent.common.policy.policy import Policy
 from agent.common.policy.reasons import Reason
-from agent.egress.tcp.sockets import no_delay, writable
+from agent.egress.transport.sockets import no_delay, writable
 
 _STAGGER_S = 0.25  # RFC 8305, 5
 _MAX_ATTEMPTS = 8

@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from agent.egress.tcp.sockets import reset
+from agent.egress.transport.sockets import reset
 
 _PIPE_BYTES = 1 << 20
 _MAX_IDLE_PIPES = 8
