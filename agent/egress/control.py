@@ -17,7 +17,7 @@ from agent.common.ca import LocalCa
 from agent.common.errors import AgentError
 from agent.common.policy.policy import Policy
 from agent.common.policy.secret import Secret
-from agent.egress.control_protocol import SOCKETS, Link, LinkClosed, close_all
+from agent.egress.control_protocol import SOCKETS, ControlLink, LinkClosed, close_all
 from agent.egress.dns.server import DnsServer
 from agent.egress.report import Reporter
 from agent.egress.sandbox_state import Sandbox
@@ -64,7 +64,7 @@ class Control:
         self._served: dict[str, Served] = {}
         self._supervisor = supervisor
         self._reporter = Reporter()
-        self._link: Link | None = None
+        self._link: ControlLink | None = None
         self._serving: set[asyncio.Task[None]] = set()
         self._done = asyncio.Event()
 
@@ -87,12 +87,12 @@ class Control:
             return
         if self._link is not None:
             self._link.hang_up()  # its task, which waits for its descriptor, closes it
-        self._link = Link(sock)
+        self._link = ControlLink(sock)
         task = asyncio.create_task(self._serve(self._link))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
 
-    async def _serve(self, link: Link) -> None:
+    async def _serve(self, link: ControlLink) -> None:
         try:
             while True:
                 message, fds = await link.receive()

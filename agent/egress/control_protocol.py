@@ -29,7 +29,7 @@ class LinkClosed(ConnectionError):
     """The other side is gone, or spoke nonsense."""
 
 
-class Link:
+class ControlLink:
     """One end. One task may receive and any number send."""
 
     def __init__(self, sock: socket.socket) -> None:

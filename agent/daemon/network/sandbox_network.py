@@ -22,8 +22,8 @@ from agent.common.policy.reasons import Reason
 from agent.common.policy.rules import parse_rules
 from agent.common.policy.secret import Secret
 from agent.common.telemetry import EGRESS_DENIALS, log, step
-from agent.daemon.network.egress.client import EgressProcess, identity_of
-from agent.daemon.network.egress.supervisor import EgressFiles, KeptByOthers, Own, Peer
+from agent.daemon.network.egress.client import EgressClient, order_digest
+from agent.daemon.network.egress.supervisor import EgressFiles, EgressProcess, ExternalEgress, ManagedEgress
 from agent.daemon.network.kernel import namespaces
 from agent.daemon.network.kernel.network import Networks
 from agent.daemon.sandbox.state.events import Denial
@@ -69,10 +69,12 @@ class SandboxNetwork:
         self._networks = Networks(settings.egress, paths.uplink_marker)
         self._vault = vault
         egress = settings.egress
-        peer: Peer = (
-            KeptByOthers(egress, Path(egress.control)) if egress.control else Own(egress, EgressFiles(paths.run_dir))
+        process: EgressProcess = (
+            ExternalEgress(egress, Path(egress.control))
+            if egress.control
+            else ManagedEgress(egress, EgressFiles(paths.run_dir))
         )
-        self._egress = EgressProcess(peer, self._on_report, self._hand_over_all, supervisor)
+        self._egress = EgressClient(process, self._on_report, self._hand_over_all, supervisor)
         self._present: dict[str, Record] = {}
         self._on_denial = on_denial
 
@@ -223,7 +225,7 @@ class SandboxNetwork:
         if held.ca is not None:
             ca = {"certificate_pem": held.ca.certificate_pem, "key_pem": held.ca.key_pem}
         order: dict[str, Any] = {"policy": policy.to_json(), "secrets": secrets, "ca": ca}
-        return {"sandbox": record.id, "digest": identity_of(order), **order}
+        return {"sandbox": record.id, "digest": order_digest(order), **order}
 
     async def _assign(self, record: Record, policy: Policy, sockets: Iterable[Any]) -> None:
         order = await self._order(record, policy)

@@ -18,7 +18,7 @@ from agent.common.background import Supervisor
 from agent.common.policy.policy import Policy
 from agent.daemon.rpc.auth.peercred import PeerSocket
 from agent.egress.control import Control
-from agent.egress.control_protocol import Link
+from agent.egress.control_protocol import ControlLink
 from agent.egress.dns.server import DnsServer
 from agent.egress.report import Reporter
 from agent.egress.sandbox_state import Sandbox
@@ -133,7 +133,7 @@ async def test_the_control_socket(listener: Exhausted) -> None:
 
     control = Control(servers, {"settings": "x"}, os.getuid(), Supervisor(LoopNotes()))
     running = asyncio.create_task(control.run(listener))
-    link = Link(connect(listener))
+    link = ControlLink(connect(listener))
     await link.send({"seq": 1, "op": "hello"})
     async with asyncio.timeout(10):
         assert (await link.receive())[0]["result"]["sandboxes"] == {}

@@ -17,7 +17,7 @@ from agent.common.policy.policy import Policy
 from agent.common.policy.reasons import Reason
 from agent.common.policy.rules import parse_rules
 from agent.egress.control import Control
-from agent.egress.control_protocol import MAX_MESSAGE_BYTES, Link, LinkClosed
+from agent.egress.control_protocol import MAX_MESSAGE_BYTES, ControlLink, LinkClosed
 from agent.egress.report import MAX_DENIALS, Reporter
 from agent.egress.sandbox_state import Sandbox
 from agent.egress.stderr_log import LoopNotes
@@ -164,9 +164,9 @@ async def test_a_pair_that_cannot_be_watched_is_reset_and_others_go_on(mover: Mo
 # -- the control link --------------------------------------------------------------------------------------------------
 
 
-def links() -> tuple[Link, Link, socket.socket]:
+def links() -> tuple[ControlLink, ControlLink, socket.socket]:
     one, other = socket.socketpair()
-    return Link(one), Link(other), one
+    return ControlLink(one), ControlLink(other), one
 
 
 async def test_messages_and_descriptors_arrive_together() -> None:
@@ -248,7 +248,7 @@ async def test_the_process_does_what_it_is_told_and_ends_when_nobody_needs_it(tm
     running = asyncio.create_task(Control(servers, {"settings": "x"}, os.getuid(), supervisor).run(listener))
     client = socket.socket(socket.AF_UNIX)
     client.connect(path)
-    link = Link(client)
+    link = ControlLink(client)
 
     async def call(fds: tuple[int, ...] = (), **message: Any) -> dict[str, Any]:
         await link.send({"seq": 1, **message}, fds)
@@ -289,12 +289,12 @@ async def test_a_link_that_takes_over_ends_the_one_before_and_its_task(tmp_path:
         listener.listen()
         control = Control(lambda _: pytest.fail("made"), {"settings": "x"}, os.getuid(), Supervisor(LoopNotes()))
         running = asyncio.create_task(control.run(listener))
-        held: list[Link] = []
+        held: list[ControlLink] = []
         async with asyncio.timeout(10):
             for _ in range(5):
                 client = socket.socket(socket.AF_UNIX)
                 client.connect(path)
-                link = Link(client)
+                link = ControlLink(client)
                 await link.send({"seq": 1, "op": "hello"})
                 assert (await link.receive())[0]["result"]["sandboxes"] == {}
                 assert len(control._serving) <= 2

@@ -1,4 +1,4 @@
-"""Who runs the egress process that the agent speaks to: the agent itself, or somebody else, such as systemd."""
+"""Starting, adopting and ending the egress process, or connecting to one that a service manager runs."""
 
 from __future__ import annotations
 
@@ -16,113 +16,120 @@ from agent.common.config.egress import EgressSettings
 from agent.common.errors import HostError, VmmError
 from agent.common.telemetry import EGRESS_STARTS, log
 from agent.daemon.host import process as host_process
-from agent.egress.control_protocol import Link, LinkClosed
+from agent.egress.control_protocol import ControlLink, LinkClosed
 from agent.egress.launch import arguments_of, identity_of
 
 _READY_TIMEOUT_S = 20.0
 
 
 @dataclass(slots=True)
-class Reached:
-    """A link to a process, with the sandboxes that it has: id to digest."""
+class EgressConnection:
+    """Open link to an egress process. `sandboxes` are those that it serves: id to digest of the order."""
 
-    link: Link
+    link: ControlLink
     sandboxes: dict[str, str]
     identity: str
 
 
-class Peer(Protocol):
-    """How the agent comes to an egress process."""
+class EgressProcess(Protocol):
+    """The one egress process of a node, as `EgressClient` needs it."""
 
-    async def reach(self) -> Reached:
-        """Returns a link to a process that runs, and starts one if that is ours to do. :raises HostError:"""
+    async def connect(self) -> EgressConnection:
+        """Return a link to the running process; start one if that is the agent's task.
 
-    async def ended(self) -> None:
-        """Returns once the process has ended, if that can be known."""
+        :raises HostError: it cannot be started, or does not answer.
+        """
 
-    async def give_up(self) -> None:
-        """Ends a process whose link is lost, if it is ours."""
+    async def wait_ended(self) -> None:
+        """Wait until the process has ended; for ever if only its link can tell."""
+
+    async def terminate(self) -> None:
+        """Kill the process after its link is lost, if the agent started it."""
 
     async def aclose(self, *, stop: bool) -> None:
-        """Ends a process that is ours, with `stop`; else leaves it to the next agent."""
+        """With `stop`, kill a process that the agent started; else leave it to the next agent."""
 
-    def said(self) -> str:
-        """Returns the process's last words, and where to find more."""
+    def last_output(self) -> str:
+        """Return the end of the process's stderr, and where to find the rest."""
 
 
-async def _hello(path: Path) -> Reached | None:
+async def _hello(path: Path) -> EgressConnection | None:
+    """Connect to a control socket and say hello; return None if no process answers as expected."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.connect(str(path))
-        link = Link(sock)
+        link = ControlLink(sock)
         async with asyncio.timeout(_READY_TIMEOUT_S):
             await link.send({"seq": 0, "op": "hello"})
             answer, _ = await link.receive()
-        return Reached(link, dict(answer["result"]["sandboxes"]), str(answer["result"]["settings"]))
+        return EgressConnection(link, dict(answer["result"]["sandboxes"]), str(answer["result"]["settings"]))
     except (OSError, TimeoutError, LinkClosed, KeyError, TypeError, ValueError):
         sock.close()
         return None
 
 
-class KeptByOthers:
-    """A process that somebody else starts, again when it ends. :param path: of its control socket."""
+class ExternalEgress:
+    """Egress process that a service manager starts and restarts.
+
+    :param path: its control socket.
+    """
 
     def __init__(self, settings: EgressSettings, path: Path) -> None:
         self._identity = identity_of(settings)
         self._path = path
 
-    async def reach(self) -> Reached:
-        """See `Peer`."""
-        reached = await _hello(self._path)
-        if reached is None:
+    async def connect(self) -> EgressConnection:
+        """See `EgressProcess`."""
+        connection = await _hello(self._path)
+        if connection is None:
             raise HostError(
                 f"no egress process answers at {self._path}: start sandboxd-egress.socket, or unset egress.control",
                 reason="EGRESS_NOT_RUNNING",
             )
-        if reached.identity != self._identity:
-            log.warning("the egress process has other settings or other code: restart sandboxd-egress.service")
+        if connection.identity != self._identity:
+            log.warning("the egress process runs with different settings or code: restart sandboxd-egress.service")
         EGRESS_STARTS.labels("reached").inc()
-        return reached
+        return connection
 
-    async def ended(self) -> None:
-        """Never: the link says so."""
+    async def wait_ended(self) -> None:
+        """Wait for ever: the link closes when the process ends."""
         await asyncio.Event().wait()
 
-    async def give_up(self) -> None:
-        """Nothing: whoever keeps it ends it."""
+    async def terminate(self) -> None:
+        """Do nothing: the service manager ends it."""
 
     async def aclose(self, *, stop: bool) -> None:
-        """Nothing: without agent and sandboxes, it ends by itself."""
+        """Do nothing: without a link and sandboxes, the process exits by itself."""
 
-    def said(self) -> str:
-        """See `Peer`."""
+    def last_output(self) -> str:
+        """See `EgressProcess`."""
         return "see the journal of sandboxd-egress"
 
 
 @dataclass(frozen=True, slots=True)
 class EgressFiles:
-    """Where the agent keeps what it needs to find a process of its own again."""
+    """Files by which a later agent finds the egress process of an earlier one."""
 
     directory: Path
 
     @property
     def socket(self) -> Path:
-        """The control socket."""
+        """Control socket of the process."""
         return self.directory / "egress.sock"
 
     @property
     def facts(self) -> Path:
-        """PID, start time and identity of the process that was started last."""
+        """PID, start time and identity of the process that was started last, in JSON."""
         return self.directory / "egress.json"
 
     @property
     def log(self) -> Path:
-        """What the process wrote to stderr."""
+        """The process's stderr."""
         return self.directory / "egress.log"
 
 
-class Own:
-    """A process that the agent starts; the next agent finds it."""
+class ManagedEgress:
+    """Egress process that the agent starts, or adopts from an earlier agent."""
 
     def __init__(self, settings: EgressSettings, files: EgressFiles) -> None:
         self._settings = settings
@@ -130,22 +137,22 @@ class Own:
         self._identity = {"settings": identity_of(settings)}
         self._process: host_process.HostProcess | None = None
 
-    async def reach(self) -> Reached:
-        """See `Peer`."""
+    async def connect(self) -> EgressConnection:
+        """See `EgressProcess`."""
         return await self._adopt() or await self._spawn()
 
-    async def ended(self) -> None:
-        """See `Peer`."""
+    async def wait_ended(self) -> None:
+        """See `EgressProcess`."""
         if self._process is not None:
             await self._process.wait()
 
-    async def give_up(self) -> None:
-        """See `Peer`."""
+    async def terminate(self) -> None:
+        """See `EgressProcess`."""
         if self._process is not None:
             await self._process.kill()
 
     async def aclose(self, *, stop: bool) -> None:
-        """See `Peer`."""
+        """See `EgressProcess`."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -156,12 +163,12 @@ class Own:
         else:
             process.forget()
 
-    def said(self) -> str:
-        """See `Peer`."""
+    def last_output(self) -> str:
+        """See `EgressProcess`."""
         tail = "" if self._process is None else self._process.stderr_tail()[-500:]
-        return f"{tail or 'it said nothing'}; see {self._files.log}"
+        return f"{tail or 'no output on stderr'}; see {self._files.log}"
 
-    async def _adopt(self) -> Reached | None:
+    async def _adopt(self) -> EgressConnection | None:
         try:
             facts: dict[str, Any] = json.loads(self._files.facts.read_text())
             process = host_process.adopt(int(facts["pid"]), int(facts["started"]), self._files.log)
@@ -169,16 +176,16 @@ class Own:
             return None
         if process is None:
             return None
-        reached = await _hello(self._files.socket) if facts.get("identity") == self._identity else None
-        if reached is None:
-            await process.kill()  # of other settings or other code, or it does not answer
+        connection = await _hello(self._files.socket) if facts.get("identity") == self._identity else None
+        if connection is None:
+            await process.kill()  # its settings or code differ, or it does not answer
             return None
-        log.info("egress process found", pid=process.pid, sandboxes=len(reached.sandboxes))
+        log.info("egress process adopted", pid=process.pid, sandboxes=len(connection.sandboxes))
         EGRESS_STARTS.labels("adopted").inc()
         self._process = process
-        return reached
+        return connection
 
-    async def _spawn(self) -> Reached:
+    async def _spawn(self) -> EgressConnection:
         self._files.socket.unlink(missing_ok=True)
         self._files.log.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
@@ -199,10 +206,10 @@ class Own:
             facts = {"pid": process.pid, "started": process.start_time, "identity": self._identity}
             write_atomically(self._files.facts, json.dumps(facts).encode(), mode=0o600, durable=False)
             EGRESS_STARTS.labels("started").inc()
-            reached = await _hello(self._files.socket)
-            if reached is None:
-                raise HostError(f"the egress process does not answer: {self.said()}", reason="EGRESS_FAILED")
-        except BaseException:  # also a cancelled caller: nobody else knows of it
+            connection = await _hello(self._files.socket)
+            if connection is None:
+                raise HostError(f"the egress process does not answer: {self.last_output()}", reason="EGRESS_FAILED")
+        except BaseException:  # a cancellation, too: without facts, no later agent finds the process
             await run_to_completion(process.kill())
             raise
-        return reached
+        return connection
