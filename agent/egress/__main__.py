@@ -25,12 +25,12 @@ from agent.egress.dns.resolver import Resolver, load_all, system_resolvers
 from agent.egress.dns.server import DnsServer
 from agent.egress.http.intercept import Interceptor
 from agent.egress.launch import arguments_of, identity_of
-from agent.egress.sandbox_state import Sandbox
-from agent.egress.stderr_log import LoopNotes, note
-from agent.egress.tcp.connection import Means
+from agent.egress.sandbox_state import SandboxState
+from agent.egress.stderr_log import LoopLog, write_line
+from agent.egress.tcp.connection import Dependencies
 from agent.egress.tcp.proxy import TcpProxy
 from agent.egress.transport.dial import dial
-from agent.egress.transport.splice import Mover
+from agent.egress.transport.splice import SpliceRelay
 
 
 def _arguments() -> argparse.Namespace:
@@ -61,23 +61,23 @@ def _arguments() -> argparse.Namespace:
 
 async def _run(arguments: argparse.Namespace, interceptor: Interceptor) -> None:
     resolver = Resolver(arguments.resolver or system_resolvers())
-    mover = Mover()
-    mover.start()
-    means = Means(resolver, mover, interceptor)
+    splice_relay = SpliceRelay()
+    splice_relay.start()
+    dependencies = Dependencies(resolver, splice_relay, interceptor)
 
-    def servers(sandbox: Sandbox) -> tuple[DnsServer, TcpProxy]:
-        return DnsServer(sandbox, resolver), TcpProxy(sandbox, means)
+    def servers(sandbox: SandboxState) -> tuple[DnsServer, TcpProxy]:
+        return DnsServer(sandbox, resolver), TcpProxy(sandbox, dependencies)
 
     with socket.socket(fileno=arguments.control) as listener:
         try:
-            async with Supervisor(LoopNotes()) as supervisor:
+            async with Supervisor(LoopLog()) as supervisor:
                 if arguments.is_service:  # else it is the agent whom systemd wants to hear
                     systemd.notify("READY=1")
                     supervisor.start("systemd-watchdog", systemd.keep_watchdog, QUICK)
                 control = Control(servers, {"settings": arguments.identity}, arguments.owner_uid, supervisor)
                 await control.run(listener)
         finally:
-            mover.stop()
+            splice_relay.stop()
             await resolver.aclose()
 
 
@@ -102,7 +102,7 @@ def main() -> int:
     try:
         privileges.drop(arguments.uid, arguments.gid)
     except AgentError as error:
-        note(error.message)
+        write_line(error.message)
         return 1
     os.umask(0o077)
     asyncio.run(_run(arguments, interceptor))

@@ -20,8 +20,8 @@ from agent.common.policy.secret import Secret
 from agent.egress.control_protocol import SOCKETS, ControlLink, LinkClosed, close_all
 from agent.egress.dns.server import DnsServer
 from agent.egress.report import Reporter
-from agent.egress.sandbox_state import Sandbox
-from agent.egress.stderr_log import note_accept_failure
+from agent.egress.sandbox_state import SandboxState
+from agent.egress.stderr_log import log_accept_failure
 from agent.egress.tcp.proxy import TcpProxy
 
 _REPORT_EVERY_S = 0.25
@@ -29,10 +29,10 @@ _PEER_CREDENTIALS = struct.Struct("iii")  # struct ucred, unix(7)
 
 
 @dataclass(slots=True)
-class Served:
+class ServedSandbox:
     """A sandbox with its servers."""
 
-    sandbox: Sandbox
+    sandbox: SandboxState
     digest: str
     dns: DnsServer
     tcp: TcpProxy
@@ -53,7 +53,7 @@ class Control:
 
     def __init__(
         self,
-        make_servers: Callable[[Sandbox], tuple[DnsServer, TcpProxy]],
+        make_servers: Callable[[SandboxState], tuple[DnsServer, TcpProxy]],
         identity: dict[str, Any],
         owner_uid: int,
         supervisor: Supervisor,
@@ -61,7 +61,7 @@ class Control:
         self._make_servers = make_servers
         self._identity = identity
         self._owner_uid = owner_uid
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, ServedSandbox] = {}
         self._supervisor = supervisor
         self._reporter = Reporter()
         self._link: ControlLink | None = None
@@ -71,7 +71,7 @@ class Control:
     async def run(self, listener: socket.socket) -> None:
         """Serves until there is neither an agent nor a sandbox left."""
         reporting = self._supervisor.start("report", self._report, QUICK)
-        acceptor = Acceptor(listener, self._accepted, note_accept_failure)
+        acceptor = Acceptor(listener, self._accepted, log_accept_failure)
         try:
             await self._done.wait()
         finally:
@@ -98,7 +98,7 @@ class Control:
                 message, fds = await link.receive()
                 answer: dict[str, Any] = {"seq": message.get("seq")}
                 try:
-                    answer["result"] = await self._carry_out(message, fds)
+                    answer["result"] = await self._execute(message, fds)
                 except AgentError as error:
                     answer["error"] = error.message
                 except (KeyError, ValueError, TypeError, OSError) as error:
@@ -115,7 +115,7 @@ class Control:
                 if not self._served:
                     self._done.set()
 
-    async def _carry_out(self, message: dict[str, Any], fds: list[int]) -> Any:
+    async def _execute(self, message: dict[str, Any], fds: list[int]) -> Any:
         match message["op"]:
             case "hello":
                 sandboxes = {served.sandbox.id: served.digest for served in self._served.values()}
@@ -142,14 +142,14 @@ class Control:
             await self._served.pop(message["sandbox"]).aclose()
         if len(message["sockets"]) != len(fds) or not set(message["sockets"]) <= set(SOCKETS):
             raise ValueError("sockets and descriptors do not fit")
-        sandbox = Sandbox(message["sandbox"], policy, self._reporter, secrets, ca)
+        sandbox = SandboxState(message["sandbox"], policy, self._reporter, secrets, ca)
         dns, tcp = self._make_servers(sandbox)
         sockets = {kind: socket.socket(fileno=os.dup(fd)) for kind, fd in zip(message["sockets"], fds, strict=True)}
         for sock in sockets.values():
             sock.setblocking(False)
         dns.start(_of(sockets, "dns-udp"), _of(sockets, "dns-tcp"))
         tcp.start(_of(sockets, "tcp"))
-        self._served[sandbox.id] = Served(sandbox, message["digest"], dns, tcp)
+        self._served[sandbox.id] = ServedSandbox(sandbox, message["digest"], dns, tcp)
         return {"ended": 0}
 
     async def _report(self) -> None:

@@ -13,7 +13,7 @@ MAX_PINS = 4096
 MIN_HOLD_S = 3600.0
 
 
-class Pins:
+class DnsPins:
     """Pairs of name and address, each with a time after which it no longer counts; the oldest go first."""
 
     def __init__(

@@ -9,7 +9,7 @@ from agent.common.ca import LocalCa
 from agent.common.policy.policy import Policy
 from agent.common.policy.reasons import Reason
 from agent.common.policy.secret import Secret
-from agent.egress.dns_pins import Pins
+from agent.egress.dns_pins import DnsPins
 from agent.egress.report import Reporter
 
 
@@ -33,7 +33,7 @@ class Denied(Exception):
 
 
 @dataclass(eq=False, slots=True)
-class Sandbox:
+class SandboxState:
     """One sandbox. `policy` and `secrets` are replaced whole by updates; readers take them anew for each decision."""
 
     id: str
@@ -41,7 +41,7 @@ class Sandbox:
     reporter: Reporter
     secrets: tuple[Secret, ...] = ()
     ca: LocalCa | None = None
-    pins: Pins = field(default_factory=Pins)
+    pins: DnsPins = field(default_factory=DnsPins)
     connections: set[Connection] = field(default_factory=set)
 
     def deny(self, reason: Reason, host: str, port: int, protocol: str) -> None:

@@ -9,22 +9,22 @@ from agent.common.background import describe
 from agent.common.errors import AgentError
 
 
-def note(text: str) -> None:
+def write_line(text: str) -> None:
     """Write a line."""
     print(f"egress: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def note_accept_failure(error: OSError) -> None:
+def log_accept_failure(error: OSError) -> None:
     """Write that connections wait because accept(2) fails."""
-    note(f"cannot accept connections: {error}")
+    write_line(f"cannot accept connections: {error}")
 
 
-class LoopNotes:
+class LoopLog:
     """Log of background loops; see `agent.common.background.Observer`. The egress process serves no metrics."""
 
     def on_failure(self, loop: str, error: BaseException, retry_in_s: float | None) -> None:
         """Write the failure, with the traceback of an unexpected one."""
-        note(f"background loop {loop} failed (next start in {retry_in_s} s): {describe(error)}")
+        write_line(f"background loop {loop} failed (next start in {retry_in_s} s): {describe(error)}")
         if not isinstance(error, AgentError):
             traceback.print_exception(error)
 

@@ -36,7 +36,7 @@ LOOKED_UP = ADDRESS_TYPES | _SERVICE_TYPES | _OTHER_TYPES
 _REMOVED = frozenset({ParamKey.ECH, ParamKey.IPV4HINT, ParamKey.IPV6HINT, ParamKey.MANDATORY})
 
 
-class Malformed(Exception):
+class MalformedMessage(Exception):
     """A message that is no question. `answer` is what to say; None: nothing."""
 
     def __init__(self, answer: bytes | None) -> None:
@@ -55,21 +55,21 @@ class Question:
 
 
 def parse(data: bytes) -> Question:
-    """Returns the question. :raises Malformed:"""
+    """Returns the question. :raises MalformedMessage:"""
     try:
         message = dns.message.from_wire(data)
     except (dns.exception.DNSException, ValueError, OverflowError):
         # Too short for a header, or an answer: nothing. Otherwise FORMERR with the same id.
         answer = data[:2] + b"\x80\x01" + bytes(8) if len(data) >= 12 and not data[2] & 0x80 else None
-        raise Malformed(answer) from None
+        raise MalformedMessage(answer) from None
     if message.flags & dns.flags.QR:
-        raise Malformed(None)
+        raise MalformedMessage(None)
     if message.opcode() != dns.opcode.QUERY or len(message.question) != 1:
         code = dns.rcode.FORMERR if message.opcode() == dns.opcode.QUERY else dns.rcode.NOTIMP
-        raise Malformed(data[:2] + bytes([0x80 | (data[2] & 0x78), code]) + bytes(8))
+        raise MalformedMessage(data[:2] + bytes([0x80 | (data[2] & 0x78), code]) + bytes(8))
     question = message.question[0]
     if question.rdclass != dns.rdataclass.IN:
-        raise Malformed(data[:2] + bytes([0x80, dns.rcode.REFUSED]) + bytes(8))
+        raise MalformedMessage(data[:2] + bytes([0x80, dns.rcode.REFUSED]) + bytes(8))
     text = question.name.to_text(omit_final_dot=True)
     return Question(message, same_or_none(text), text, question.rdtype)
 

@@ -64,7 +64,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _CacheEntry:
     answer: dns.rrset.RRset | None
     reason: str  # why there is none
     until: float
@@ -93,8 +93,8 @@ class Resolver:
         self._servers = [parse_server(server) for server in servers]
         self._timeout_s = timeout_s
         self._attempts = max(attempts, 1)
-        self._cache: OrderedDict[tuple[str, dns.rdatatype.RdataType], _Found] = OrderedDict()
-        self._running: dict[tuple[str, dns.rdatatype.RdataType], asyncio.Task[_Found]] = {}
+        self._cache: OrderedDict[tuple[str, dns.rdatatype.RdataType], _CacheEntry] = OrderedDict()
+        self._running: dict[tuple[str, dns.rdatatype.RdataType], asyncio.Task[_CacheEntry]] = {}
         self._room = asyncio.Semaphore(_MAX_IN_FLIGHT)
 
     async def aclose(self) -> None:
@@ -110,7 +110,9 @@ class Resolver:
         :raises BlockedAnswer: none is left. :raises ResolveError: there are none.
         """
         kinds = (dns.rdatatype.A, dns.rdatatype.AAAA)
-        results = await asyncio.gather(*(self.family(name, kind, policy) for kind in kinds), return_exceptions=True)
+        results = await asyncio.gather(
+            *(self.addresses_of_type(name, kind, policy) for kind in kinds), return_exceptions=True
+        )
         found = [result for result in results if isinstance(result, Answer)]
         if found:
             addresses = tuple(address for answer in found for address in answer.addresses)
@@ -122,7 +124,7 @@ class Resolver:
         # "No such address" of one family says less than what happened to the other.
         raise next((error for error in errors if error.reason != "nodata"), errors[0])
 
-    async def family(self, name: str, kind: dns.rdatatype.RdataType, policy: Policy) -> Answer:
+    async def addresses_of_type(self, name: str, kind: dns.rdatatype.RdataType, policy: Policy) -> Answer:
         """As `addresses`, for A or AAAA alone."""
         records, ttl_s = await self.query(name, kind)
         everything = [ip_address(str(record.address)) for record in records][:_MAX_ADDRESSES]
@@ -145,22 +147,22 @@ class Resolver:
             raise ResolveError(found.reason)
         return found.answer, max(found.until - time.monotonic(), 0.0)
 
-    async def _look_up(self, name: str, kind: dns.rdatatype.RdataType) -> _Found:
+    async def _look_up(self, name: str, kind: dns.rdatatype.RdataType) -> _CacheEntry:
         async with self._room:
             message, why = await self._ask(name, kind)
         now = time.monotonic()
         if message is None:
-            return _Found(None, why, now)  # a failure of the way there is no fact about the name
+            return _CacheEntry(None, why, now)  # a failure of the way there is no fact about the name
         try:
             chain = message.resolve_chaining()
         except dns.exception.DNSException:  # a loop, or two aliases for one name
-            return _Found(None, "servfail", now)
+            return _CacheEntry(None, "servfail", now)
         if message.rcode() == dns.rcode.NXDOMAIN:
-            found = _Found(None, "nxdomain", now + _NEGATIVE_TTL_S)
+            found = _CacheEntry(None, "nxdomain", now + _NEGATIVE_TTL_S)
         elif chain.answer is None:
-            found = _Found(None, "nodata", now + _NEGATIVE_TTL_S)
+            found = _CacheEntry(None, "nodata", now + _NEGATIVE_TTL_S)
         else:
-            found = _Found(chain.answer, "", now + min(float(chain.minimum_ttl), _MAX_TTL_S))
+            found = _CacheEntry(chain.answer, "", now + min(float(chain.minimum_ttl), _MAX_TTL_S))
         self._cache[name, kind] = found
         while len(self._cache) > _MAX_CACHED:
             self._cache.popitem(last=False)

@@ -17,10 +17,10 @@ import dns.rdatatype
 from agent.common.accepting import Acceptor
 from agent.common.policy.reasons import Reason
 from agent.egress.dns import dns_answers
-from agent.egress.dns.dns_answers import Malformed, Question
+from agent.egress.dns.dns_answers import MalformedMessage, Question
 from agent.egress.dns.resolver import BlockedAnswer, ResolveError, Resolver
-from agent.egress.sandbox_state import Sandbox
-from agent.egress.stderr_log import note_accept_failure
+from agent.egress.sandbox_state import SandboxState
+from agent.egress.stderr_log import log_accept_failure
 
 _MAX_IN_FLIGHT = 256  # of one sandbox; what comes beyond that is dropped, and asked again by whoever needs it
 _MAX_CONNECTIONS = 32
@@ -33,7 +33,7 @@ _MAX_DATAGRAM = 4096
 class DnsServer:
     """Serves the UDP and TCP sockets of one sandbox."""
 
-    def __init__(self, sandbox: Sandbox, resolver: Resolver) -> None:
+    def __init__(self, sandbox: SandboxState, resolver: Resolver) -> None:
         self._sandbox = sandbox
         self._resolver = resolver
         self._udp: list[socket.socket] = []
@@ -48,7 +48,7 @@ class DnsServer:
         self._udp, self._listeners = list(udp), list(tcp)
         for sock in self._udp:
             self._loop.add_reader(sock.fileno(), self._read, sock)
-        self._acceptors = [Acceptor(sock, self._accepted, note_accept_failure) for sock in self._listeners]
+        self._acceptors = [Acceptor(sock, self._accepted, log_accept_failure) for sock in self._listeners]
 
     async def aclose(self) -> None:
         """Ends."""
@@ -119,7 +119,7 @@ class DnsServer:
     async def _answer(self, data: bytes, *, udp: bool) -> bytes | None:
         try:
             question = dns_answers.parse(data)
-        except Malformed as error:
+        except MalformedMessage as error:
             self._sandbox.deny(Reason.DNS_MALFORMED, "", 53, "dns")
             return error.answer
         return dns_answers.to_wire(question, await self._decide(question), udp=udp)
@@ -142,7 +142,7 @@ class DnsServer:
 
     async def _look_up(self, question: Question, name: str) -> dns.message.Message:
         if question.kind in dns_answers.ADDRESS_TYPES:
-            answer = await self._resolver.family(name, question.kind, self._sandbox.policy)
+            answer = await self._resolver.addresses_of_type(name, question.kind, self._sandbox.policy)
             self._sandbox.pins.pin(name, answer.addresses, answer.ttl_s)
             texts = [str(address) for address in answer.addresses]
             return dns_answers.with_addresses(question, texts, min(answer.ttl_s, _MAX_TTL_S))

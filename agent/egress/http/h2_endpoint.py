@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import h2.config
 import h2.connection
@@ -32,7 +31,7 @@ _SETTINGS = {
 
 
 @dataclass(eq=False, slots=True)
-class Queued:
+class OutgoingStream:
     """What one stream still has to send on its side: data, then its end."""
 
     pieces: list[tuple[bytes, int]] = field(default_factory=list)  # data, and what it counts on the other side
@@ -40,7 +39,7 @@ class Queued:
     ended: bool = False
 
 
-class End:
+class H2Endpoint:
     """One side's connection, and what could not be sent on it yet."""
 
     def __init__(self, stream: Stream, *, client_side: bool) -> None:
@@ -48,13 +47,13 @@ class End:
         self.h2 = h2.connection.H2Connection(
             h2.config.H2Configuration(client_side=client_side, header_encoding=False, normalize_outbound_headers=False)
         )
-        self.queued: dict[int, Queued] = {}
+        self.queued: dict[int, OutgoingStream] = {}
         self.changed = asyncio.Event()
         self.sent = asyncio.Event()  # what could be sent has been
         self._writing = asyncio.Lock()
         self.extra = b""  # to be written before what the state machine has
         settings = {**_SETTINGS, _Code.ENABLE_PUSH: 0} if client_side else _SETTINGS
-        stay_open(self.h2)
+        keep_streams_after_goaway(self.h2)
         self.h2.local_settings = h2.settings.Settings(client=client_side, initial_values=settings)
         self.h2.initiate_connection()
         self.h2.increment_flow_control_window(_CONNECTION_WINDOW_BYTES)
@@ -71,13 +70,13 @@ class End:
         self.extra += self.h2.data_to_send()  # a GOAWAY would have h2 throw it away
         return self.h2.receive_data(data)
 
-    def say_goodbye(self, last_stream_id: int) -> None:
+    def queue_goaway(self, last_stream_id: int) -> None:
         """Queues a GOAWAY after which the streams that there are go on (RFC 9113, 6.8)."""
         goodbye = GoAwayFrame(stream_id=0, last_stream_id=last_stream_id, error_code=0)
         self.extra += self.h2.data_to_send() + goodbye.serialize()
 
 
-def stay_open(connection: h2.connection.H2Connection) -> None:
+def keep_streams_after_goaway(connection: h2.connection.H2Connection) -> None:
     """Keep the streams of `connection` alive after a received GOAWAY (RFC 9113, 6.8), at which h2 closes all of it.
 
     h2 has no setting for that, so this rewrites its private transition table, for one connection. It is the only place
@@ -90,15 +89,11 @@ def stay_open(connection: h2.connection.H2Connection) -> None:
     machine._transitions = {**machine._transitions, **{(state, goaway): (None, state) for state in states}}
 
 
-class gone(contextlib.AbstractContextManager["gone"]):  # noqa: N801  reads as what it is: a stream may be gone
-    """Swallows that a stream was closed by its other side meanwhile."""
-
-    def __init__(self, then: Callable[[], object] | None = None) -> None:
-        self._then = then
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, h2.exceptions.StreamClosedError | h2.exceptions.NoSuchStreamError):
-            if self._then is not None:
-                self._then()
-            return True
-        return False
+@contextlib.contextmanager
+def ignoring_closed_stream(then: Callable[[], object] | None = None) -> Iterator[None]:
+    """Ignore that the other side has closed the stream meanwhile; call `then` in that case."""
+    try:
+        yield
+    except (h2.exceptions.StreamClosedError, h2.exceptions.NoSuchStreamError):
+        if then is not None:
+            then()

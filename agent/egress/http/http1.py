@@ -15,9 +15,9 @@ import h11
 
 from agent.common.policy.reasons import Reason
 from agent.egress.http import http1_heads, secret_injection
-from agent.egress.http.request_policy import Admitted, Gate, answer_for, unreachable
+from agent.egress.http.request_policy import AllowedRequest, RequestPolicy, answer_for, unreachable
 from agent.egress.http.secret_injection import Headers
-from agent.egress.http.stream_replacer import Replacer
+from agent.egress.http.stream_replacer import StreamReplacer
 from agent.egress.sandbox_state import Denied
 from agent.egress.transport import byte_streams
 from agent.egress.transport.byte_streams import Stream
@@ -30,7 +30,7 @@ _BUFFERED_BODY_BYTES = 1 << 20  # a body that secrets go into is read whole up t
 _DRAIN_BYTES, _DRAIN_S = 1 << 20, 2.0
 
 
-class _Over(Exception):
+class _ConnectionDone(Exception):
     """The connection is at its end, in order."""
 
 
@@ -40,55 +40,55 @@ class Http1Relay:
     :param connect: returns the upstream connection; called when the first request has been let through.
     """
 
-    def __init__(self, client: Stream, connect: Callable[[], Awaitable[Stream]], gate: Gate) -> None:
+    def __init__(self, client: Stream, connect: Callable[[], Awaitable[Stream]], request_policy: RequestPolicy) -> None:
         self._client = client
         self._connect = connect
-        self._gate = gate
+        self._request_policy = request_policy
         self._upstream: Stream | None = None
         self._guest = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._server = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._host = ""
         self._closes = False
-        self._passed = False  # the last response's body went past h11, which does not know that it is over
+        self._bypassed = False  # the last response's body went past h11, which does not know that it is over
 
     async def run(self) -> None:
         """Serves until either side ends. :raises OSError:"""
         try:
             while await self._cycle():
-                if self._passed:
-                    self._begin_anew()
+                if self._bypassed:
+                    self._reset_parsers()
                 else:
                     self._guest.start_next_cycle()
                     self._server.start_next_cycle()
-            await self._client.end()
+            await self._client.send_eof()
             await self._drain()
         except Denied as denied:
-            self._gate.deny(denied.reason, denied.host)
+            self._request_policy.deny(denied.reason, denied.host)
             await self._answer(denied.reason, denied.host)
         except h11.RemoteProtocolError as error:
-            await self._misread(error)
-        except _Over:
+            await self._on_protocol_error(error)
+        except _ConnectionDone:
             pass
         finally:
             self._client.close()
             if self._upstream is not None:
                 self._upstream.close()
 
-    def _begin_anew(self) -> None:
+    def _reset_parsers(self) -> None:
         pipelined, _ = self._guest.trailing_data
         self._guest = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._server = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._passed = False
+        self._bypassed = False
         if pipelined:
             self._guest.receive_data(pipelined)
 
-    async def _misread(self, error: h11.RemoteProtocolError) -> None:
+    async def _on_protocol_error(self, error: h11.RemoteProtocolError) -> None:
         """What came is no HTTP: of the guest's, it is told so; of the server's, the connection ends."""
         if self._guest.trailing_data[1] or self._server.trailing_data[1]:
             return  # one of them just left
         if self._guest.their_state is h11.ERROR:
             reason = Reason.TOO_LARGE if error.error_status_hint == 431 else Reason.MALFORMED
-            self._gate.deny(reason, self._host or self._gate.target.name)
+            self._request_policy.deny(reason, self._host or self._request_policy.target.name)
             await self._answer(reason, self._host, str(error))
         else:
             await self._answer_status(502, b"sandboxd: the server's answer is no valid HTTP\n")
@@ -108,7 +108,7 @@ class Http1Relay:
             )
             await self._to_guest(h11.Data(data=text))
             await self._to_guest(h11.EndOfMessage())
-            await self._client.end()
+            await self._client.send_eof()
             await self._drain()
 
     async def _drain(self) -> None:
@@ -127,7 +127,7 @@ class Http1Relay:
         headers = http1_heads.forwarded(request)
         authority = http1_heads.authority_of(request, headers)
         self._host = authority
-        admitted = await self._gate.admit(authority, request.target, headers)
+        allowed = await self._request_policy.check(authority, request.target, headers)
         if self._upstream is None:
             try:
                 self._upstream = await self._connect()
@@ -137,9 +137,9 @@ class Http1Relay:
                 await self._answer_status(*unreachable(authority, error))
                 return False
         upstream = self._upstream
-        body = admitted.substitution.body(secret_injection.find(headers, b"content-type"))
-        sending = asyncio.create_task(self._send_request(upstream, request, headers, admitted, body))
-        responding = asyncio.create_task(self._response(upstream, admitted, request))
+        body = allowed.injection.body(secret_injection.find(headers, b"content-type"))
+        sending = asyncio.create_task(self._send_request(upstream, request, headers, allowed, body))
+        responding = asyncio.create_task(self._response(upstream, allowed, request))
         try:
             await asyncio.wait({sending, responding}, return_when=asyncio.FIRST_COMPLETED)
             # A server that takes no more of a request may have answered it all the same (OSError).
@@ -155,7 +155,7 @@ class Http1Relay:
             for task in (sending, responding):
                 task.cancel()
             await asyncio.gather(sending, responding, return_exceptions=True)
-        if self._passed:
+        if self._bypassed:
             return self._guest.their_state is h11.DONE and not self._closes
         return self._guest.states == {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE} and (
             self._server.states == {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}
@@ -173,10 +173,10 @@ class Http1Relay:
                     self._guest.receive_data(await self._client.read())
                     event = self._guest.next_event()
         except TimeoutError:
-            raise Denied(Reason.TIMEOUT, self._host or self._gate.target.name) from None
+            raise Denied(Reason.TIMEOUT, self._host or self._request_policy.target.name) from None
         if isinstance(event, h11.Request):
             return event
-        raise _Over
+        raise _ConnectionDone
 
     async def _wait_for_bytes(self) -> None:
         reading = asyncio.create_task(self._client.read())
@@ -186,7 +186,7 @@ class Http1Relay:
         try:
             await asyncio.wait(waiting, timeout=_IDLE_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if any(task.done() for task in waiting - {reading}) or not reading.done():
-                raise _Over
+                raise _ConnectionDone
             self._guest.receive_data(reading.result())
         finally:
             for task in waiting:
@@ -194,11 +194,16 @@ class Http1Relay:
             await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _send_request(
-        self, upstream: Stream, request: h11.Request, headers: Headers, admitted: Admitted, body: Replacer | None
+        self,
+        upstream: Stream,
+        request: h11.Request,
+        headers: Headers,
+        allowed: AllowedRequest,
+        body: StreamReplacer | None,
     ) -> None:
-        substitution = admitted.substitution
-        target = substitution.target(http1_heads.origin_form(request.target))
-        changed = substitution.readable_answer(substitution.headers(headers))
+        injection = allowed.injection
+        target = injection.target(http1_heads.origin_form(request.target))
+        changed = injection.readable_answer(injection.headers(headers))
         first: list[bytes] = []
         if body is not None:
             changed = await self._reframed(changed, body, first)
@@ -220,9 +225,9 @@ class Http1Relay:
                 await self._to_server(upstream, h11.EndOfMessage(headers=list(event.headers.raw_items())))
                 return
             else:
-                raise _Over
+                raise _ConnectionDone
 
-    async def _reframed(self, headers: Headers, body: Replacer, first: list[bytes]) -> Headers:
+    async def _reframed(self, headers: Headers, body: StreamReplacer, first: list[bytes]) -> Headers:
         """Returns headers for a body whose length changes: counted anew if it is small, in chunks if it is large."""
         size = secret_injection.find(headers, b"content-length")
         if not size or size == b"0":
@@ -242,9 +247,9 @@ class Http1Relay:
 
     # -- its response --------------------------------------------------------------------------------------------------
 
-    async def _response(self, upstream: Stream, admitted: Admitted, request: h11.Request) -> bool:
+    async def _response(self, upstream: Stream, allowed: AllowedRequest, request: h11.Request) -> bool:
         """Carries the response; returns whether both sides now speak something else (101)."""
-        redactor = admitted.substitution.redactor()
+        redactor = allowed.injection.redactor()
         while True:
             event = await self._next(self._server, upstream)
             if isinstance(event, h11.InformationalResponse):
@@ -261,7 +266,7 @@ class Http1Relay:
                 size = http1_heads.body_length(request, event)
                 if size is not None:
                     self._closes = http1_heads.says_close(request) or http1_heads.says_close(event)
-                    await self._pass(upstream, size, redactor)
+                    await self._forward_body(upstream, size, redactor)
                     return False
             elif isinstance(event, h11.Data):
                 data = bytes(event.data) if redactor is None else redactor.feed(bytes(event.data))
@@ -273,11 +278,11 @@ class Http1Relay:
                 await self._to_guest(h11.EndOfMessage(headers=list(event.headers.raw_items())))
                 return False
             else:
-                raise _Over
+                raise _ConnectionDone
 
-    async def _pass(self, upstream: Stream, left: int, redactor: Replacer | None) -> None:
+    async def _forward_body(self, upstream: Stream, left: int, redactor: StreamReplacer | None) -> None:
         """Carries a response's body of known length as it is: h11 would copy it four times."""
-        self._passed = True
+        self._bypassed = True
         data, _ = self._server.trailing_data
         while True:
             piece = data if len(data) <= left else data[:left]
@@ -289,7 +294,7 @@ class Http1Relay:
                 break
             data = await upstream.read()
             if not data:
-                raise _Over  # the guest sees that it is cut: it knows the length
+                raise _ConnectionDone  # the guest sees that it is cut: it knows the length
         if redactor is not None and (rest := redactor.end()):
             await self._client.write(rest)
 

@@ -16,7 +16,7 @@ from agent.egress.sandbox_state import Denied
 _AUTHORITY = re.compile(rb"\A[^/?#]*")
 _UPGRADES = frozenset({b"websocket"})
 # What an upgrade that we do not pass on would need; the request is then an ordinary one (RFC 9110, 7.8).
-_OF_UPGRADES = frozenset({b"upgrade", b"http2-settings"})
+_UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})
 
 
 def body_length(request: h11.Request, response: h11.Response) -> int | None:
@@ -42,13 +42,13 @@ def forwarded(request: h11.Request) -> Headers:
     upgrade = secret_injection.find(headers, b"upgrade").strip().lower()
     if b"upgrade" not in names or upgrade in _UPGRADES:
         return headers
-    kept = [(name, value) for name, value in headers if name.lower() not in _OF_UPGRADES]
+    kept = [(name, value) for name, value in headers if name.lower() not in _UPGRADE_HEADERS]
     return [(name, _without_upgrade(value)) if name.lower() == b"connection" else (name, value) for name, value in kept]
 
 
 def _without_upgrade(value: bytes) -> bytes:
     words = [word.strip() for word in value.split(b",")]
-    return b", ".join(word for word in words if word.lower() not in _OF_UPGRADES) or b"keep-alive"
+    return b", ".join(word for word in words if word.lower() not in _UPGRADE_HEADERS) or b"keep-alive"
 
 
 def authority_of(request: h11.Request, headers: Headers) -> str:

@@ -20,10 +20,10 @@ import h2.exceptions
 
 from agent.common.policy.reasons import Reason
 from agent.egress.http import secret_injection
-from agent.egress.http.h2_endpoint import End, Queued, gone
-from agent.egress.http.request_policy import Gate, answer_for, unreachable
+from agent.egress.http.h2_endpoint import H2Endpoint, OutgoingStream, ignoring_closed_stream
+from agent.egress.http.request_policy import RequestPolicy, answer_for, unreachable
 from agent.egress.http.secret_injection import Headers
-from agent.egress.http.stream_replacer import Replacer
+from agent.egress.http.stream_replacer import StreamReplacer
 from agent.egress.sandbox_state import Denied
 from agent.egress.transport.byte_streams import Stream
 from agent.egress.transport.dial import DialError
@@ -37,8 +37,8 @@ class _Exchange:
 
     guest_id: int
     server_id: int
-    body: Replacer | None
-    redactor: Replacer | None
+    body: StreamReplacer | None
+    redactor: StreamReplacer | None
     request_ended: bool  # the server has been told
     response_ended: bool = False  # the guest has been told
 
@@ -46,14 +46,14 @@ class _Exchange:
 class Http2Relay:
     """One client connection and its one upstream connection; see `agent.egress.http.http1.Http1Relay`."""
 
-    def __init__(self, client: Stream, connect: Callable[[], Awaitable[Stream]], gate: Gate) -> None:
-        self._gate = gate
+    def __init__(self, client: Stream, connect: Callable[[], Awaitable[Stream]], request_policy: RequestPolicy) -> None:
+        self._request_policy = request_policy
         self._connect = connect
-        self._guest = End(client, client_side=False)
-        self._server: End | None = None
+        self._guest = H2Endpoint(client, client_side=False)
+        self._server: H2Endpoint | None = None
         self._by_guest: dict[int, _Exchange] = {}
         self._by_server: dict[int, _Exchange] = {}
-        self._leaving = False
+        self._server_going_away = False
         self._connected = asyncio.Event()
 
     async def run(self) -> None:
@@ -67,23 +67,23 @@ class Http2Relay:
             for task in done:
                 task.result()
         except h2.exceptions.ProtocolError as error:
-            self._gate.deny(_reason_of(error), self._gate.target.name)
+            self._request_policy.deny(_reason_of(error), self._request_policy.target.name)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._goodbye()
+            await self._close()
 
-    async def _goodbye(self) -> None:
-        for end in (self._guest, self._server):
-            if end is None:
+    async def _close(self) -> None:
+        for endpoint in (self._guest, self._server):
+            if endpoint is None:
                 continue
             with contextlib.suppress(OSError, TimeoutError, h2.exceptions.ProtocolError):
-                end.h2.close_connection()
+                endpoint.h2.close_connection()
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(1.0):
-                    await end.flush()
-            end.stream.close()
+                    await endpoint.flush()
+            endpoint.stream.close()
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class Http2Relay:
             for event in server.receive(data):
                 self._on_server_event(server, event)
             await server.flush()
-            if self._leaving and not self._by_server:
+            if self._server_going_away and not self._by_server:
                 return
         # Answers that are complete still reach the guest.
         while any(queued.ended for queued in self._guest.queued.values()):
@@ -115,7 +115,7 @@ class Http2Relay:
 
     async def _on_guest_event(self, event: h2.events.Event) -> None:
         if isinstance(event, h2.events.RequestReceived):
-            await self._begin(event)
+            await self._start_exchange(event)
             return
         exchange = self._by_guest.get(getattr(event, "stream_id", 0) or 0)
         if isinstance(event, h2.events.DataReceived) and exchange is None:  # of a stream that was turned away
@@ -126,36 +126,38 @@ class Http2Relay:
             if not self._by_guest:
                 raise ConnectionResetError("the client is leaving")
         elif exchange is not None and self._server is not None:
-            self._pass_on(event, exchange, self._guest, self._server, exchange.server_id)
+            self._forward(event, exchange, self._guest, self._server, exchange.server_id)
 
-    def _on_server_event(self, server: End, event: h2.events.Event) -> None:
+    def _on_server_event(self, server: H2Endpoint, event: h2.events.Event) -> None:
         exchange = self._by_server.get(getattr(event, "stream_id", 0) or 0)
         if isinstance(event, h2.events.WindowUpdated | h2.events.RemoteSettingsChanged):
             server.changed.set()
         elif isinstance(event, h2.events.ConnectionTerminated):
-            self._on_leaving(event)
+            self._on_goaway(event)
         elif isinstance(event, h2.events.DataReceived) and exchange is None:
             server.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
         elif exchange is None:
             return
         elif isinstance(event, h2.events.ResponseReceived | h2.events.InformationalResponseReceived):
             headers = secret_injection.redact_headers(_pairs(event.headers), exchange.redactor)
-            with gone():
+            with ignoring_closed_stream():
                 self._guest.h2.send_headers(exchange.guest_id, headers, end_stream=_ends(event))
             if _ends(event):
                 exchange.response_ended = True
                 self._on_answered(exchange)
             self._guest.changed.set()
         else:
-            self._pass_on(event, exchange, server, self._guest, exchange.guest_id)
+            self._forward(event, exchange, server, self._guest, exchange.guest_id)
 
-    def _pass_on(self, event: h2.events.Event, exchange: _Exchange, source: End, target: End, target_id: int) -> None:
+    def _forward(
+        self, event: h2.events.Event, exchange: _Exchange, source: H2Endpoint, target: H2Endpoint, target_id: int
+    ) -> None:
         """Queues data, trailers, ends and resets of a stream for the other side."""
         if isinstance(event, h2.events.StreamEnded) and (
             exchange.request_ended if source is self._guest else exchange.response_ended
         ):
             return  # its headers said so
-        queued = target.queued.setdefault(target_id, Queued())
+        queued = target.queued.setdefault(target_id, OutgoingStream())
         filtering = exchange.body if source is self._guest else exchange.redactor
         if isinstance(event, h2.events.DataReceived):
             data = event.data if filtering is None else filtering.feed(event.data)
@@ -171,14 +173,14 @@ class Http2Relay:
                 exchange.request_ended = True
                 source.queued.pop(exchange.server_id, None)
                 return
-            with gone():
+            with ignoring_closed_stream():
                 target.h2.reset_stream(target_id, event.error_code or 0)
             self._forget(exchange)
         target.changed.set()
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    async def _begin(self, event: h2.events.RequestReceived) -> None:
+    async def _start_exchange(self, event: h2.events.RequestReceived) -> None:
         headers = _pairs(event.headers)
         guest_id = event.stream_id
         fields = dict(headers)
@@ -187,28 +189,28 @@ class Http2Relay:
             path = fields.get(b":path", b"")
             if fields.get(b":method") == b"CONNECT":
                 raise Denied(Reason.PROTOCOL_NOT_ALLOWED, authority)
-            admitted = await self._gate.admit(authority, path, headers)
+            allowed = await self._request_policy.check(authority, path, headers)
         except Denied as denied:
-            self._gate.deny(denied.reason, denied.host)
-            self._turn_away(guest_id, *answer_for(denied.reason, denied.host))
+            self._request_policy.deny(denied.reason, denied.host)
+            self._reject(guest_id, *answer_for(denied.reason, denied.host))
             return
-        if self._leaving:  # nobody saw it, so it may be tried again (RFC 9113, 8.7)
+        if self._server_going_away:  # nobody saw it, so it may be tried again (RFC 9113, 8.7)
             self._guest.h2.reset_stream(guest_id, h2.errors.ErrorCodes.REFUSED_STREAM)
             return
         if self._server is None:
             try:
-                self._server = End(await self._connect(), client_side=True)
+                self._server = H2Endpoint(await self._connect(), client_side=True)
             except DialError as error:
                 if error.reason is not None:
-                    self._gate.deny(error.reason, authority)
-                self._turn_away(guest_id, *unreachable(authority, error))
+                    self._request_policy.deny(error.reason, authority)
+                self._reject(guest_id, *unreachable(authority, error))
                 return
             self._connected.set()
         server = self._server
-        substitution = admitted.substitution
-        body = substitution.body(secret_injection.find(headers, b"content-type"))
-        changed = substitution.readable_answer(substitution.headers(headers))
-        changed = [(name, substitution.target(value) if name == b":path" else value) for name, value in changed]
+        injection = allowed.injection
+        body = injection.body(secret_injection.find(headers, b"content-type"))
+        changed = injection.readable_answer(injection.headers(headers))
+        changed = [(name, injection.target(value) if name == b":path" else value) for name, value in changed]
         if body is not None:
             changed = [(name, value) for name, value in changed if name != b"content-length"]
         try:
@@ -217,16 +219,16 @@ class Http2Relay:
         except h2.exceptions.TooManyStreamsError:
             self._guest.h2.reset_stream(guest_id, h2.errors.ErrorCodes.REFUSED_STREAM)
             return
-        exchange = _Exchange(guest_id, server_id, body, substitution.redactor(), _ends(event))
+        exchange = _Exchange(guest_id, server_id, body, injection.redactor(), _ends(event))
         self._by_guest[guest_id] = self._by_server[server_id] = exchange
         server.changed.set()
 
-    def _turn_away(self, guest_id: int, status: int, text: bytes) -> None:
-        with gone():
+    def _reject(self, guest_id: int, status: int, text: bytes) -> None:
+        with ignoring_closed_stream():
             self._guest.h2.send_headers(
                 guest_id, [(b":status", b"%d" % status), (b"content-type", b"text/plain; charset=utf-8")]
             )
-        queued = self._guest.queued.setdefault(guest_id, Queued())
+        queued = self._guest.queued.setdefault(guest_id, OutgoingStream())
         queued.pieces.append((text, 0))
         queued.ended = True
         self._guest.changed.set()
@@ -245,70 +247,70 @@ class Http2Relay:
         assert self._server is not None
         await self._send(self._server)
 
-    async def _send(self, end: End) -> None:
+    async def _send(self, endpoint: H2Endpoint) -> None:
         """Writes what is queued for a side as its windows open."""
         while True:
-            end.changed.clear()
-            for stream_id in list(end.queued):
-                with gone(partial(end.queued.pop, stream_id, None)):
-                    await self._send_stream(end, stream_id)
-            await end.flush()
-            end.sent.set()
-            await end.changed.wait()
+            endpoint.changed.clear()
+            for stream_id in list(endpoint.queued):
+                with ignoring_closed_stream(partial(endpoint.queued.pop, stream_id, None)):
+                    await self._send_stream(endpoint, stream_id)
+            await endpoint.flush()
+            endpoint.sent.set()
+            await endpoint.changed.wait()
 
-    async def _send_stream(self, end: End, stream_id: int) -> None:
-        queued = end.queued[stream_id]
+    async def _send_stream(self, endpoint: H2Endpoint, stream_id: int) -> None:
+        queued = endpoint.queued[stream_id]
         while queued.pieces:
             data, counted = queued.pieces[0]
-            room = min(end.h2.local_flow_control_window(stream_id), end.h2.max_outbound_frame_size)
+            room = min(endpoint.h2.local_flow_control_window(stream_id), endpoint.h2.max_outbound_frame_size)
             if data and room <= 0:
                 return
             piece, rest = data[:room], data[room:]
             if piece:
-                end.h2.send_data(stream_id, piece)
-                await end.flush()
+                endpoint.h2.send_data(stream_id, piece)
+                await endpoint.flush()
             if rest:
                 queued.pieces[0] = (rest, counted)
                 continue
             queued.pieces.pop(0)
-            self._acknowledge(end, stream_id, counted)
+            self._acknowledge(endpoint, stream_id, counted)
         if not queued.ended:
             return
-        del end.queued[stream_id]
-        exchange = (self._by_guest if end is self._guest else self._by_server).get(stream_id)
+        del endpoint.queued[stream_id]
+        exchange = (self._by_guest if endpoint is self._guest else self._by_server).get(stream_id)
         if queued.trailers is not None:
-            end.h2.send_headers(stream_id, queued.trailers, end_stream=True)
+            endpoint.h2.send_headers(stream_id, queued.trailers, end_stream=True)
         else:
-            end.h2.end_stream(stream_id)
-        if exchange is not None and end is self._guest:
+            endpoint.h2.end_stream(stream_id)
+        if exchange is not None and endpoint is self._guest:
             self._on_answered(exchange)
         elif exchange is not None:
             exchange.request_ended = True
 
-    def _acknowledge(self, end: End, stream_id: int, counted: int) -> None:
+    def _acknowledge(self, endpoint: H2Endpoint, stream_id: int, counted: int) -> None:
         """Opens the window of the side that the data came from."""
-        exchange = (self._by_guest if end is self._guest else self._by_server).get(stream_id)
-        other = self._server if end is self._guest else self._guest
+        exchange = (self._by_guest if endpoint is self._guest else self._by_server).get(stream_id)
+        other = self._server if endpoint is self._guest else self._guest
         if exchange is None or other is None or not counted:
             return
-        other_id = exchange.server_id if end is self._guest else exchange.guest_id
-        with gone():
+        other_id = exchange.server_id if endpoint is self._guest else exchange.guest_id
+        with ignoring_closed_stream():
             other.h2.acknowledge_received_data(counted, other_id)
         other.changed.set()
 
     def _on_answered(self, exchange: _Exchange) -> None:
         if self._server is not None and not exchange.request_ended:
-            with gone():  # the answer is complete, the request is not: nobody wants the rest
+            with ignoring_closed_stream():  # the answer is complete, the request is not: nobody wants the rest
                 self._server.h2.reset_stream(exchange.server_id, h2.errors.ErrorCodes.NO_ERROR)
             self._server.changed.set()
         self._forget(exchange)
 
-    def _on_leaving(self, event: h2.events.ConnectionTerminated) -> None:
+    def _on_goaway(self, event: h2.events.ConnectionTerminated) -> None:
         """The server takes no new requests; those that it has go on (RFC 9113, 6.8)."""
         if event.error_code or not self._by_server:
             raise ConnectionResetError("the server ended the connection")
-        self._leaving = True
-        self._guest.say_goodbye(max(self._by_guest))
+        self._server_going_away = True
+        self._guest.queue_goaway(max(self._by_guest))
         self._guest.changed.set()
 
 

@@ -19,8 +19,8 @@ from agent.common.policy.policy import Policy
 from agent.common.policy.reasons import Reason
 from agent.egress.http.http1 import Http1Relay
 from agent.egress.http.http2 import Http2Relay
-from agent.egress.http.request_policy import Gate, answer_for, unreachable
-from agent.egress.sandbox_state import Denied, Sandbox
+from agent.egress.http.request_policy import RequestPolicy, answer_for, unreachable
+from agent.egress.sandbox_state import Denied, SandboxState
 from agent.egress.transport.byte_streams import Stream, TlsStream, handshake
 from agent.egress.transport.dial import DialError
 from agent.egress.transport.sockets import no_delay
@@ -43,44 +43,46 @@ class Interceptor:
             offered: _client_context(offered, upstream_ca_file) for offered in _OFFERS
         }
 
-    async def run(self, sandbox: Sandbox, client: socket.socket, gate: Gate, *, http2: bool) -> None:
+    async def run(
+        self, sandbox: SandboxState, client: socket.socket, request_policy: RequestPolicy, *, http2: bool
+    ) -> None:
         """Serves a connection to its end; takes the socket over, whose bytes are all still to be read.
 
         :raises OSError: :raises Denied: before anything was said to the client.
         """
-        if gate.target.tls:
-            await self._run_tls(sandbox, client, gate)
+        if request_policy.target.tls:
+            await self._run_tls(sandbox, client, request_policy)
         else:
             relay = Http2Relay if http2 else Http1Relay
-            await self._relay(relay, Stream(client), lambda: self._plain(sandbox, gate), gate)
+            await self._relay(relay, Stream(client), lambda: self._plain(sandbox, request_policy), request_policy)
 
     async def _relay(
         self,
         kind: type[Http1Relay | Http2Relay],
         stream: Stream,
         connect: Callable[[], Awaitable[Stream]],
-        gate: Gate,
+        request_policy: RequestPolicy,
     ) -> None:
         try:
-            await kind(stream, connect, gate).run()
+            await kind(stream, connect, request_policy).run()
         except (OSError, TimeoutError, ssl.SSLError):
             stream.abort()
         finally:
             stream.close()
 
-    async def _plain(self, sandbox: Sandbox, gate: Gate) -> Stream:
-        return Stream(await self._dial(sandbox.policy, (gate.target.address,), gate.target.port))
+    async def _plain(self, sandbox: SandboxState, request_policy: RequestPolicy) -> Stream:
+        return Stream(await self._dial(sandbox.policy, (request_policy.target.address,), request_policy.target.port))
 
-    async def _run_tls(self, sandbox: Sandbox, client: socket.socket, gate: Gate) -> None:
-        target = gate.target
+    async def _run_tls(self, sandbox: SandboxState, client: socket.socket, request_policy: RequestPolicy) -> None:
+        target = request_policy.target
         assert sandbox.ca is not None
         offered = tuple(protocol for protocol in _SPOKEN if protocol in target.alpn)
         if target.alpn and not offered:
             raise Denied(Reason.PROTOCOL_NOT_ALLOWED, target.name)
         try:
-            upstream = await self._upstream(sandbox, gate, offered)
+            upstream = await self._upstream(sandbox, request_policy, offered)
         except (DialError, OSError, TimeoutError) as error:
-            await self._refuse(sandbox, client, gate, error)
+            await self._refuse(sandbox, client, request_policy, error)
             return
         try:
             chosen = upstream.protocol or (_HTTP1 if not offered or _HTTP1 in offered else "")
@@ -98,24 +100,28 @@ class Interceptor:
             return upstream
 
         try:
-            await self._relay(relay, stream, connected, gate)
+            await self._relay(relay, stream, connected, request_policy)
         finally:
             upstream.close()
 
-    async def _upstream(self, sandbox: Sandbox, gate: Gate, offered: tuple[str, ...]) -> TlsStream:
-        target = gate.target
+    async def _upstream(
+        self, sandbox: SandboxState, request_policy: RequestPolicy, offered: tuple[str, ...]
+    ) -> TlsStream:
+        target = request_policy.target
         sock = await self._dial(sandbox.policy, (target.address,), target.port)
         return await handshake(sock, self._contexts[offered], server_side=False, server_hostname=target.name)
 
-    async def _refuse(self, sandbox: Sandbox, client: socket.socket, gate: Gate, error: Exception) -> None:
+    async def _refuse(
+        self, sandbox: SandboxState, client: socket.socket, request_policy: RequestPolicy, error: Exception
+    ) -> None:
         """Says in HTTP why the server cannot be reached, where the client speaks HTTP/1.1."""
-        target = gate.target
+        target = request_policy.target
         if isinstance(error, ssl.SSLCertVerificationError):
-            gate.deny(Reason.UPSTREAM_UNVERIFIED, target.name)
+            request_policy.deny(Reason.UPSTREAM_UNVERIFIED, target.name)
             status, text = answer_for(Reason.UPSTREAM_UNVERIFIED, target.name, error.verify_message)
         else:
             if isinstance(error, DialError) and error.reason is not None:
-                gate.deny(error.reason, target.name)
+                request_policy.deny(error.reason, target.name)
             status, text = unreachable(target.name, error)
         if target.alpn and _HTTP1 not in target.alpn:
             client.close()
@@ -125,7 +131,7 @@ class Interceptor:
         stream = await handshake(client, context, server_side=True)
         with contextlib.suppress(OSError):
             await stream.read()
-        await _apologise(stream, status, text)
+        await _send_error(stream, status, text)
         stream.close()
 
 
@@ -142,7 +148,7 @@ def _client_context(offered: tuple[str, ...], ca_file: str | None) -> ssl.SSLCon
     return context
 
 
-async def _apologise(stream: Stream, status: int, text: bytes) -> None:
+async def _send_error(stream: Stream, status: int, text: bytes) -> None:
     """Answers whatever was asked, in HTTP/1.1."""
     connection = h11.Connection(h11.SERVER)
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(text)),

@@ -9,8 +9,8 @@ from http import HTTPStatus
 from agent.common.policy.addresses import Address
 from agent.common.policy.hosts import same_or_none
 from agent.common.policy.reasons import Reason
-from agent.egress.http.secret_injection import Headers, Substitution, withheld
-from agent.egress.sandbox_state import Denied, Sandbox
+from agent.egress.http.secret_injection import Headers, SecretInjection, secrets_mentioned
+from agent.egress.sandbox_state import Denied, SandboxState
 
 _STATUS = {
     Reason.HOST_MISMATCH: HTTPStatus.MISDIRECTED_REQUEST,
@@ -65,39 +65,39 @@ def unreachable(host: str, error: Exception) -> tuple[int, bytes]:
 
 
 @dataclass(slots=True)
-class Admitted:
+class AllowedRequest:
     """A request that may go on: its host, and what goes in and comes out."""
 
     host: str
-    substitution: Substitution
+    injection: SecretInjection
 
 
-class Gate:
+class RequestPolicy:
     """Decides for one connection.
 
-    :param authorise: whether a name may be asked for at the connection's address; raises Denied.
+    :param authorize: whether a name may be asked for at the connection's address; raises Denied.
     """
 
-    def __init__(self, sandbox: Sandbox, target: Target, authorise: Callable[[str], Awaitable[None]]) -> None:
+    def __init__(self, sandbox: SandboxState, target: Target, authorize: Callable[[str], Awaitable[None]]) -> None:
         self._sandbox = sandbox
         self.target = target
-        self._authorise = authorise
+        self._authorize = authorize
 
-    async def admit(self, authority: str, target: bytes, headers: Headers) -> Admitted:
+    async def check(self, authority: str, target: bytes, headers: Headers) -> AllowedRequest:
         """Returns what becomes of a request for this authority ("host" or "host:port"). :raises Denied:"""
         host = self._host(authority)
         if self.target.tls:
             if same_or_none(host) != self.target.name:
                 raise Denied(Reason.HOST_MISMATCH, host)
-            await self._authorise(self.target.name)
+            await self._authorize(self.target.name)
             secrets = self._sandbox.secrets_for(self.target.name, self.target.port)
         else:
-            await self._authorise(host)
+            await self._authorize(host)
             secrets = ()
-        for secret in withheld(self._sandbox.secrets, target, headers):
+        for secret in secrets_mentioned(self._sandbox.secrets, target, headers):
             if secret not in secrets:
                 self.deny(Reason.SECRET_WITHHELD, host)
-        return Admitted(host, Substitution(secrets))
+        return AllowedRequest(host, SecretInjection(secrets))
 
     def _host(self, authority: str) -> str:
         host, separator, port = authority.rpartition(":")

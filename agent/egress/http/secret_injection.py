@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from urllib.parse import quote
 
 from agent.common.policy.secret import Secret
-from agent.egress.http.stream_replacer import Replacer
+from agent.egress.http.stream_replacer import StreamReplacer
 
 Headers = list[tuple[bytes, bytes]]
 MIN_REDACTED_BYTES = 8  # a shorter value is found where it was never put in
@@ -21,7 +21,7 @@ _CREDENTIALS = frozenset({b"authorization", b"proxy-authorization"})
 _FORM, _JSON = b"application/x-www-form-urlencoded", b"json"
 
 
-class Substitution:
+class SecretInjection:
     """What is put into the requests of one connection, and what is taken out of their responses.
 
     :param secrets: those whose values may go to this host.
@@ -37,7 +37,7 @@ class Substitution:
 
     def headers(self, headers: Headers) -> Headers:
         """Returns the headers with values; where one went in, the answer must come in a form that can be read."""
-        replacer = Replacer(self._plain)
+        replacer = StreamReplacer(self._plain)
         changed = [(name, self._header(name.lower(), value, replacer)) for name, value in headers]
         if not replacer.count:
             return headers
@@ -50,7 +50,7 @@ class Substitution:
             return headers
         return [(name, b"identity" if name.lower() == b"accept-encoding" else value) for name, value in headers]
 
-    def _header(self, name: bytes, value: bytes, replacer: Replacer) -> bytes:
+    def _header(self, name: bytes, value: bytes, replacer: StreamReplacer) -> bytes:
         if name in _CREDENTIALS and (credentials := basic_credentials(value)) is not None:
             scheme = value[: len(value) - len(value[6:].lstrip())]
             filled = replacer.whole(credentials)
@@ -67,30 +67,32 @@ class Substitution:
         if not mark:
             return target
         quoted = {needle: quote(value, safe="").encode() for needle, value in self._plain.items()}
-        replacer = Replacer(quoted)
+        replacer = StreamReplacer(quoted)
         query = replacer.whole(query)
         self.used = self.used or replacer.count > 0
         return path + mark + query
 
-    def body(self, content_type: bytes) -> Replacer | None:
+    def body(self, content_type: bytes) -> StreamReplacer | None:
         """Returns what fills a request body, in the form that its type asks for; None if nothing may be put in."""
         chosen = [secret for secret in self._secrets if secret.in_body]
         if not chosen:
             return None
-        return Replacer({secret.placeholder.encode(): _in_form(secret.value, content_type) for secret in chosen})
+        return StreamReplacer(
+            {secret.placeholder.encode(): _encoded_for(secret.value, content_type) for secret in chosen}
+        )
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
-    def redactor(self) -> Replacer | None:
+    def redactor(self) -> StreamReplacer | None:
         """Returns what takes values out of a response; every value by as many bytes, so that no length is wrong."""
         pairs: dict[bytes, bytes] = {}
         for secret in self._secrets:
             if secret.redact and len(secret.value) >= MIN_REDACTED_BYTES:
-                for form in _forms(secret.value):
+                for form in _encodings(secret.value):
                     pairs[form] = _masked(secret.placeholder.encode(), len(form))
         if not pairs:
             return None
-        return Replacer({**pairs, **self._reflected})
+        return StreamReplacer({**pairs, **self._reflected})
 
 
 def basic_credentials(value: bytes) -> bytes | None:
@@ -103,7 +105,7 @@ def basic_credentials(value: bytes) -> bytes | None:
         return None
 
 
-def withheld(secrets: Iterable[Secret], target: bytes, headers: Headers) -> list[Secret]:
+def secrets_mentioned(secrets: Iterable[Secret], target: bytes, headers: Headers) -> list[Secret]:
     """Returns those secrets whose placeholders are in a request's target, header values or credentials."""
     texts = [target]
     for name, value in headers:
@@ -114,7 +116,7 @@ def withheld(secrets: Iterable[Secret], target: bytes, headers: Headers) -> list
     return [secret for secret in secrets if secret.placeholder.encode() in everything]
 
 
-def _in_form(value: str, content_type: bytes) -> bytes:
+def _encoded_for(value: str, content_type: bytes) -> bytes:
     kind = content_type.partition(b";")[0].strip().lower()
     if kind == _FORM:
         return quote(value, safe="").encode()
@@ -123,7 +125,7 @@ def _in_form(value: str, content_type: bytes) -> bytes:
     return value.encode()
 
 
-def _forms(value: str) -> set[bytes]:
+def _encodings(value: str) -> set[bytes]:
     """Returns the ways in which servers write a text back: as it is, in JSON, in a URL, in HTML, in base64."""
     html = value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
     texts = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], quote(value, safe=""), html}
@@ -139,6 +141,6 @@ def find(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     return next((value for key, value in headers if key.lower() == name), b"")
 
 
-def redact_headers(headers: Headers, redactor: Replacer | None) -> Headers:
+def redact_headers(headers: Headers, redactor: StreamReplacer | None) -> Headers:
     """Returns a response's headers without values."""
     return headers if redactor is None else [(name, redactor.whole(value)) for name, value in headers]

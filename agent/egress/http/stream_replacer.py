@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 
-class Replacer:
+class StreamReplacer:
     """Replaces each key by its value; keys that overlap: the longest first. `count` is how many were replaced."""
 
     def __init__(self, pairs: Mapping[bytes, bytes]) -> None:

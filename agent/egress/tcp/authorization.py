@@ -8,20 +8,20 @@ from agent.common.policy.addresses import Address
 from agent.common.policy.hosts import same_or_none
 from agent.common.policy.reasons import Reason
 from agent.egress.dns.resolver import ResolveError, Resolver
-from agent.egress.sandbox_state import Denied, Sandbox
+from agent.egress.sandbox_state import Denied, SandboxState
 
 _WEB_PORTS = frozenset({80, 443})
 
 
 @dataclass(frozen=True, slots=True)
-class Grounds:
+class Authorization:
     """Why a connection was let through: `name` at `address`, or the address as itself where there is no name."""
 
     name: str
     address: Address
     port: int
 
-    def refusal(self, sandbox: Sandbox) -> Reason | None:
+    def denial_reason(self, sandbox: SandboxState) -> Reason | None:
         """Returns why the sandbox's policy, as it is now, would not let it through."""
         policy = sandbox.policy
         if self.name:
@@ -29,16 +29,16 @@ class Grounds:
         return policy.check_address(self.address, self.port)
 
 
-class Judge:
+class ConnectionAuthorizer:
     """Decides about connections to one address and port. Each answer is by the policy as it is at that moment."""
 
-    def __init__(self, sandbox: Sandbox, resolver: Resolver, address: Address, port: int) -> None:
+    def __init__(self, sandbox: SandboxState, resolver: Resolver, address: Address, port: int) -> None:
         self._sandbox = sandbox
         self._resolver = resolver
         self.address = address
         self.port = port
 
-    def direct(self) -> bool:
+    def is_unconditional(self) -> bool:
         """Whether the address may be reached as itself and nothing depends on what is said there."""
         policy = self._sandbox.policy
         return (
@@ -53,12 +53,12 @@ class Judge:
         names = self._sandbox.pins.names(self.address)
         return names[0] if names else str(self.address)
 
-    def opaque(self) -> Grounds:
+    def authorize_opaque(self) -> Authorization:
         """Returns the grounds for a protocol that names no host. :raises Denied:"""
         policy, port = self._sandbox.policy, self.port
         reason = policy.check_address(self.address, port)
         if reason is None:
-            return Grounds("", self.address, port)
+            return Authorization("", self.address, port)
         names = self._sandbox.pins.names(self.address)
         if not names or reason in (Reason.BLOCKED_ADDRESS, Reason.DENIED_BY_OPERATOR):
             raise Denied(reason, str(self.address))
@@ -66,20 +66,20 @@ class Judge:
         for name in names:
             refusal = policy.check_name(name, port)
             if refusal is None and (port not in _WEB_PORTS or policy.names_port(name, port)):
-                return Grounds(name, self.address, port)
+                return Authorization(name, self.address, port)
             why = refusal or Reason.PROTOCOL_NOT_ALLOWED
         raise Denied(why, names[0])
 
-    def unnamed(self) -> Grounds:
+    def authorize_unnamed_tls(self) -> Authorization:
         """Returns the grounds for TLS that asks for no name. :raises Denied:"""
         policy = self._sandbox.policy
         reason = policy.check_address(self.address, self.port)
         if reason is None:
-            return Grounds("", self.address, self.port)
+            return Authorization("", self.address, self.port)
         known = any(policy.looks_up(name) for name in self._sandbox.pins.names(self.address))
         raise Denied(Reason.NO_SERVER_NAME if known else reason, self.likely_name())
 
-    async def named(self, text: str) -> Grounds:
+    async def authorize_name(self, text: str) -> Authorization:
         """Returns the grounds for a name that the client asked for at this address. :raises Denied:"""
         policy, address, port = self._sandbox.policy, self.address, self.port
         itself = policy.check_address(address, port)
@@ -87,20 +87,20 @@ class Judge:
         if name is None:
             # An address as a name (of HTTP), or nonsense: what is listed as an address passes as one.
             if itself is None:
-                return Grounds("", address, port)
+                return Authorization("", address, port)
             raise Denied(itself, text)
         reason = policy.check_name(name, port)
         if reason is not None:
             if reason is not Reason.DENIED_BY_OPERATOR and itself is None:
-                return Grounds("", address, port)  # the address itself is listed
+                return Authorization("", address, port)  # the address itself is listed
             raise Denied(reason, name)
-        if not await self._has(name):
+        if not await self._name_has_address(name):
             if itself is None and not self._sandbox.secrets_for(name, port):
-                return Grounds("", address, port)
+                return Authorization("", address, port)
             raise Denied(Reason.ADDRESS_MISMATCH, name)
-        return Grounds(name, address, port)
+        return Authorization(name, address, port)
 
-    async def _has(self, name: str) -> bool:
+    async def _name_has_address(self, name: str) -> bool:
         """Whether the address is the name's: it was answered so, or is now."""
         if self._sandbox.pins.has(name, self.address):
             return True

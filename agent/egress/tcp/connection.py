@@ -1,6 +1,6 @@
 """One TCP connection of a guest's: finds out what it is for, and has it carried, opened or turned away.
 
-What is decided, and on what grounds, is in docs/egress.md.
+What is decided, and on what authorization, is in docs/egress.md.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from agent.common.policy.addresses import Address
 from agent.common.policy.reasons import Reason
 from agent.egress.dns.resolver import Resolver
 from agent.egress.http.intercept import Interceptor
-from agent.egress.http.request_policy import Gate, Target
-from agent.egress.sandbox_state import Denied, Sandbox
+from agent.egress.http.request_policy import RequestPolicy, Target
+from agent.egress.sandbox_state import Denied, SandboxState
 from agent.egress.tcp import peek, sniff
-from agent.egress.tcp.authorization import Grounds, Judge
-from agent.egress.tcp.sniff import Kind
+from agent.egress.tcp.authorization import Authorization, ConnectionAuthorizer
+from agent.egress.tcp.sniff import WireProtocol
 from agent.egress.transport.dial import DialError, dial
-from agent.egress.transport.sockets import readable, reset
-from agent.egress.transport.splice import Carried, Mover
+from agent.egress.transport.sockets import reset, wait_readable
+from agent.egress.transport.splice import RelayedPair, SpliceRelay
 
 SERVER_FIRST_S = 0.3  # a client that has said nothing for so long waits for its server
 HELLO_TIMEOUT_S = 15.0
@@ -28,28 +28,30 @@ _RELAY_BYTES = 64 << 10
 _FULL_PAUSE_S = 0.01
 # handshake_failure would be tried again; access_denied says that it is of no use (RFC 8446, 6.2).
 _ALERT_ACCESS_DENIED = bytes([21, 3, 3, 0, 2, 2, 49])
-_PROTOCOLS = {Kind.TLS: "tls", Kind.HTTP1: "http", Kind.HTTP2: "http"}
+_PROTOCOLS = {WireProtocol.TLS: "tls", WireProtocol.HTTP1: "http", WireProtocol.HTTP2: "http"}
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class Dependencies:
     """What connections are served with."""
 
     resolver: Resolver
-    mover: Mover
+    splice_relay: SpliceRelay
     interceptor: Interceptor
 
 
 class TcpConnection:
     """A connection from its accept to its end; one of `Sandbox.connections`."""
 
-    def __init__(self, sandbox: Sandbox, means: Means, client: socket.socket, address: Address, port: int) -> None:
+    def __init__(
+        self, sandbox: SandboxState, dependencies: Dependencies, client: socket.socket, address: Address, port: int
+    ) -> None:
         self._sandbox = sandbox
-        self._means = means
+        self._dependencies = dependencies
         self._client = client
-        self._judge = Judge(sandbox, means.resolver, address, port)
-        self._grounds: set[Grounds] = set()
-        self._carried: Carried | None = None
+        self._authorizer = ConnectionAuthorizer(sandbox, dependencies.resolver, address, port)
+        self._authorizations: set[Authorization] = set()
+        self._relayed: RelayedPair | None = None
         self._upstream: socket.socket | None = None
         self.task: asyncio.Task[None] | None = None
 
@@ -57,14 +59,14 @@ class TcpConnection:
 
     def recheck(self) -> Reason | None:
         """See `agent.egress.sandbox_state.Connection`."""
-        # Without grounds, it decides by the policy as it is when it decides.
-        refusals = (grounds.refusal(self._sandbox) for grounds in self._grounds)
+        # Without authorization, it decides by the policy as it is when it decides.
+        refusals = (authorization.denial_reason(self._sandbox) for authorization in self._authorizations)
         return next((reason for reason in refusals if reason is not None), None)
 
     def abort(self) -> None:
         """See `agent.egress.sandbox_state.Connection`."""
-        if self._carried is not None:
-            self._carried.abort()
+        if self._relayed is not None:
+            self._relayed.abort()
         elif self.task is not None:
             self.task.cancel()
 
@@ -73,31 +75,31 @@ class TcpConnection:
     async def run(self) -> None:
         """Serves the connection to its end."""
         kind = None
-        address, port = self._judge.address, self._judge.port
+        address, port = self._authorizer.address, self._authorizer.port
         try:
             if (reason := self._sandbox.policy.check_dialled(address, port)) is not None:
                 raise Denied(reason, str(address))
-            kind = await self._first_bytes()
+            kind = await self._identify()
             await self._serve(kind)
         except Denied as denied:
             self._deny(denied.reason, denied.host, kind)
-            self._turn_away(kind)
+            self._reject(kind)
         except (OSError, DialError) as error:
             if isinstance(error, DialError) and error.reason is not None:
                 self._deny(error.reason, str(address), kind)
         finally:
-            if self._carried is None:
+            if self._relayed is None:
                 reset(self._client)
                 if self._upstream is not None:
                     reset(self._upstream)
 
-    def _deny(self, reason: Reason, host: str, kind: Kind | None) -> None:
+    def _deny(self, reason: Reason, host: str, kind: WireProtocol | None) -> None:
         protocol = "tcp" if kind is None else _PROTOCOLS.get(kind, "tcp")
-        self._sandbox.deny(reason, host, self._judge.port, protocol)
+        self._sandbox.deny(reason, host, self._authorizer.port, protocol)
 
-    def _turn_away(self, kind: Kind | None) -> None:
+    def _reject(self, kind: WireProtocol | None) -> None:
         """Says that it was denied, in the protocols that can."""
-        if kind is Kind.TLS:
+        if kind is WireProtocol.TLS:
             try:
                 self._client.send(_ALERT_ACCESS_DENIED)
                 self._client.shutdown(socket.SHUT_WR)
@@ -108,43 +110,43 @@ class TcpConnection:
 
     # -- finding out ---------------------------------------------------------------------------------------------------
 
-    async def _first_bytes(self) -> Kind:
+    async def _identify(self) -> WireProtocol:
         """Returns what the client speaks; OPAQUE without a look where that makes no difference."""
-        if self._judge.direct():
-            return Kind.OPAQUE
+        if self._authorizer.is_unconditional():
+            return WireProtocol.OPAQUE
         try:
             async with asyncio.timeout(SERVER_FIRST_S):
-                return await self._kind()
+                return await self._protocol()
         except TimeoutError:
             pass
         try:
             # The server may have to speak first. It may, if whatever the client then says could pass.
-            self._upstream = await self._dial(self._judge.opaque())
+            self._upstream = await self._dial(self._authorizer.authorize_opaque())
         except Denied as denied:
             if denied.reason is not Reason.PROTOCOL_NOT_ALLOWED:
                 raise
-        return await self._patiently()
+        return await self._wait_for_client()
 
-    async def _kind(self) -> Kind:
+    async def _protocol(self) -> WireProtocol:
         try:
-            kind = await peek.kind_of(self._client)
+            kind = await peek.detect_protocol(self._client)
         except sniff.TooLarge:
-            raise Denied(Reason.TOO_LARGE, self._judge.likely_name()) from None
+            raise Denied(Reason.TOO_LARGE, self._authorizer.likely_name()) from None
         if kind is not None:
             return kind
         try:  # a client that ended without a word may wait for its server's
-            self._judge.opaque()
+            self._authorizer.authorize_opaque()
         except Denied:
             raise ConnectionResetError("the client left") from None  # it asked for nothing
-        return Kind.OPAQUE
+        return WireProtocol.OPAQUE
 
-    async def _patiently(self) -> Kind:
+    async def _wait_for_client(self) -> WireProtocol:
         relaying = asyncio.ensure_future(self._relay_server_first())
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S if self._upstream is None else None):
-                return await self._kind()
+                return await self._protocol()
         except TimeoutError:
-            raise Denied(Reason.TIMEOUT, self._judge.likely_name()) from None
+            raise Denied(Reason.TIMEOUT, self._authorizer.likely_name()) from None
         finally:
             relaying.cancel()
             await asyncio.gather(relaying, return_exceptions=True)
@@ -155,7 +157,7 @@ class TcpConnection:
         if upstream is None:
             return
         while True:
-            await readable(upstream)
+            await wait_readable(upstream)
             try:
                 data = upstream.recv(_RELAY_BYTES, socket.MSG_PEEK)
                 if not data:
@@ -168,49 +170,57 @@ class TcpConnection:
 
     # -- serving -------------------------------------------------------------------------------------------------------
 
-    async def _serve(self, kind: Kind) -> None:
-        if kind is Kind.TLS:
+    async def _serve(self, kind: WireProtocol) -> None:
+        if kind is WireProtocol.TLS:
             await self._serve_tls()
-        elif kind in (Kind.HTTP1, Kind.HTTP2) and not self._judge.direct():
-            await self._open(Target("", self._judge.port, self._judge.address, (), tls=False), kind)
+        elif kind in (WireProtocol.HTTP1, WireProtocol.HTTP2) and not self._authorizer.is_unconditional():
+            await self._intercept(Target("", self._authorizer.port, self._authorizer.address, (), tls=False), kind)
         else:
-            await self._carry(self._judge.opaque())
+            await self._relay(self._authorizer.authorize_opaque())
 
     async def _serve_tls(self) -> None:
         reasons = {sniff.Malformed: Reason.MALFORMED, sniff.TooLarge: Reason.TOO_LARGE, TimeoutError: Reason.TIMEOUT}
         try:
-            hello = await peek.hello_of(self._client, HELLO_TIMEOUT_S)
+            hello = await peek.read_client_hello(self._client, HELLO_TIMEOUT_S)
         except tuple(reasons) as error:
-            raise Denied(reasons[type(error)], self._judge.likely_name()) from None
-        grounds = await self._judge.named(hello.server_name) if hello.server_name else self._judge.unnamed()
-        self._grounds.add(grounds)
-        sandbox, port = self._sandbox, self._judge.port
-        wanted = sandbox.policy.inspect or sandbox.secrets_for(grounds.name, port)
-        if grounds.name and sandbox.ca is not None and wanted:
-            await self._open(Target(grounds.name, port, grounds.address, hello.alpn, tls=True), Kind.TLS)
+            raise Denied(reasons[type(error)], self._authorizer.likely_name()) from None
+        authorization = (
+            await self._authorizer.authorize_name(hello.server_name)
+            if hello.server_name
+            else self._authorizer.authorize_unnamed_tls()
+        )
+        self._authorizations.add(authorization)
+        sandbox, port = self._sandbox, self._authorizer.port
+        wanted = sandbox.policy.inspect or sandbox.secrets_for(authorization.name, port)
+        if authorization.name and sandbox.ca is not None and wanted:
+            await self._intercept(
+                Target(authorization.name, port, authorization.address, hello.alpn, tls=True), WireProtocol.TLS
+            )
         else:
-            await self._carry(grounds)
+            await self._relay(authorization)
 
-    async def _open(self, target: Target, kind: Kind) -> None:
+    async def _intercept(self, target: Target, kind: WireProtocol) -> None:
         if self._upstream is not None:  # a silent client of a server that might have spoken first: it begins anew
             reset(self._upstream)
             self._upstream = None
-        gate = Gate(self._sandbox, target, self._authorise)
-        await self._means.interceptor.run(self._sandbox, self._client, gate, http2=kind is Kind.HTTP2)
+        request_policy = RequestPolicy(self._sandbox, target, self._authorize)
+        await self._dependencies.interceptor.run(
+            self._sandbox, self._client, request_policy, http2=kind is WireProtocol.HTTP2
+        )
 
-    async def _authorise(self, host: str) -> None:
+    async def _authorize(self, host: str) -> None:
         """Lets a request of an opened connection name this host. :raises Denied:"""
-        self._grounds.add(await self._judge.named(host))
+        self._authorizations.add(await self._authorizer.authorize_name(host))
 
-    async def _dial(self, grounds: Grounds) -> socket.socket:
-        self._grounds = {grounds}
-        return await dial(self._sandbox.policy, (grounds.address,), grounds.port)
+    async def _dial(self, authorization: Authorization) -> socket.socket:
+        self._authorizations = {authorization}
+        return await dial(self._sandbox.policy, (authorization.address,), authorization.port)
 
-    async def _carry(self, grounds: Grounds) -> None:
-        self._grounds = {grounds}
+    async def _relay(self, authorization: Authorization) -> None:
+        self._authorizations = {authorization}
         if self._upstream is None:
-            self._upstream = await self._dial(grounds)
+            self._upstream = await self._dial(authorization)
         if (reason := self.recheck()) is not None:  # it changed while we connected
-            raise Denied(reason, grounds.name or str(grounds.address))
-        self._carried = self._means.mover.carry(self._client, self._upstream)
-        await asyncio.shield(self._carried.done)
+            raise Denied(reason, authorization.name or str(authorization.address))
+        self._relayed = self._dependencies.splice_relay.relay(self._client, self._upstream)
+        await asyncio.shield(self._relayed.done)

@@ -6,13 +6,13 @@ import asyncio
 import socket
 
 from agent.egress.tcp import sniff
-from agent.egress.tcp.sniff import Hello, Kind
-from agent.egress.transport.sockets import readable
+from agent.egress.tcp.sniff import ClientHello, WireProtocol
+from agent.egress.transport.sockets import wait_readable
 
 _ESTABLISHED = 1  # linux/tcp_states.h
 
 
-async def kind_of(client: socket.socket) -> Kind | None:
+async def detect_protocol(client: socket.socket) -> WireProtocol | None:
     """Returns what a client speaks, once that can be told; None if it ended without a word.
 
     :raises sniff.TooLarge: :raises ConnectionResetError: it ended before it could be told.
@@ -21,12 +21,12 @@ async def kind_of(client: socket.socket) -> Kind | None:
     while data:
         try:
             return sniff.classify(data)
-        except sniff.More:
+        except sniff.Incomplete:
             data = await _peek(client, len(data))
     return None
 
 
-async def hello_of(client: socket.socket, timeout_s: float) -> Hello:
+async def read_client_hello(client: socket.socket, timeout_s: float) -> ClientHello:
     """Returns the TLS hello of a client that speaks TLS.
 
     :raises sniff.Malformed, sniff.TooLarge, TimeoutError: :raises ConnectionResetError: it ended before its end.
@@ -36,7 +36,7 @@ async def hello_of(client: socket.socket, timeout_s: float) -> Hello:
         while True:
             try:
                 return sniff.parse_hello(data)
-            except sniff.More:
+            except sniff.Incomplete:
                 data = await _peek(client, len(data))
 
 
@@ -58,7 +58,7 @@ async def _peek(client: socket.socket, known: int) -> bytes:
                     return data
                 if _has_ended(client):
                     raise ConnectionResetError("the client ended the connection")
-            await readable(client)
+            await wait_readable(client)
     finally:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 

@@ -14,18 +14,18 @@ from ipaddress import ip_address
 from agent.common.accepting import Acceptor
 from agent.common.policy.addresses import Address
 from agent.common.policy.reasons import Reason
-from agent.egress.sandbox_state import Sandbox
-from agent.egress.stderr_log import note_accept_failure
-from agent.egress.tcp.connection import Means, TcpConnection
+from agent.egress.sandbox_state import SandboxState
+from agent.egress.stderr_log import log_accept_failure
+from agent.egress.tcp.connection import Dependencies, TcpConnection
 from agent.egress.transport.sockets import no_delay, reset
 
 
 class TcpProxy:
     """Accepts for one sandbox."""
 
-    def __init__(self, sandbox: Sandbox, means: Means) -> None:
+    def __init__(self, sandbox: SandboxState, dependencies: Dependencies) -> None:
         self._sandbox = sandbox
-        self._means = means
+        self._dependencies = dependencies
         self._listeners: list[socket.socket] = []
         self._acceptors: list[Acceptor] = []
         self._loop = asyncio.get_running_loop()
@@ -34,7 +34,7 @@ class TcpProxy:
     def start(self, listeners: Sequence[socket.socket]) -> None:
         """Begins to accept; takes the sockets over."""
         self._listeners = list(listeners)
-        self._acceptors = [Acceptor(listener, self._accepted, note_accept_failure) for listener in self._listeners]
+        self._acceptors = [Acceptor(listener, self._accepted, log_accept_failure) for listener in self._listeners]
 
     async def aclose(self) -> None:
         """Ends, with all connections."""
@@ -59,7 +59,7 @@ class TcpProxy:
             reset(client)
             return
         no_delay(client)
-        connection = TcpConnection(self._sandbox, self._means, client, address, port)
+        connection = TcpConnection(self._sandbox, self._dependencies, client, address, port)
         self._sandbox.connections.add(connection)
         task = connection.task = asyncio.create_task(connection.run())
         self._tasks.add(task)

@@ -22,7 +22,7 @@ _SERVER_NAME, _ALPN = 0, 16
 _MAX_RECORD_BYTES = 1 << 14
 
 
-class Kind(Enum):
+class WireProtocol(Enum):
     """What is spoken."""
 
     TLS = auto()
@@ -31,7 +31,7 @@ class Kind(Enum):
     OPAQUE = auto()  # anything else
 
 
-class More(Exception):
+class Incomplete(Exception):
     """These bytes are not enough to tell."""
 
 
@@ -44,35 +44,35 @@ class TooLarge(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class ClientHello:
     """A ClientHello: the name asked for as it was sent ("" if there is none) and the protocols offered."""
 
     server_name: str
     alpn: tuple[str, ...] = ()
 
 
-def classify(data: bytes) -> Kind:
-    """Returns what these first bytes begin. :raises More: :raises Malformed: :raises TooLarge:
+def classify(data: bytes) -> WireProtocol:
+    """Returns what these first bytes begin. :raises Incomplete: :raises Malformed: :raises TooLarge:
 
     A first line that has "HTTP/" in it is HTTP, however odd: a server may read it as such.
     """
     if not data:
-        raise More
+        raise Incomplete
     if data[0] == _HANDSHAKE:
-        return Kind.TLS
+        return WireProtocol.TLS
     if _HTTP2_PREFACE.startswith(data[: len(_HTTP2_PREFACE)]):
         if len(data) < len(_HTTP2_PREFACE):
-            raise More
-        return Kind.HTTP2
+            raise Incomplete
+        return WireProtocol.HTTP2
     text = data.lstrip(b"\r\n")
     line, newline, _ = text.partition(b"\n")
     if b"HTTP/" in line[:_MAX_LINE_BYTES].upper():
-        return Kind.HTTP1
+        return WireProtocol.HTTP1
     if newline or not _could_be_http(line):
-        return Kind.OPAQUE
+        return WireProtocol.OPAQUE
     if len(data) >= _MAX_LINE_BYTES:
         raise TooLarge
-    raise More
+    raise Incomplete
 
 
 def _could_be_http(line: bytes) -> bool:
@@ -87,7 +87,7 @@ def _could_be_http(line: bytes) -> bool:
     return words[0] in _METHODS if whole else any(method.startswith(words[0]) for method in _METHODS)
 
 
-def parse_hello(data: bytes) -> Hello:
+def parse_hello(data: bytes) -> ClientHello:
     """Returns the ClientHello that `data` begins with, in one record or several. :raises as classify:"""
     body = _handshake(data)
     if body[0] != _CLIENT_HELLO:
@@ -112,7 +112,7 @@ def parse_hello(data: bytes) -> Hello:
                 name = _server_name(value)
             elif kind == _ALPN:
                 alpn = _protocols(value)
-    return Hello(name, alpn)
+    return ClientHello(name, alpn)
 
 
 def _handshake(data: bytes) -> bytes:
@@ -121,7 +121,7 @@ def _handshake(data: bytes) -> bytes:
     at = 0
     while True:
         if len(data) < at + 5:
-            raise _more(data)
+            raise _incomplete(data)
         size = int.from_bytes(data[at + 3 : at + 5], "big")
         if data[at] != _HANDSHAKE or data[at + 1] != 3 or not 0 < size <= _MAX_RECORD_BYTES:
             raise Malformed
@@ -134,11 +134,11 @@ def _handshake(data: bytes) -> bytes:
                 return message[:wanted]
         at += 5 + size
         if at > len(data):
-            raise _more(data)
+            raise _incomplete(data)
 
 
-def _more(data: bytes) -> Exception:
-    return TooLarge() if len(data) > MAX_HELLO_BYTES else More()
+def _incomplete(data: bytes) -> Exception:
+    return TooLarge() if len(data) > MAX_HELLO_BYTES else Incomplete()
 
 
 def _server_name(value: _Reader) -> str:

@@ -11,7 +11,7 @@ import socket
 import ssl
 from collections.abc import Sequence
 
-from agent.egress.transport.sockets import readable, reset, writable
+from agent.egress.transport.sockets import reset, wait_readable, wait_writable
 
 READ_BYTES = 256 << 10
 # One for all streams: it is filled and copied from without a pause in between.
@@ -34,7 +34,7 @@ class Stream:
             try:
                 return self._take()
             except (BlockingIOError, ssl.SSLWantReadError):
-                await readable(self.sock)
+                await wait_readable(self.sock)
             except ssl.SSLWantWriteError:
                 await asyncio.sleep(_OTHER_TURN_S)
 
@@ -49,11 +49,11 @@ class Stream:
             try:
                 view = view[self.sock.send(view) :]
             except (BlockingIOError, ssl.SSLWantWriteError):
-                await writable(self.sock)
+                await wait_writable(self.sock)
             except ssl.SSLWantReadError:
                 await asyncio.sleep(_OTHER_TURN_S)
 
-    async def end(self) -> None:
+    async def send_eof(self) -> None:
         """Tells the other side that no more will come; reading goes on."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
@@ -84,10 +84,10 @@ class TlsStream(Stream):
             pass
         return bytes(_view[:count])
 
-    async def end(self) -> None:
+    async def send_eof(self) -> None:
         """Sends close_notify; TLS 1.3 leaves the other direction open (RFC 8446, 6.1), the ssl module does not."""
         self._say_goodbye()
-        await super().end()
+        await super().send_eof()
 
     def close(self) -> None:
         """Closes in order."""
@@ -119,9 +119,9 @@ async def handshake(
                     wrapped.do_handshake()
                     return TlsStream(wrapped)
                 except ssl.SSLWantReadError:
-                    await readable(wrapped)
+                    await wait_readable(wrapped)
                 except ssl.SSLWantWriteError:
-                    await writable(wrapped)
+                    await wait_writable(wrapped)
     except BaseException:
         (wrapped or sock).close()
         raise
@@ -130,7 +130,7 @@ async def handshake(
 async def relay(a: Stream, b: Stream, to_a: bytes = b"", to_b: bytes = b"") -> None:
     """Carries bytes both ways until both have ended, or one broke. :raises OSError:"""
     tasks = [asyncio.create_task(_pump(a, b, to_b)), asyncio.create_task(_pump(b, a, to_a))]
-    await both(tasks)
+    await gather_or_cancel(tasks)
 
 
 async def _pump(source: Stream, target: Stream, first: bytes) -> None:
@@ -138,10 +138,10 @@ async def _pump(source: Stream, target: Stream, first: bytes) -> None:
         await target.write(first)
     while data := await source.read():
         await target.write(data)
-    await target.end()
+    await target.send_eof()
 
 
-async def both(tasks: Sequence[asyncio.Task[None]]) -> None:
+async def gather_or_cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
     """Awaits tasks; when one fails, the others are cancelled. :raises: what the first that failed raised."""
     try:
         await asyncio.gather(*tasks)

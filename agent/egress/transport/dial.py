@@ -12,7 +12,7 @@ from itertools import zip_longest
 from agent.common.policy.addresses import Address
 from agent.common.policy.policy import Policy
 from agent.common.policy.reasons import Reason
-from agent.egress.transport.sockets import no_delay, writable
+from agent.egress.transport.sockets import no_delay, wait_writable
 
 _STAGGER_S = 0.25  # RFC 8305, 5
 _MAX_ATTEMPTS = 8
@@ -74,7 +74,7 @@ async def _connect(address: Address, port: int) -> socket.socket:
         no_delay(sock)
         number = sock.connect_ex((str(address), port))
         if number == errno.EINPROGRESS:
-            await writable(sock)
+            await wait_writable(sock)
             number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             raise OSError(number, os.strerror(number))

@@ -23,7 +23,7 @@ def no_delay(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-async def readable(*socks: socket.socket) -> None:
+async def wait_readable(*socks: socket.socket) -> None:
     """Returns when one of these can be read, or has ended."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
@@ -37,7 +37,7 @@ async def readable(*socks: socket.socket) -> None:
                 loop.remove_reader(sock.fileno())
 
 
-async def writable(sock: socket.socket) -> None:
+async def wait_writable(sock: socket.socket) -> None:
     """Returns when this can be written to, or has ended."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()

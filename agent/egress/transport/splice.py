@@ -29,11 +29,11 @@ _DEFAULT_PIPE_BYTES = 64 << 10
 class _Pipe:
     """A pipe and how many bytes are in it."""
 
-    __slots__ = ("held", "read", "size", "write")
+    __slots__ = ("buffered", "read", "size", "write")
 
     def __init__(self) -> None:
         self.read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.held = 0
+        self.buffered = 0
         try:
             self.size = fcntl.fcntl(self.write, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         except OSError:  # over what one user may have: the size that it was given must do
@@ -56,11 +56,11 @@ class _Direction:
         self.done = False  # and the target was told so
 
 
-class Carried:
+class RelayedPair:
     """One pair of sockets. `done` has a result once both are closed."""
 
-    def __init__(self, mover: Mover, a: socket.socket, b: socket.socket) -> None:
-        self._mover = mover
+    def __init__(self, relay: SpliceRelay, a: socket.socket, b: socket.socket) -> None:
+        self._relay = relay
         self.sockets = (a, b)
         self.numbers = (a.fileno(), b.fileno())
         self.directions = (_Direction(a, b), _Direction(b, a))
@@ -68,22 +68,22 @@ class Carried:
 
     def abort(self) -> None:
         """Ends both connections by resets. Idempotent; `done` follows."""
-        self._mover.order(self, "abort")
+        self._relay.command(self, "abort")
 
 
-class Mover:
+class SpliceRelay:
     """The thread. All its sockets are its own until their `done`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._orders: deque[tuple[Carried | None, str]] = deque()
+        self._commands: deque[tuple[RelayedPair | None, str]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.epoll()
         self._poll.register(self._wake, select.EPOLLIN)
-        self._carried: dict[int, Carried] = {}
+        self._pairs: dict[int, RelayedPair] = {}
         self._interest: dict[int, int] = {}
         self._pipes: list[_Pipe] = []
-        self._thread = threading.Thread(target=self._run, name="mover", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="splice", daemon=True)
 
     def start(self) -> None:
         """Starts the thread."""
@@ -91,20 +91,20 @@ class Mover:
 
     def stop(self) -> None:
         """Ends the thread and all that it carries."""
-        self.order(None, "stop")
+        self.command(None, "stop")
         self._thread.join()
         self._poll.close()
         os.close(self._wake)
 
-    def carry(self, a: socket.socket, b: socket.socket) -> Carried:
+    def relay(self, a: socket.socket, b: socket.socket) -> RelayedPair:
         """Carries bytes both ways until both sides have ended, or one broke; takes both sockets over."""
-        carried = Carried(self, a, b)
-        self.order(carried, "add")
-        return carried
+        pair = RelayedPair(self, a, b)
+        self.command(pair, "add")
+        return pair
 
-    def order(self, carried: Carried | None, what: str) -> None:
+    def command(self, pair: RelayedPair | None, what: str) -> None:
         """Has the thread do something."""
-        self._orders.append((carried, what))
+        self._commands.append((pair, what))
         os.eventfd_write(self._wake, 1)
 
     # -- in the thread -------------------------------------------------------------------------------------------------
@@ -113,45 +113,45 @@ class Mover:
         while True:
             for number, _ in self._poll.poll():
                 if number != self._wake:
-                    if (carried := self._carried.get(number)) is not None:
-                        self._advance(carried)
+                    if (pair := self._pairs.get(number)) is not None:
+                        self._advance(pair)
                     continue
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
-                while self._orders:
-                    carried, what = self._orders.popleft()
-                    if carried is None:
+                while self._commands:
+                    pair, what = self._commands.popleft()
+                    if pair is None:
                         self._end_all()
                         return
                     if what == "add":
-                        self._add(carried)
-                    elif carried.numbers[0] in self._carried and self._carried[carried.numbers[0]] is carried:
-                        self._finish(carried, reset)
+                        self._add(pair)
+                    elif pair.numbers[0] in self._pairs and self._pairs[pair.numbers[0]] is pair:
+                        self._finish(pair, reset)
 
     def _end_all(self) -> None:
-        for carried in set(self._carried.values()):
-            self._finish(carried, reset)
+        for pair in set(self._pairs.values()):
+            self._finish(pair, reset)
         for pipe in self._pipes:
             pipe.close()
 
-    def _add(self, carried: Carried) -> None:
-        for number in carried.numbers:
-            self._carried[number] = carried
+    def _add(self, pair: RelayedPair) -> None:
+        for number in pair.numbers:
+            self._pairs[number] = pair
             self._interest[number] = 0
-        self._advance(carried)
+        self._advance(pair)
 
-    def _advance(self, carried: Carried) -> None:
+    def _advance(self, pair: RelayedPair) -> None:
         try:
-            for direction in carried.directions:
+            for direction in pair.directions:
                 if not direction.done:
                     self._move(direction)
-            if not all(direction.done for direction in carried.directions):
-                self._watch(carried)
+            if not all(direction.done for direction in pair.directions):
+                self._watch(pair)
                 return
         except OSError:  # the pair's own, or no descriptors, pipe buffers or epoll watches are left: others go on
-            self._finish(carried, reset)
+            self._finish(pair, reset)
             return
-        self._finish(carried, socket.socket.close)
+        self._finish(pair, socket.socket.close)
 
     def _move(self, direction: _Direction) -> None:
         """Moves what there is. Leaves a pipe with the direction only if the target does not take all."""
@@ -159,44 +159,44 @@ class Mover:
         for _ in range(_TURNS):
             pipe = direction.pipe or self._take_pipe()
             direction.pipe = pipe
-            if not direction.ended and pipe.held == 0:
+            if not direction.ended and pipe.buffered == 0:
                 count = _splice(source, pipe.write, pipe.size)
                 if count == 0:
                     direction.ended = True
                 elif count is None:
                     break
                 else:
-                    pipe.held = count
-            if pipe.held:
-                count = _splice(pipe.read, target, pipe.held)
+                    pipe.buffered = count
+            if pipe.buffered:
+                count = _splice(pipe.read, target, pipe.buffered)
                 if count is None:
                     return
-                pipe.held -= count
-                if pipe.held:
+                pipe.buffered -= count
+                if pipe.buffered:
                     return
             if direction.ended:
                 with contextlib.suppress(OSError):  # it may have ended the connection already
                     direction.target.shutdown(socket.SHUT_WR)
                 direction.done = True
                 break
-        self._give_back(direction)
+        self._release_pipe(direction)
 
     def _take_pipe(self) -> _Pipe:
         return self._pipes.pop() if self._pipes else _Pipe()
 
-    def _give_back(self, direction: _Direction) -> None:
+    def _release_pipe(self, direction: _Direction) -> None:
         pipe, direction.pipe = direction.pipe, None
         if pipe is None:
             return
-        if pipe.held == 0 and len(self._pipes) < _MAX_IDLE_PIPES and pipe.size >= _DEFAULT_PIPE_BYTES:
+        if pipe.buffered == 0 and len(self._pipes) < _MAX_IDLE_PIPES and pipe.size >= _DEFAULT_PIPE_BYTES:
             self._pipes.append(pipe)
         else:
             pipe.close()
 
-    def _watch(self, carried: Carried) -> None:
+    def _watch(self, pair: RelayedPair) -> None:
         """Waits for what would let each direction go on, and for nothing else, or the poll would spin."""
-        wanted = dict.fromkeys(carried.numbers, 0)
-        for direction in carried.directions:
+        wanted = dict.fromkeys(pair.numbers, 0)
+        for direction in pair.directions:
             if direction.pipe is not None:
                 wanted[direction.target.fileno()] |= select.EPOLLOUT
             elif not direction.ended:
@@ -213,20 +213,20 @@ class Mover:
                 self._poll.unregister(number)
             self._interest[number] = events  # last: `_finish` unregisters what is registered
 
-    def _finish(self, carried: Carried, close: Callable[[socket.socket], None]) -> None:
-        for number in carried.numbers:
+    def _finish(self, pair: RelayedPair, close: Callable[[socket.socket], None]) -> None:
+        for number in pair.numbers:
             if self._interest.pop(number):
                 self._poll.unregister(number)
-            del self._carried[number]
-        for direction in carried.directions:
-            if direction.pipe is not None and direction.pipe.held:
+            del self._pairs[number]
+        for direction in pair.directions:
+            if direction.pipe is not None and direction.pipe.buffered:
                 direction.pipe.close()
                 direction.pipe = None
-            self._give_back(direction)
-        for sock in carried.sockets:
+            self._release_pipe(direction)
+        for sock in pair.sockets:
             close(sock)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(_set_done, carried.done)
+            self._loop.call_soon_threadsafe(_set_done, pair.done)
 
 
 def _splice(source: int, target: int, count: int) -> int | None:

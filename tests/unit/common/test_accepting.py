@@ -21,8 +21,8 @@ from agent.egress.control import Control
 from agent.egress.control_protocol import ControlLink
 from agent.egress.dns.server import DnsServer
 from agent.egress.report import Reporter
-from agent.egress.sandbox_state import Sandbox
-from agent.egress.stderr_log import LoopNotes
+from agent.egress.sandbox_state import SandboxState
+from agent.egress.stderr_log import LoopLog
 from agent.egress.tcp.proxy import TcpProxy
 
 
@@ -128,10 +128,10 @@ async def test_none_is_accepted_after_close_even_in_a_pause(
 
 
 async def test_the_control_socket(listener: Exhausted) -> None:
-    def servers(_: Sandbox) -> Any:
+    def servers(_: SandboxState) -> Any:
         raise AssertionError
 
-    control = Control(servers, {"settings": "x"}, os.getuid(), Supervisor(LoopNotes()))
+    control = Control(servers, {"settings": "x"}, os.getuid(), Supervisor(LoopLog()))
     running = asyncio.create_task(control.run(listener))
     link = ControlLink(connect(listener))
     await link.send({"seq": 1, "op": "hello"})
@@ -160,7 +160,7 @@ async def test_the_socket_of_the_api(listener: Exhausted, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["dns", "tcp"])
 async def test_the_servers_of_a_sandbox(kind: str) -> None:
     """Before, the DNS server spun as long as there were no descriptors."""
-    sandbox = Sandbox("sbx-1", Policy(), Reporter())
+    sandbox = SandboxState("sbx-1", Policy(), Reporter())
     with Exhausted(socket.AF_INET) as listener, socket.socket() as client:
         listener.faults, listener.calls = [errno.EMFILE] * 2, 0
         listener.bind(("127.0.0.1", 0))

@@ -23,9 +23,9 @@ from agent.common.policy.rules import parse_rules
 from agent.egress.dns import dns_answers
 from agent.egress.dns.resolver import BlockedAnswer, ResolveError, Resolver
 from agent.egress.dns.server import DnsServer
-from agent.egress.dns_pins import Pins
+from agent.egress.dns_pins import DnsPins
 from agent.egress.report import Reporter
-from agent.egress.sandbox_state import Sandbox
+from agent.egress.sandbox_state import SandboxState
 
 OPEN = Policy()
 Script = Callable[[dns.message.Message, str], dns.message.Message | None]
@@ -101,7 +101,7 @@ async def test_addresses_of_both_families_without_blocked_ones() -> None:
 
 async def test_one_lookup_for_all_who_ask_at_once() -> None:
     async with resolver(zone(web=["45.0.0.1"])) as (made, server):
-        await asyncio.gather(*(made.family("web.example", dns.rdatatype.A, OPEN) for _ in range(50)))
+        await asyncio.gather(*(made.addresses_of_type("web.example", dns.rdatatype.A, OPEN) for _ in range(50)))
         assert server.asked == ["web.example"]
 
 
@@ -124,9 +124,9 @@ async def test_silence_and_nonsense() -> None:
 
 
 @asynccontextmanager
-async def served(script: Script, policy: Policy) -> AsyncIterator[tuple[Sandbox, tuple[str, int], _Server]]:
+async def served(script: Script, policy: Policy) -> AsyncIterator[tuple[SandboxState, tuple[str, int], _Server]]:
     async with resolver(script) as (made, server):
-        sandbox = Sandbox("sbx-0000000000000000", policy, Reporter())
+        sandbox = SandboxState("sbx-0000000000000000", policy, Reporter())
         udp, tcp = socket.socket(type=socket.SOCK_DGRAM), socket.socket()
         udp.bind(("127.0.0.1", 0))
         tcp.bind(udp.getsockname())
@@ -206,7 +206,7 @@ def test_a_long_answer_is_cut_over_udp() -> None:
 
 def test_pins_are_held_and_forgotten() -> None:
     now = 0.0
-    pins = Pins(max_pins=3, min_hold_s=10, clock=lambda: now)
+    pins = DnsPins(max_pins=3, min_hold_s=10, clock=lambda: now)
     one, two = ip_address("45.0.0.1"), ip_address("45.0.0.2")
     pins.pin("a", [one], 1)
     pins.pin("b", [one, two], 100)

@@ -15,7 +15,7 @@ import pytest
 from h2.connection import ConnectionInputs, ConnectionState, H2ConnectionStateMachine
 from hyperframe.frame import GoAwayFrame
 
-from agent.egress.http.h2_endpoint import stay_open
+from agent.egress.http.h2_endpoint import keep_streams_after_goaway
 
 REPOSITORY = Path(__file__).parents[3]
 OPEN = (ConnectionState.CLIENT_OPEN, ConnectionState.SERVER_OPEN)
@@ -37,7 +37,7 @@ def test_the_table_is_what_stay_open_rewrites() -> None:
 def test_one_connection_alone_gets_another_table() -> None:
     before = dict(H2ConnectionStateMachine._transitions)
     connection = h2.connection.H2Connection()
-    stay_open(connection)
+    keep_streams_after_goaway(connection)
     changed = {key for key, value in connection.state_machine._transitions.items() if before[key] != value}
     assert changed == {(state, ConnectionInputs.RECV_GOAWAY) for state in OPEN}
     assert H2ConnectionStateMachine._transitions == before
@@ -48,7 +48,7 @@ def test_a_stream_goes_on_after_goaway(*, stays: bool) -> None:
     client = h2.connection.H2Connection()
     server = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
     if stays:
-        stay_open(client)
+        keep_streams_after_goaway(client)
     client.initiate_connection()
     server.initiate_connection()
     client.send_headers(1, [(":method", "GET"), (":path", "/"), (":scheme", "https"), (":authority", "a")], True)
@@ -57,7 +57,7 @@ def test_a_stream_goes_on_after_goaway(*, stays: bool) -> None:
     goodbye = GoAwayFrame(stream_id=0, last_stream_id=1, error_code=0).serialize()
     client.receive_data(server.data_to_send() + goodbye)
     server.send_data(1, b"the rest", end_stream=True)
-    if not stays:  # once this fails, h2 does it by itself, and stay_open can go
+    if not stays:  # once this fails, h2 does it by itself, and keep_streams_after_goaway can go
         with pytest.raises(h2.exceptions.ProtocolError):
             client.receive_data(server.data_to_send())
         return

@@ -18,12 +18,12 @@ from agent.common.policy.policy import Policy
 from agent.common.policy.reasons import Reason
 from agent.common.policy.rules import parse_rules
 from agent.common.policy.secret import Secret
-from agent.egress.http.h2_endpoint import stay_open
+from agent.egress.http.h2_endpoint import keep_streams_after_goaway
 from agent.egress.http.http1 import Http1Relay
 from agent.egress.http.http2 import Http2Relay
-from agent.egress.http.request_policy import Gate, Target
+from agent.egress.http.request_policy import RequestPolicy, Target
 from agent.egress.report import Reporter
-from agent.egress.sandbox_state import Sandbox
+from agent.egress.sandbox_state import SandboxState
 from agent.egress.transport.byte_streams import Stream
 from agent.egress.transport.dial import DialError
 
@@ -37,7 +37,7 @@ class Bench:
 
     def __init__(self) -> None:
         secret = Secret("KEY", MARK, VALUE, parse_rules([HOST], "x"))
-        self.sandbox = Sandbox("sbx-1", Policy(), Reporter(), (secret,))
+        self.sandbox = SandboxState("sbx-1", Policy(), Reporter(), (secret,))
         self.client: Ends
         self.server: Ends
         self.task: asyncio.Task[None]
@@ -53,7 +53,7 @@ async def relayed(kind: type[Http1Relay | Http2Relay], fault: DialError | None =
     for sock in (guest, ours, theirs, server):
         sock.setblocking(False)
 
-    async def authorise(host: str) -> None:
+    async def authorize(host: str) -> None:
         return None
 
     async def connect() -> Stream:
@@ -61,10 +61,10 @@ async def relayed(kind: type[Http1Relay | Http2Relay], fault: DialError | None =
             raise fault
         return Stream(theirs)
 
-    gate = Gate(bench.sandbox, Target(HOST, 443, ip_address("45.0.0.1"), (), tls=True), authorise)
+    request_policy = RequestPolicy(bench.sandbox, Target(HOST, 443, ip_address("45.0.0.1"), (), tls=True), authorize)
     bench.client = await asyncio.open_connection(sock=guest)
     bench.server = await asyncio.open_connection(sock=server)
-    bench.task = asyncio.create_task(kind(Stream(ours), connect, gate).run())
+    bench.task = asyncio.create_task(kind(Stream(ours), connect, request_policy).run())
     try:
         yield bench
     finally:
@@ -145,7 +145,7 @@ class Peer:
         self.h2 = h2.connection.H2Connection(
             h2.config.H2Configuration(client_side=client_side, header_encoding="utf-8")
         )
-        stay_open(self.h2)
+        keep_streams_after_goaway(self.h2)
         self.h2.local_settings = h2.settings.Settings(
             client=client_side, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
         )

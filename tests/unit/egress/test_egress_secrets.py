@@ -16,8 +16,8 @@ from agent.common.policy.rules import parse_rules
 from agent.common.policy.secret import Secret
 from agent.daemon.storage.secrets.placeholder import PREFIX, new_placeholder
 from agent.daemon.storage.secrets.vault import CaPair, Held, Vault
-from agent.egress.http.secret_injection import Substitution, basic_credentials, withheld
-from agent.egress.http.stream_replacer import Replacer
+from agent.egress.http.secret_injection import SecretInjection, basic_credentials, secrets_mentioned
+from agent.egress.http.stream_replacer import StreamReplacer
 from guest import keystore
 
 VALUE, MARK = 'v"al/ue+&0123456789', "sbx_secret_ABCDEFGH"
@@ -32,8 +32,8 @@ def secret(**fields: object) -> Secret:
 def test_replacing_does_not_depend_on_how_a_stream_is_cut(pieces: list[bytes], size: int) -> None:
     text = b"".join(pieces)
     pairs = {b"abc": b"<1>", b"abab": b"<2>"}
-    whole = Replacer(pairs).whole(text)
-    replacer = Replacer(pairs)
+    whole = StreamReplacer(pairs).whole(text)
+    replacer = StreamReplacer(pairs)
     cut = b"".join(replacer.feed(text[at : at + size]) for at in range(0, len(text), size)) + replacer.end()
     # Cut or not, nothing of a key is left that was there whole, and nothing else is changed.
     assert cut.replace(b"<1>", b"abc").replace(b"<2>", b"abab") == text
@@ -42,7 +42,7 @@ def test_replacing_does_not_depend_on_how_a_stream_is_cut(pieces: list[bytes], s
 
 
 def test_only_what_may_be_the_beginning_is_held_back() -> None:
-    replacer = Replacer({b"secret": b"hidden"})
+    replacer = StreamReplacer({b"secret": b"hidden"})
     assert replacer.feed(b"data: 1\n\n") == b"data: 1\n\n"
     assert replacer.feed(b"a sec") == b"a "
     assert replacer.feed(b"ret!") == b"hidden!"
@@ -52,7 +52,7 @@ def test_only_what_may_be_the_beginning_is_held_back() -> None:
 
 
 def test_requests_get_values_where_they_may() -> None:
-    put = Substitution([secret()])
+    put = SecretInjection([secret()])
     basic = b"Basic " + base64.b64encode(b"u:" + MARK.encode())
     headers = [(b"X-Key", b"a " + MARK.encode()), (b"Authorization", basic), (b"Accept-Encoding", b"gzip")]
     changed = dict(put.readable_answer(put.headers(headers)))
@@ -61,7 +61,7 @@ def test_requests_get_values_where_they_may() -> None:
     assert changed[b"Accept-Encoding"] == b"identity"
     path = f"/{MARK}?k={MARK}&b=1".encode()
     assert put.target(path) == f"/{MARK}?k=v%22al%2Fue%2B%260123456789&b=1".encode()
-    assert Substitution([secret()]).readable_answer(headers) == headers
+    assert SecretInjection([secret()]).readable_answer(headers) == headers
     assert put.body(b"text/plain") is None
 
 
@@ -74,13 +74,13 @@ def test_requests_get_values_where_they_may() -> None:
     ],
 )
 def test_bodies_get_values_in_the_form_of_their_type(kind: bytes, sent: str) -> None:
-    body = Substitution([secret(in_body=True)]).body(kind)
+    body = SecretInjection([secret(in_body=True)]).body(kind)
     assert body is not None
     assert body.whole(b"a " + MARK.encode() + b" z") == f"a {sent} z".encode()
 
 
 def test_answers_lose_values_and_keep_their_length() -> None:
-    put = Substitution([secret()])
+    put = SecretInjection([secret()])
     put.headers([(b"Authorization", b"Basic " + base64.b64encode(b"u:" + MARK.encode()))])
     redactor = put.redactor()
     assert redactor is not None
@@ -90,16 +90,16 @@ def test_answers_lose_values_and_keep_their_length() -> None:
         assert len(hidden) == len(text)
         assert VALUE.encode() not in hidden
         assert hidden != text.encode()
-    assert Substitution([secret(redact=False)]).redactor() is None
-    assert Substitution([secret(value="short")]).redactor() is None
+    assert SecretInjection([secret(redact=False)]).redactor() is None
+    assert SecretInjection([secret(value="short")]).redactor() is None
 
 
 def test_placeholders_that_do_not_get_their_value_are_seen() -> None:
     one, two = secret(), secret(name="OTHER", placeholder="sbx_secret_OTHER")
     basic = b"Basic " + base64.b64encode(b"u:sbx_secret_OTHER")
-    assert withheld([one, two], b"/", [(b"authorization", basic)]) == [two]
-    assert withheld([one, two], f"/{MARK}".encode(), []) == [one]
-    assert withheld([one, two], b"/", [(b"x", b"y")]) == []
+    assert secrets_mentioned([one, two], b"/", [(b"authorization", basic)]) == [two]
+    assert secrets_mentioned([one, two], f"/{MARK}".encode(), []) == [one]
+    assert secrets_mentioned([one, two], b"/", [(b"x", b"y")]) == []
 
 
 def test_placeholders_cannot_be_guessed_and_can_look_like_the_real_thing() -> None:

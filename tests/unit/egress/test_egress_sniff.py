@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.egress.tcp import sniff
-from agent.egress.tcp.sniff import Kind
+from agent.egress.tcp.sniff import WireProtocol
 
 
 def hello(name: str | None = "web.example", alpn: tuple[str, ...] = ()) -> bytes:
@@ -27,28 +27,28 @@ def hello(name: str | None = "web.example", alpn: tuple[str, ...] = ()) -> bytes
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        (b"\x16\x03\x01", Kind.TLS),
-        (b"GET / HTTP/1.1\r\n", Kind.HTTP1),
-        (b"get  /\thttp/1.1\r\n", Kind.HTTP1),
-        (b"\r\n\r\nGET / HTTP/1.1\r\n", Kind.HTTP1),
-        (b"ODD /" + b"a" * 4000 + b" HTTP/1.0\r\n", Kind.HTTP1),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0", Kind.HTTP2),
-        (b"SSH-2.0-x\r\n", Kind.OPAQUE),
-        (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", Kind.OPAQUE),  # postgres asks for TLS
-        (b"PING", Kind.OPAQUE),
-        (b"x", Kind.OPAQUE),
-        (b"EHLO me\r\n", Kind.OPAQUE),
-        (b"GET /\r\n", Kind.OPAQUE),
-        (b"\x80\x2e\x01\x00\x02", Kind.OPAQUE),  # an SSL 2 hello
+        (b"\x16\x03\x01", WireProtocol.TLS),
+        (b"GET / HTTP/1.1\r\n", WireProtocol.HTTP1),
+        (b"get  /\thttp/1.1\r\n", WireProtocol.HTTP1),
+        (b"\r\n\r\nGET / HTTP/1.1\r\n", WireProtocol.HTTP1),
+        (b"ODD /" + b"a" * 4000 + b" HTTP/1.0\r\n", WireProtocol.HTTP1),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0", WireProtocol.HTTP2),
+        (b"SSH-2.0-x\r\n", WireProtocol.OPAQUE),
+        (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", WireProtocol.OPAQUE),  # postgres asks for TLS
+        (b"PING", WireProtocol.OPAQUE),
+        (b"x", WireProtocol.OPAQUE),
+        (b"EHLO me\r\n", WireProtocol.OPAQUE),
+        (b"GET /\r\n", WireProtocol.OPAQUE),
+        (b"\x80\x2e\x01\x00\x02", WireProtocol.OPAQUE),  # an SSL 2 hello
     ],
 )
-def test_kinds(data: bytes, kind: Kind) -> None:
+def test_kinds(data: bytes, kind: WireProtocol) -> None:
     assert sniff.classify(data) is kind
 
 
 @pytest.mark.parametrize("data", [b"", b"P", b"PRI * HTTP/2.0\r\n", b"GET ", b"get /abc", b"\r\n", b"POST /x HTT"])
 def test_too_little_to_tell(data: bytes) -> None:
-    with pytest.raises(sniff.More):
+    with pytest.raises(sniff.Incomplete):
         sniff.classify(data)
 
 
@@ -58,8 +58,8 @@ def test_a_line_without_end_is_too_large() -> None:
 
 
 def test_a_real_hello_says_name_and_protocols() -> None:
-    assert sniff.parse_hello(hello(alpn=("h2", "http/1.1"))) == sniff.Hello("web.example", ("h2", "http/1.1"))
-    assert sniff.parse_hello(hello(None)) == sniff.Hello("")
+    assert sniff.parse_hello(hello(alpn=("h2", "http/1.1"))) == sniff.ClientHello("web.example", ("h2", "http/1.1"))
+    assert sniff.parse_hello(hello(None)) == sniff.ClientHello("")
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
@@ -68,7 +68,7 @@ def test_a_hello_in_many_records_is_one(size: int) -> None:
     parts = [body[at : at + size] for at in range(0, len(body), size)]
     records = b"".join(b"\x16\x03\x01" + len(part).to_bytes(2, "big") + part for part in parts)
     for end in range(0, len(records), max(len(records) // 50, 1)):
-        with pytest.raises(sniff.More):
+        with pytest.raises(sniff.Incomplete):
             sniff.parse_hello(records[:end])
     assert sniff.parse_hello(records).server_name == "web.example"
 
@@ -118,7 +118,7 @@ def test_nothing_else_than_an_answer_comes_of_any_bytes(data: bytes, as_tls: boo
     given_bytes = b"\x16\x03\x01" + data if as_tls else data
     try:
         kind = sniff.classify(given_bytes)
-        if kind is Kind.TLS:
+        if kind is WireProtocol.TLS:
             sniff.parse_hello(given_bytes)
-    except (sniff.More, sniff.Malformed, sniff.TooLarge):
+    except (sniff.Incomplete, sniff.Malformed, sniff.TooLarge):
         pass

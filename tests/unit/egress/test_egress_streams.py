@@ -19,9 +19,9 @@ from agent.common.policy.rules import parse_rules
 from agent.egress.control import Control
 from agent.egress.control_protocol import MAX_MESSAGE_BYTES, ControlLink, LinkClosed
 from agent.egress.report import MAX_DENIALS, Reporter
-from agent.egress.sandbox_state import Sandbox
-from agent.egress.stderr_log import LoopNotes
-from agent.egress.transport.splice import Mover
+from agent.egress.sandbox_state import SandboxState
+from agent.egress.stderr_log import LoopLog
+from agent.egress.transport.splice import SpliceRelay
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -34,8 +34,8 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 @pytest.fixture
-async def mover() -> AsyncIterator[Mover]:
-    made = Mover()
+async def splice_relay() -> AsyncIterator[SpliceRelay]:
+    made = SpliceRelay()
     made.start()
     yield made
     made.stop()
@@ -48,30 +48,30 @@ async def received(sock: socket.socket) -> bytes:
     return data
 
 
-async def test_both_directions_and_each_end_by_itself(mover: Mover) -> None:
+async def test_both_directions_and_each_end_by_itself(splice_relay: SpliceRelay) -> None:
     loop = asyncio.get_running_loop()
     (a, b), (c, d) = pair(), pair()
-    carried = mover.carry(b, c)
+    relayed = splice_relay.relay(b, c)
     data = os.urandom(5 << 20)
     sending = asyncio.create_task(loop.sock_sendall(a, data))
     reading = asyncio.create_task(received(d))
     await sending
     a.shutdown(socket.SHUT_WR)
     assert await reading == data
-    assert not carried.done.done()  # the other direction goes on
+    assert not relayed.done.done()  # the other direction goes on
     await loop.sock_sendall(d, b"answer")
     d.close()
     assert await received(a) == b"answer"
     async with asyncio.timeout(5):
-        await carried.done
+        await relayed.done
     a.close()
 
 
-async def test_a_reader_that_does_not_read_stops_its_writer_alone(mover: Mover) -> None:
+async def test_a_reader_that_does_not_read_stops_its_writer_alone(splice_relay: SpliceRelay) -> None:
     loop = asyncio.get_running_loop()
     (a, b), (c, d) = pair(), pair()
     (e, f), (g, h) = pair(), pair()
-    stuck, free = mover.carry(b, c), mover.carry(f, g)
+    stuck, free = splice_relay.relay(b, c), splice_relay.relay(f, g)
     sending = asyncio.create_task(loop.sock_sendall(a, bytes(64 << 20)))
     _, stuck_still = await asyncio.wait({sending}, timeout=1.5)
     assert stuck_still
@@ -79,11 +79,11 @@ async def test_a_reader_that_does_not_read_stops_its_writer_alone(mover: Mover) 
     assert await loop.sock_recv(h, 10) == b"hello"
     await loop.sock_sendall(d, b"back")  # against the stream
     assert await loop.sock_recv(a, 10) == b"back"
-    for carried in (stuck, free):
-        carried.abort()
-        carried.abort()
+    for relayed in (stuck, free):
+        relayed.abort()
+        relayed.abort()
         async with asyncio.timeout(5):
-            await carried.done
+            await relayed.done
     with pytest.raises(ConnectionResetError):
         await loop.sock_recv(h, 10)
     with pytest.raises(ConnectionResetError):
@@ -92,32 +92,32 @@ async def test_a_reader_that_does_not_read_stops_its_writer_alone(mover: Mover) 
         sock.close()
 
 
-async def test_a_reset_is_passed_on(mover: Mover) -> None:
+async def test_a_reset_is_passed_on(splice_relay: SpliceRelay) -> None:
     (a, b), (c, d) = pair(), pair()
-    carried = mover.carry(b, c)
+    relayed = splice_relay.relay(b, c)
     await asyncio.get_running_loop().sock_sendall(a, b"x")
     assert await asyncio.get_running_loop().sock_recv(d, 10) == b"x"
     a.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     a.close()
     async with asyncio.timeout(5):
-        await carried.done
+        await relayed.done
     with pytest.raises(ConnectionResetError):
         await asyncio.get_running_loop().sock_recv(d, 10)
     d.close()
 
 
-async def test_idle_connections_hold_no_pipes(mover: Mover) -> None:
+async def test_idle_connections_hold_no_pipes(splice_relay: SpliceRelay) -> None:
     before = len(os.listdir("/proc/self/fd"))
     ends = [(pair(), pair()) for _ in range(50)]
-    carried = [mover.carry(one[1], two[0]) for one, two in ends]
+    relayed = [splice_relay.relay(one[1], two[0]) for one, two in ends]
     loop = asyncio.get_running_loop()
     for one, two in ends:
         await loop.sock_sendall(one[0], b"x")
         await loop.sock_recv(two[1], 1)
     assert len(os.listdir("/proc/self/fd")) - before <= 50 * 4 + 20
-    for item in carried:
+    for item in relayed:
         item.abort()
-    await asyncio.gather(*(item.done for item in carried))
+    await asyncio.gather(*(item.done for item in relayed))
     for one, two in ends:
         one[0].close()
         two[1].close()
@@ -142,21 +142,21 @@ class FullEpoll:
 
 
 @pytest.mark.parametrize("full_at", [0, 1])
-async def test_a_pair_that_cannot_be_watched_is_reset_and_others_go_on(mover: Mover, full_at: int) -> None:
+async def test_a_pair_that_cannot_be_watched_is_reset_and_others_go_on(splice_relay: SpliceRelay, full_at: int) -> None:
     loop = asyncio.get_running_loop()
-    mover._poll = FullEpoll(mover._poll, {full_at})  # type: ignore[assignment]
+    splice_relay._poll = FullEpoll(splice_relay._poll, {full_at})  # type: ignore[assignment]
     (a, b), (c, d) = pair(), pair()
     (e, f), (g, h) = pair(), pair()
     async with asyncio.timeout(5):
-        await mover.carry(b, c).done
+        await splice_relay.relay(b, c).done
         for sock in (a, d):
             with pytest.raises(ConnectionResetError):
                 await loop.sock_recv(sock, 10)
-        carried = mover.carry(f, g)
+        relayed = splice_relay.relay(f, g)
         await loop.sock_sendall(e, b"hello")
         assert await loop.sock_recv(h, 10) == b"hello"
-        carried.abort()
-        await carried.done
+        relayed.abort()
+        await relayed.done
     for sock in (a, d, e, h):
         sock.close()
 
@@ -221,7 +221,7 @@ async def test_nonsense_ends_the_link(data: bytes) -> None:
 
 
 class FakeServer:
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: SandboxState) -> None:
         self.sandbox = sandbox
         self.sockets: list[socket.socket] = []
 
@@ -234,9 +234,9 @@ class FakeServer:
 
 
 async def test_the_process_does_what_it_is_told_and_ends_when_nobody_needs_it(tmp_path: Any) -> None:
-    made: list[Sandbox] = []
+    made: list[SandboxState] = []
 
-    def servers(sandbox: Sandbox) -> Any:
+    def servers(sandbox: SandboxState) -> Any:
         made.append(sandbox)
         return FakeServer(sandbox), FakeServer(sandbox)
 
@@ -244,7 +244,7 @@ async def test_the_process_does_what_it_is_told_and_ends_when_nobody_needs_it(tm
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
-    supervisor = Supervisor(LoopNotes())
+    supervisor = Supervisor(LoopLog())
     running = asyncio.create_task(Control(servers, {"settings": "x"}, os.getuid(), supervisor).run(listener))
     client = socket.socket(socket.AF_UNIX)
     client.connect(path)
@@ -287,7 +287,7 @@ async def test_a_link_that_takes_over_ends_the_one_before_and_its_task(tmp_path:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        control = Control(lambda _: pytest.fail("made"), {"settings": "x"}, os.getuid(), Supervisor(LoopNotes()))
+        control = Control(lambda _: pytest.fail("made"), {"settings": "x"}, os.getuid(), Supervisor(LoopLog()))
         running = asyncio.create_task(control.run(listener))
         held: list[ControlLink] = []
         async with asyncio.timeout(10):
@@ -320,7 +320,7 @@ def test_reports_count_all_and_detail_some() -> None:
 
 
 def test_an_update_ends_what_is_no_longer_allowed() -> None:
-    sandbox = Sandbox("sbx-1", Policy(), Reporter())
+    sandbox = SandboxState("sbx-1", Policy(), Reporter())
 
     class Connection:
         aborted = False
