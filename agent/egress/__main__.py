@@ -1,7 +1,8 @@
-"""sandboxd-egress: `python -m agent.egress`, one per node, started by the agent or by systemd.
+"""Entry point of sandboxd-egress (`python -m agent.egress`), one process per node, started by the agent or by systemd.
 
-It reads what hostile guests send, so it may do nothing else: another user than root, no capability, sockets only as the
-agent hands them over. When it dies, everything that guests have open ends, and nothing goes out until it is back.
+The process parses bytes from hostile guests, so it runs without privileges: not as root, without capabilities, and with
+no listening sockets but those that the agent passes to it. If it dies, all connections of guests end, and no traffic
+leaves until it runs again.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from agent.egress.transport.splice import SpliceRelay
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sandboxd-egress", description=__doc__)
     parser.add_argument("--control", type=int, help="descriptor of the listening control socket; default: systemd's")
-    parser.add_argument("--owner-uid", type=int, default=os.getuid(), help="whom orders are taken from; default: us")
-    parser.add_argument("--config", type=Path, help="TOML file that has the settings, instead of arguments")
+    parser.add_argument(
+        "--owner-uid", type=int, default=os.getuid(), help="user whose orders are accepted; default: the own one"
+    )
+    parser.add_argument("--config", type=Path, help="TOML file with the settings, instead of arguments")
     parser.add_argument("--uid", type=int, default=65534)
     parser.add_argument("--gid", type=int, default=65534)
     parser.add_argument("--resolver", action="append", default=[], metavar="ADDRESS[:PORT]")
-    parser.add_argument(
-        "--ca-file", default=None, help="certificates that servers are verified with, besides the host's"
-    )
-    parser.add_argument("--identity", default="", help="said to the agent as it is")
+    parser.add_argument("--ca-file", default=None, help="CA certificates to verify servers with, besides the host's")
+    parser.add_argument("--identity", default="", help="identity to report to the agent")
     arguments = parser.parse_args()
     if arguments.config is not None:
         settings = load(arguments.config if arguments.config.exists() else None).egress
@@ -54,7 +55,7 @@ def _arguments() -> argparse.Namespace:
     if arguments.is_service:
         given = systemd.listeners()
         if not given:
-            parser.error("--control is needed: the agent starts this, or systemd does, by sandboxd-egress.socket")
+            parser.error("--control is missing: start this by the agent, or by systemd's sandboxd-egress.socket")
         arguments.control = next(iter(given.values())).detach()
     return arguments
 
@@ -71,7 +72,7 @@ async def _run(arguments: argparse.Namespace, interceptor: Interceptor) -> None:
     with socket.socket(fileno=arguments.control) as listener:
         try:
             async with Supervisor(LoopLog()) as supervisor:
-                if arguments.is_service:  # else it is the agent whom systemd wants to hear
+                if arguments.is_service:  # otherwise the agent is the service, and notifies systemd
                     systemd.notify("READY=1")
                     supervisor.start("systemd-watchdog", systemd.keep_watchdog, QUICK)
                 control = Control(servers, {"settings": arguments.identity}, arguments.owner_uid, supervisor)
@@ -82,9 +83,9 @@ async def _run(arguments: argparse.Namespace, interceptor: Interceptor) -> None:
 
 
 def _load_all() -> None:
-    """Load the code that its first use would load: the user that the process becomes may not be allowed to read it.
+    """Load all code that would be loaded later: the user that the process becomes may not be allowed to read it.
 
-    What a library loads at its first use is a detail of the library, so each such use is made once, and not listed.
+    Which modules a library loads at its first use is a detail of the library, so this makes such a use of each.
     """
     load_all()
     "example".encode("idna")  # the codec of socket and ssl
@@ -93,11 +94,11 @@ def _load_all() -> None:
 
 
 def main() -> int:
-    """Runs the process; returns its exit status."""
+    """Run the process and return its exit status."""
     arguments = _arguments()
     privileges.set_name("sandboxd-egress")
     privileges.raise_file_limit()
-    interceptor = Interceptor(dial, arguments.ca_file)  # reads the host's certificates while it may read everything
+    interceptor = Interceptor(dial, arguments.ca_file)  # reads the host's CA certificates, as root
     _load_all()
     try:
         privileges.drop(arguments.uid, arguments.gid)

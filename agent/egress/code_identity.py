@@ -1,7 +1,7 @@
-"""A digest of all code that a program loads: its own modules by their content, packages of others by their versions.
+"""Digest of all code that a program loads: own modules by content, third-party packages by version.
 
-The imports are read from the sources, since a process that has just begun has not loaded all of it, and the agent
-loads less of it than the egress process. Nothing is imported and nothing is listed by hand.
+The imports are read from the sources: a process that has just started has not loaded all modules yet, and the agent
+loads fewer of them than the egress process. No module is imported for it, and no list is kept by hand.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from agent.common.errors import HostError
 
 _ROOT = Path(__file__).parents[__name__.count(".")]
 _PROGRAM = f"{__name__.rpartition('.')[0]}.__main__"
-# Searched, not parsed: `ast.parse` takes 40 ms for all of it and fails at random in Python before 3.11.5
-# (python/cpython#106905). Prose of the same form does no harm: its words name no module.
+# A regular expression, since `ast.parse` takes 40 ms for all modules and fails at random in Python before 3.11.5
+# (python/cpython#106905). Prose of the same form is harmless: its words are not names of modules.
 _IMPORT = re.compile(
     r"""^[ \t]*(?:from[ ]+([\w.]+)[ ]+import[ ]+(\((?:[^)#]|\#[^\n]*)*\)|[^\n\#]+)|import[ ]+([^\n\#;]+))
     |import_module\("([\w.]+)"\)""",
@@ -37,18 +37,18 @@ _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
 def own_identity() -> str:
     """Return the identity of the egress process's code; the first call reads about 50 files.
 
-    It is cached, so that it stays that of the running code when another version is installed meanwhile.
+    Cached, so that it remains the running code's identity if another version is installed meanwhile.
 
-    :raises HostError: a file of it cannot be read.
+    :raises HostError: a source file cannot be read.
     """
     return code_identity(_PROGRAM, _ROOT)
 
 
 def code_identity(program: str, root: Path) -> str:
-    """Return "<version of this project>-<digest>" of the module `program` and all that it imports, however indirectly.
+    """Return "<project version>-<digest>" of the module `program` and of its direct and indirect imports.
 
-    :param root: the directory that has the project's packages.
-    :raises HostError: a file of it cannot be read.
+    :param root: directory of the project's packages.
+    :raises HostError: a source file cannot be read.
     """
     try:
         modules, packages = import_closure(program, root)
@@ -65,17 +65,17 @@ def code_identity(program: str, root: Path) -> str:
 def _own_version() -> str:
     try:
         return metadata.version(_DISTRIBUTION)
-    except metadata.PackageNotFoundError:  # a checkout that is run without being installed
+    except metadata.PackageNotFoundError:  # run from a checkout without installation
         return "0"
 
 
 def import_closure(program: str, root: Path) -> tuple[dict[str, bytes], set[str]]:
-    """Return the sources of the modules below `root` that `program` imports, by name, and other packages' names.
+    """Return sources of the modules below `root` that `program` imports, by name, and names of third-party packages.
 
-    The standard library is left out: the version of Python stands for it.
+    The standard library is left out: the version of Python identifies it.
 
-    :raises OSError: a file cannot be read.
-    :raises UnicodeDecodeError: a file is not Python.
+    :raises OSError: a source file cannot be read.
+    :raises UnicodeDecodeError: a source file is not UTF-8.
     """
     modules: dict[str, bytes] = {}
     packages: set[str] = set()
@@ -91,7 +91,7 @@ def import_closure(program: str, root: Path) -> tuple[dict[str, bytes], set[str]
         modules[name] = path.read_bytes()
         waiting += _imports(modules[name].decode(), root)
         if "." in name:
-            waiting.append(name.rpartition(".")[0])  # a package's own code runs first
+            waiting.append(name.rpartition(".")[0])  # importing a module runs its package's `__init__` first
     return modules, packages - sys.stdlib_module_names
 
 
@@ -104,7 +104,7 @@ def _source_path(module: str, root: Path) -> Path | None:
 
 
 def _imports(source: str, root: Path) -> Iterator[str]:
-    """Yield the absolute names of the modules that a source imports, at its top or inside its functions."""
+    """Yield the absolute names of the modules that a source imports, at top level or inside functions."""
     for module, names, modules, dynamic in _IMPORT.findall(source):
         if module:
             yield module
@@ -116,7 +116,7 @@ def _imports(source: str, root: Path) -> Iterator[str]:
 
 
 def distributions(packages: set[str]) -> dict[str, str]:
-    """Return the versions of the installed distributions that have these packages, and of those that they require."""
+    """Return name and version of the installed distributions of these packages, and of their requirements."""
     versions: dict[str, str] = {}
     waiting = _owners(packages)
     while waiting:
@@ -135,7 +135,7 @@ def distributions(packages: set[str]) -> dict[str, str]:
 
 
 def _owners(packages: set[str]) -> list[str]:
-    """Return the names of the distributions that have these packages: most are named like theirs."""
+    """Return the names of the distributions of these packages; most have the name of their package."""
     owners, others = [], set()
     for package in packages:
         try:
@@ -143,7 +143,7 @@ def _owners(packages: set[str]) -> list[str]:
         except metadata.PackageNotFoundError:
             others.add(package)
     if others:
-        # `metadata.packages_distributions` says it, too, but takes 70 ms.
+        # `metadata.packages_distributions` does the same in 70 ms.
         for found in metadata.distributions():
             record = found.read_text("RECORD") or ""
             if any(f"\n{package}{end}" in f"\n{record}" for package in others for end in ("/", ".py,")):

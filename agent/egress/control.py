@@ -1,4 +1,4 @@
-"""The agent's orders, carried out: which sandboxes there are, with what policy, secrets and sockets."""
+"""Server of the control socket: executes the agent's orders, which add, change and remove sandboxes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PEER_CREDENTIALS = struct.Struct("iii")  # struct ucred, unix(7)
 
 @dataclass(slots=True)
 class ServedSandbox:
-    """A sandbox with its servers."""
+    """A sandbox with its DNS server and TCP proxy. `digest` identifies the order that it was assigned by."""
 
     sandbox: SandboxState
     digest: str
@@ -38,17 +38,19 @@ class ServedSandbox:
     tcp: TcpProxy
 
     async def aclose(self) -> None:
-        """Ends its servers and all that it has open."""
+        """Stop both servers and end all connections of the sandbox."""
         await self.dns.aclose()
         await self.tcp.aclose()
         self.sandbox.close()
 
 
 class Control:
-    """Serves the control socket. The newest link counts: an agent that restarted takes over from the one before.
+    """Control socket and table of sandboxes. A new link replaces the previous one, as after a restart of the agent.
 
-    :param make_servers: makes the two servers of a sandbox.
-    :param owner_uid: whom links are taken from.
+    :param make_servers: constructor of a sandbox's DNS server and TCP proxy.
+    :param identity: fields that "hello" is answered with, besides PID and sandboxes.
+    :param owner_uid: user whose links are accepted; others are closed at once.
+    :param supervisor: runs the loop that sends reports.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Control:
         self._done = asyncio.Event()
 
     async def run(self, listener: socket.socket) -> None:
-        """Serves until there is neither an agent nor a sandbox left."""
+        """Serve until the link is closed while no sandbox is assigned."""
         reporting = self._supervisor.start("report", self._report, QUICK)
         acceptor = Acceptor(listener, self._accepted, log_accept_failure)
         try:
@@ -86,7 +88,7 @@ class Control:
             sock.close()
             return
         if self._link is not None:
-            self._link.hang_up()  # its task, which waits for its descriptor, closes it
+            self._link.hang_up()  # the task that receives from it closes it
         self._link = ControlLink(sock)
         task = asyncio.create_task(self._serve(self._link))
         self._serving.add(task)
@@ -128,7 +130,7 @@ class Control:
                     await served.aclose()
                 return {}
             case _:
-                raise ValueError(f"unknown operation {message['op']!r}; the egress process is older than the agent")
+                raise ValueError(f"unknown operation {message['op']!r}: the egress process is older than the agent")
 
     async def _assign(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         policy = Policy.from_json(message["policy"])
@@ -138,10 +140,10 @@ class Control:
         if served is not None and not message["sockets"]:
             served.digest = message["digest"]
             return {"ended": served.sandbox.update(policy, secrets, ca)}
-        if served is not None:  # new sockets: those it had are of a namespace that is gone
+        if served is not None:  # the network namespace of the previous sockets is gone
             await self._served.pop(message["sandbox"]).aclose()
         if len(message["sockets"]) != len(fds) or not set(message["sockets"]) <= set(SOCKETS):
-            raise ValueError("sockets and descriptors do not fit")
+            raise ValueError("names of sockets and descriptors do not match")
         sandbox = SandboxState(message["sandbox"], policy, self._reporter, secrets, ca)
         dns, tcp = self._make_servers(sandbox)
         sockets = {kind: socket.socket(fileno=os.dup(fd)) for kind, fd in zip(message["sockets"], fds, strict=True)}

@@ -1,10 +1,10 @@
-"""The link between the agent and the egress process: JSON messages, with file descriptors, over a unix stream socket.
+"""Control protocol between agent and egress process: JSON messages with file descriptors over a unix stream socket.
 
-    agent -> egress   {"seq": 1, "op": "hello" | "assign" | "remove" | "list", ...}
+    agent -> egress   {"seq": 1, "op": "hello" | "assign" | "remove", ...}
     egress -> agent   {"seq": 1, "result": {...}} or {"seq": 1, "error": "..."}; {"event": "report", ...} at any time
 
-Each message is its length (4 bytes, big-endian) and that many bytes of JSON; descriptors come with its first byte
-(unix(7), SCM_RIGHTS). Only the agent can reach the socket: both sides trust what they read, but not its size.
+A message is its length (4 bytes, big-endian) and that many bytes of JSON; descriptors come with its first byte
+(unix(7), SCM_RIGHTS). Only the agent can connect to the socket, so both sides trust messages, but limit their size.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any
 
 _LENGTH_BYTES = 4
 MAX_MESSAGE_BYTES = 16 << 20
-MAX_FDS = 16  # of one message
+MAX_FDS = 16  # per message
 _CHUNK_BYTES = 256 << 10
-# What the listening sockets of a sandbox are for, in the order in which "assign" brings them.
+# Purposes of the listening sockets of a sandbox, in the order of their descriptors in "assign".
 SOCKETS = ("dns-udp4", "dns-tcp4", "tcp4", "dns-udp6", "dns-tcp6", "tcp6")
 
 
 class LinkClosed(ConnectionError):
-    """The other side is gone, or spoke nonsense."""
+    """The link is closed, or the other side sent something that is not a message."""
 
 
 class ControlLink:
-    """One end. One task may receive and any number send."""
+    """One end of the link. One task may receive; any number may send."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -39,10 +39,13 @@ class ControlLink:
         self._sending = asyncio.Lock()
         self._buffer = bytearray()
         self._fds: list[int] = []
-        self._waiting: dict[asyncio.Future[None], Callable[[int], object]] = {}  # with what removes its registration
+        self._waiting: dict[asyncio.Future[None], Callable[[int], object]] = {}  # and what unregisters each
 
     async def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Sends a message and copies of `fds`. :raises LinkClosed:"""
+        """Send a message and copies of `fds`.
+
+        :raises LinkClosed: the link broke, or was closed.
+        """
         body = json.dumps(message, separators=(",", ":")).encode()
         data = memoryview(len(body).to_bytes(_LENGTH_BYTES, "big") + body)
         async with self._sending:
@@ -58,7 +61,10 @@ class ControlLink:
                 raise LinkClosed(f"the link is gone: {error}") from error
 
     async def receive(self) -> tuple[dict[str, Any], list[int]]:
-        """Returns the next message and its descriptors, which the caller must close. :raises LinkClosed:"""
+        """Return the next message and its descriptors, which the caller must close.
+
+        :raises LinkClosed: the link ended, or the message is malformed or over MAX_MESSAGE_BYTES.
+        """
         await self._fill(_LENGTH_BYTES)
         fds, self._fds = self._fds, []
         try:
@@ -77,7 +83,7 @@ class ControlLink:
 
     async def _fill(self, size: int) -> None:
         while len(self._buffer) < size:
-            # Never past the message: the next one's descriptors come with its first byte.
+            # Never past this message: descriptors of the next one come with its first byte.
             wanted = min(size - len(self._buffer), _CHUNK_BYTES)
             try:
                 data, fds, _, _ = socket.recv_fds(self._sock, wanted, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
@@ -108,7 +114,7 @@ class ControlLink:
                 remove(number)
 
     def hang_up(self) -> None:
-        """Ends the link for whoever sends or receives here, too. Idempotent."""
+        """Shut the connection down, so that both sides fail to send and receive. `close` must follow. Idempotent."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -126,7 +132,7 @@ class ControlLink:
 
 
 def close_all(fds: Sequence[int]) -> None:
-    """Closes descriptors; those that are closed already are left."""
+    """Close descriptors, ignoring those that are closed already."""
     for fd in fds:
         with contextlib.suppress(OSError):
             os.close(fd)

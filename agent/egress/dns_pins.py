@@ -1,4 +1,4 @@
-"""What a sandbox's names were answered with: the only addresses at which these names may be asked for."""
+"""DNS answers given to a sandbox: the only addresses at which their names may be connected to."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from agent.common.policy.addresses import Address
 
 MAX_PINS = 4096
-# Clients keep addresses longer than their TTL says: connection pools, runtimes with caches of their own, /etc/hosts.
+# Clients use addresses beyond their TTL: connection pools, runtimes with own caches, /etc/hosts.
 MIN_HOLD_S = 3600.0
 
 
 class DnsPins:
-    """Pairs of name and address, each with a time after which it no longer counts; the oldest go first."""
+    """Expiring pairs of (normalised) name and address. Beyond `max_pins`, the least recently pinned is dropped."""
 
     def __init__(
         self, max_pins: int = MAX_PINS, min_hold_s: float = MIN_HOLD_S, clock: Callable[[], float] = time.monotonic
@@ -27,18 +27,18 @@ class DnsPins:
         self._by_name: dict[str, dict[Address, None]] = {}
 
     def __len__(self) -> int:
-        """Returns how many pairs are held."""
+        """Return the number of pairs, expired ones included."""
         return len(self._until)
 
     def pin(self, name: str, addresses: Iterable[Address], ttl_s: float) -> None:
-        """Notes that the (normalised) name was answered with these addresses, `ttl_s` seconds valid."""
+        """Add an answer that is valid for `ttl_s` seconds, or for the minimum time if that is longer."""
         until = self._clock() + max(ttl_s, self._min_hold_s)
         for address in addresses:
             key = (name, address)
             self._until[key] = until
             self._until.move_to_end(key)
             names = self._by_address.setdefault(address, {})
-            names.pop(name, None)  # to come last
+            names.pop(name, None)  # inserted anew as the latest
             names[name] = None
             known = self._by_name.setdefault(name, {})
             known.pop(address, None)
@@ -47,15 +47,15 @@ class DnsPins:
             self._drop(*next(iter(self._until)))
 
     def names(self, address: Address) -> tuple[str, ...]:
-        """Returns the names that were answered with this address, the latest first."""
+        """Return the names that were answered with this address, the latest first."""
         return tuple(name for name in reversed(self._by_address.get(address, {})) if self._holds(name, address))
 
     def addresses(self, name: str) -> tuple[Address, ...]:
-        """Returns the addresses that the name was answered with, the latest first."""
+        """Return the addresses that the name was answered with, the latest first."""
         return tuple(address for address in reversed(self._by_name.get(name, {})) if self._holds(name, address))
 
     def has(self, name: str, address: Address) -> bool:
-        """Whether the name was answered with this address."""
+        """Return whether the name was answered with this address, and that has not expired."""
         return self._holds(name, address)
 
     def _holds(self, name: str, address: Address) -> bool:

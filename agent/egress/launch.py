@@ -1,4 +1,4 @@
-"""How an egress process is started: its arguments, and the identity by which an agent knows whether one is of use."""
+"""Arguments of the egress process, and its identity, by which an agent decides whether to keep a running one."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from agent.egress.code_identity import own_identity
 
 
 def identity_of(settings: EgressSettings) -> str:
-    """Return what must be the same for an agent to use a process that runs already: its settings and its code.
+    """Return the identity of code and settings. An agent replaces a running process whose identity differs.
 
-    The egress process has to ask for it while it may still read its own code, before it gives up its privileges.
+    The egress process must call this before it drops privileges, while it may still read its own code.
 
-    :raises HostError: a file of the code cannot be read.
+    :raises HostError: a source file cannot be read.
     """
     text = repr((arguments_of(settings), settings.uplink))
     return f"{own_identity()}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def arguments_of(settings: EgressSettings) -> list[str]:
-    """Return the command-line arguments that state the settings to `python -m agent.egress`."""
+    """Return the command-line arguments of `python -m agent.egress` for these settings."""
     arguments = ["--uid", str(settings.uid), "--gid", str(settings.gid)]
     for resolver in settings.resolvers:
         arguments += ["--resolver", resolver]

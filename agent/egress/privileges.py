@@ -1,4 +1,4 @@
-"""What the egress process gives up before it reads a byte of a guest's: root, capabilities, dumps, new privileges."""
+"""Dropping privileges before the first byte of a guest is read: root, capabilities, core dumps, set-user-ID."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _WANTED_FILES = 1 << 20
 
 
 def set_name(name: str) -> None:
-    """Sets what ps and the kernel's log call this process; 15 bytes."""
+    """Set the process name that ps and the kernel log show, cut to 15 bytes."""
     prctl(_PR_SET_NAME, name.encode()[:15])
 
 
 def raise_file_limit() -> int:
-    """Raises the limit of open files as far as it goes; returns it. Each connection takes two to six."""
+    """Raise RLIMIT_NOFILE as far as possible and return it. A connection takes two to six descriptors."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     try:
         highest = min(_WANTED_FILES, int(Path("/proc/sys/fs/nr_open").read_text()))
-    except OSError:  # hidden from a service of systemd, whose LimitNOFILE= says it
+    except OSError:  # hidden by systemd's sandboxing; LimitNOFILE= of the unit sets the limit then
         highest = hard
     if hard < highest:
-        with contextlib.suppress(OSError, ValueError):  # a container may not let even root do it
+        with contextlib.suppress(OSError, ValueError):  # some containers forbid it even for root
             resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
             return highest
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -36,9 +36,11 @@ def raise_file_limit() -> int:
 
 
 def drop(uid: int, gid: int) -> None:
-    """Becomes this user for good, without groups, capabilities, core dumps and set-user-ID programs.
+    """Become this user irrevocably, without groups, capabilities, core dumps and set-user-ID programs.
 
-    Where the process is not root already, only what needs no privilege is done. :raises HostError: it did not work.
+    A process that is not root keeps its user and only does the steps that need no privilege.
+
+    :raises HostError: a step failed, or the process is still root.
     """
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -50,8 +52,8 @@ def drop(uid: int, gid: int) -> None:
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)  # from root to another user: the kernel clears all capability sets
         prctl(_PR_SET_NO_NEW_PRIVS, 1)
-        prctl(_PR_SET_DUMPABLE, 0)  # nobody but root may trace it or read its memory
+        prctl(_PR_SET_DUMPABLE, 0)  # only root may trace it or read its memory
     except OSError as error:
-        raise HostError(f"cannot give up privileges: {error}", reason="EGRESS_NOT_STARTED") from error
+        raise HostError(f"cannot drop privileges: {error}", reason="EGRESS_NOT_STARTED") from error
     if uid and (os.geteuid() == 0 or os.getegid() == 0):
-        raise HostError("the egress process is still root; it does not go on", reason="EGRESS_NOT_STARTED")
+        raise HostError("the egress process is still root after dropping privileges", reason="EGRESS_NOT_STARTED")

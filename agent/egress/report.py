@@ -1,4 +1,4 @@
-"""What the egress process tells the agent of denials: counts, all of them; details, as many as a reader can use."""
+"""Denials since the last report to the agent: counts of all of them, details of a limited number."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from agent.common.policy.reasons import Reason
 
-MAX_DENIALS = 256  # details between two reports; more are only counted
+MAX_DENIALS = 256  # with details per report; further ones are only counted
 
 
 @dataclass(slots=True)
 class Reporter:
-    """Collects until the control link takes it."""
+    """Denials collected until the next report. All sandboxes share one reporter."""
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     denials: dict[tuple[str, str, str, int, str], int] = field(default_factory=dict)
 
     def deny(self, sandbox_id: str, reason: Reason, host: str, port: int, protocol: str) -> None:
-        """Counts one denial. `host` is what was asked for: hostile text, cut here to a name's length."""
+        """Count one denial. `host` is text from the guest: it is cut to 255 characters, without control characters."""
         self.counts[sandbox_id, reason.value] += 1
         clean = "".join(letter if letter.isprintable() else "?" for letter in host[:255])
         key = (sandbox_id, reason.value, clean, port, protocol)
@@ -27,7 +27,7 @@ class Reporter:
             self.denials[key] = self.denials.get(key, 0) + 1
 
     def take(self) -> dict[str, Any] | None:
-        """Returns the report since the last one, as JSON values; None if there is nothing to say."""
+        """Return the report message and start the next one; None without denials."""
         if not self.counts:
             return None
         report = {

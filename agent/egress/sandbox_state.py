@@ -1,4 +1,4 @@
-"""A sandbox as the egress process knows it: policy, secrets, what its names were answered with, what it has open."""
+"""State of a sandbox in the egress process: policy, secrets, pinned DNS answers and open connections."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from agent.egress.report import Reporter
 
 
 class Connection(Protocol):
-    """Something open on behalf of a sandbox."""
+    """Open connection of a sandbox, ended when a new policy forbids it."""
 
     def recheck(self) -> Reason | None:
-        """Returns why the sandbox's policy, as it is now, would not let it begin."""
+        """Return why the current policy forbids the connection, or None if it is allowed."""
 
     def abort(self) -> None:
-        """Ends it at once, both ways, with a reset. Idempotent."""
+        """Reset both sides of the connection. Idempotent."""
 
 
 class Denied(Exception):
-    """Something that is not let through. `host` is what was asked for: text from the guest."""
+    """The policy forbids a connection or request. `host` is its destination, in the guest's words."""
 
     def __init__(self, reason: Reason, host: str = "") -> None:
         super().__init__(reason)
@@ -34,7 +34,7 @@ class Denied(Exception):
 
 @dataclass(eq=False, slots=True)
 class SandboxState:
-    """One sandbox. `policy` and `secrets` are replaced whole by updates; readers take them anew for each decision."""
+    """One sandbox. Updates replace `policy` and `secrets`: read them anew for each decision."""
 
     id: str
     policy: Policy
@@ -45,15 +45,15 @@ class SandboxState:
     connections: set[Connection] = field(default_factory=set)
 
     def deny(self, reason: Reason, host: str, port: int, protocol: str) -> None:
-        """Counts a denial. `protocol` is dns, tls, http or tcp."""
+        """Count a denial. `protocol` is dns, tls, http or tcp."""
         self.reporter.deny(self.id, reason, host, port, protocol)
 
     def secrets_for(self, name: str, port: int) -> tuple[Secret, ...]:
-        """Returns the secrets whose values may go to this (normalised) name."""
+        """Return the secrets whose values may be sent to this (normalised) name."""
         return tuple(secret for secret in self.secrets if secret.is_for(name, port))
 
     def update(self, policy: Policy, secrets: tuple[Secret, ...], ca: LocalCa | None) -> int:
-        """Replaces policy and secrets; ends what is no longer allowed and returns how many connections that were."""
+        """Replace policy, secrets and CA; reset connections that are no longer allowed and return their number."""
         self.policy, self.secrets, self.ca = policy, secrets, ca
         ended = 0
         for connection in list(self.connections):
@@ -64,7 +64,7 @@ class SandboxState:
         return ended
 
     def close(self) -> None:
-        """Ends everything."""
+        """Reset all connections."""
         for connection in list(self.connections):
             connection.abort()
         self.connections.clear()

@@ -1,4 +1,4 @@
-"""What a guest's DNS message is answered with: pure, but for the lookup itself. RFC 1035, 6891, 8914, 9460."""
+"""Parsing DNS questions and building answers. Pure. RFC 1035, 6891, 8914, 9460."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from agent.common.policy.hosts import same_or_none
 MAX_UDP_BYTES = 1232
 ADDRESS_TYPES = frozenset({dns.rdatatype.A, dns.rdatatype.AAAA})
 _SERVICE_TYPES = frozenset({dns.rdatatype.SVCB, dns.rdatatype.HTTPS})
-# What a program can need of a name that it may reach. Others are answered "nothing of that type".
+# Types that are looked up for an allowed name. Others get an empty answer.
 _OTHER_TYPES = frozenset(
     {
         dns.rdatatype.MX, dns.rdatatype.TXT, dns.rdatatype.SRV, dns.rdatatype.CAA, dns.rdatatype.NS,
@@ -31,13 +31,13 @@ _OTHER_TYPES = frozenset(
     }
 )  # fmt: skip
 LOOKED_UP = ADDRESS_TYPES | _SERVICE_TYPES | _OTHER_TYPES
-# Encrypted hello (its key lets a client hide the name that it asks for) and addresses that nobody checked; the order
-# of keys that a client must understand is taken out, too, since it could name those.
+# Keys for encrypted ClientHello, which would hide the server name, and addresses that no policy has checked. MANDATORY
+# goes, too, since it could list these.
 _REMOVED = frozenset({ParamKey.ECH, ParamKey.IPV4HINT, ParamKey.IPV6HINT, ParamKey.MANDATORY})
 
 
 class MalformedMessage(Exception):
-    """A message that is no question. `answer` is what to say; None: nothing."""
+    """The message is not a question. `answer` is the response to send, if any."""
 
     def __init__(self, answer: bytes | None) -> None:
         super().__init__("malformed DNS message")
@@ -46,7 +46,7 @@ class MalformedMessage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question; `name` is normalised, None if it is no host name; `text` is what was asked for, for people."""
+    """A message with one question. `name` is normalised, None if it is not a host name; `text` is the name as sent."""
 
     message: dns.message.Message
     name: str | None
@@ -55,11 +55,14 @@ class Question:
 
 
 def parse(data: bytes) -> Question:
-    """Returns the question. :raises MalformedMessage:"""
+    """Parse a message.
+
+    :raises MalformedMessage: it is not a query with one question of class IN.
+    """
     try:
         message = dns.message.from_wire(data)
     except (dns.exception.DNSException, ValueError, OverflowError):
-        # Too short for a header, or an answer: nothing. Otherwise FORMERR with the same id.
+        # No answer to a response or to less than a header; otherwise FORMERR with the same id.
         answer = data[:2] + b"\x80\x01" + bytes(8) if len(data) >= 12 and not data[2] & 0x80 else None
         raise MalformedMessage(answer) from None
     if message.flags & dns.flags.QR:
@@ -81,9 +84,9 @@ def _response(question: Question, code: dns.rcode.Rcode) -> dns.message.Message:
 
 
 def refuse(question: Question, why: str, code: dns.rcode.Rcode = dns.rcode.NXDOMAIN) -> dns.message.Message:
-    """Returns "there is no such name", with the reason for those who can read it (RFC 8914, "Prohibited").
+    """Return a denial: NXDOMAIN with the reason as extended error (RFC 8914, "Prohibited").
 
-    Not REFUSED: that makes resolvers of C libraries ask again and programs say "try again later".
+    Not REFUSED: at that, resolvers of C libraries retry, and programs report a temporary failure.
     """
     response = _response(question, code)
     if question.message.edns >= 0:
@@ -93,12 +96,12 @@ def refuse(question: Question, why: str, code: dns.rcode.Rcode = dns.rcode.NXDOM
 
 
 def empty(question: Question, code: dns.rcode.Rcode = dns.rcode.NOERROR) -> dns.message.Message:
-    """Returns a response without records."""
+    """Return a response without records."""
     return _response(question, code)
 
 
 def with_addresses(question: Question, addresses: Iterable[str], ttl_s: float) -> dns.message.Message:
-    """Returns a response with these addresses as the name's own: aliases are none of the guest's affair."""
+    """Return a response with these addresses as direct records of the name, without its aliases (CNAME)."""
     response = _response(question, dns.rcode.NOERROR)
     owner = question.message.question[0].name
     response.answer.append(dns.rrset.from_text_list(owner, int(ttl_s), "IN", question.kind, list(addresses)))
@@ -106,7 +109,7 @@ def with_addresses(question: Question, addresses: Iterable[str], ttl_s: float) -
 
 
 def with_records(question: Question, records: dns.rrset.RRset, ttl_s: float) -> dns.message.Message:
-    """Returns a response with these records as the name's own; of services, without what would lead past us."""
+    """Return a response with these records, SVCB and HTTPS ones without parameters that would bypass the proxy."""
     response = _response(question, dns.rcode.NOERROR)
     owner = question.message.question[0].name
     cleaned = [_cleaned(record) if question.kind in _SERVICE_TYPES else record for record in records]
@@ -118,7 +121,7 @@ def _cleaned(record: dns.rdata.Rdata) -> dns.rdata.Rdata:
     assert isinstance(record, dns.rdtypes.svcbbase.SVCBBase)
     params = {key: value for key, value in record.params.items() if key not in _REMOVED}
     alpn = params.get(ParamKey.ALPN)
-    if isinstance(alpn, dns.rdtypes.svcbbase.ALPNParam):  # HTTP/3 is QUIC, which does not pass
+    if isinstance(alpn, dns.rdtypes.svcbbase.ALPNParam):  # HTTP/3 is QUIC, which is dropped
         kept = [protocol for protocol in alpn.ids if not protocol.startswith(b"h3")]
         params.pop(ParamKey.ALPN)
         if kept:
@@ -129,7 +132,7 @@ def _cleaned(record: dns.rdata.Rdata) -> dns.rdata.Rdata:
 
 
 def to_wire(question: Question, response: dns.message.Message, *, udp: bool) -> bytes:
-    """Returns the response's bytes; over UDP cut to what the asker takes, and marked so."""
+    """Serialize a response; over UDP, truncate it (TC) to the size that the client accepts."""
     if not udp:
         return response.to_wire(max_size=65535)
     payload = question.message.payload if question.message.edns >= 0 else 512

@@ -1,7 +1,7 @@
-"""Lookups of our own, through the node's recursive resolvers: what guests are told, and what is dialled for them.
+"""Stub resolver on the node's recursive resolvers: for the answers to guests, and for addresses to connect to.
 
-Messages are dnspython's; each query goes out from a port of its own with a random id, by UDP and, where the answer is
-cut, by TCP (RFC 7766). What does not fit the question is ignored (RFC 5452).
+dnspython sends each query from a port of its own with a random id, by UDP, and by TCP after a truncated answer
+(RFC 7766). Answers that do not match the question are ignored (RFC 5452).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from agent.common.policy.policy import Policy
 _MAX_CACHED = 4096
 _MAX_TTL_S = 3600.0
 _NEGATIVE_TTL_S = 5.0
-_MAX_ADDRESSES = 64  # of one name and family; more only cost
+_MAX_ADDRESSES = 64  # per name and record type
 _MAX_IN_FLIGHT = 512
 # Chosen here: dnspython would look for the event loop's library at each query, and load its code at the first one.
 _BACKEND = dns.asyncbackend.get_backend("asyncio")
 
 
 class ResolveError(Exception):
-    """There is no answer. `reason` is nxdomain, nodata, servfail, timeout or blocked."""
+    """The lookup failed. `reason` is nxdomain, nodata, servfail, timeout or blocked."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -49,7 +49,7 @@ class ResolveError(Exception):
 
 
 class BlockedAnswer(ResolveError):
-    """The name has addresses, and none that a sandbox may reach."""
+    """The name has addresses, but none that the sandbox may connect to."""
 
     def __init__(self) -> None:
         super().__init__("blocked")
@@ -57,7 +57,7 @@ class BlockedAnswer(ResolveError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a name was answered with; `ttl_s` is the shortest on the way to it."""
+    """Addresses of a name. `ttl_s` is the lowest TTL among the records, aliases included."""
 
     addresses: tuple[Address, ...]
     ttl_s: float
@@ -66,12 +66,12 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class _CacheEntry:
     answer: dns.rrset.RRset | None
-    reason: str  # why there is none
+    reason: str  # of `answer` being None
     until: float
 
 
 def system_resolvers() -> list[str]:
-    """Returns the resolvers of /etc/resolv.conf (resolv.conf(5))."""
+    """Return the resolvers of /etc/resolv.conf (resolv.conf(5)); [] if it has none."""
     try:
         return [str(server) for server in dns.resolver.Resolver(configure=True).nameservers]
     except dns.exception.DNSException:
@@ -79,14 +79,15 @@ def system_resolvers() -> list[str]:
 
 
 def load_all() -> None:
-    """Loads the code of all record types now: later the process may not be allowed to read it."""
+    """Load the modules of all record types, which the process may not be allowed to read later."""
     dns.rdata.load_all_types()  # type: ignore[no-untyped-call]
 
 
 class Resolver:
-    """Stub resolver with a bounded cache that all sandboxes share; identical lookups at one time are one.
+    """Resolver with a bounded cache, shared by all sandboxes. Concurrent lookups of one question are merged.
 
-    :param servers: "address" or "address:port" ("[v6]:port"), asked in turn.
+    :param servers: "address" or "address:port" ("[v6]:port"), tried in turn from a random one on.
+    :param timeout_s: of each attempt.
     """
 
     def __init__(self, servers: Sequence[str], timeout_s: float = 2.0, attempts: int = 3) -> None:
@@ -98,16 +99,17 @@ class Resolver:
         self._room = asyncio.Semaphore(_MAX_IN_FLIGHT)
 
     async def aclose(self) -> None:
-        """Ends all lookups."""
+        """Cancel all lookups."""
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def addresses(self, name: str, policy: Policy) -> Answer:
-        """Returns the addresses of a (normalised) name, without those that nobody may be connected to.
+        """Return the addresses of a (normalised) name that the policy allows connecting to.
 
-        :raises BlockedAnswer: none is left. :raises ResolveError: there are none.
+        :raises BlockedAnswer: the policy allows none of the addresses.
+        :raises ResolveError: the name has no addresses, or the lookup failed.
         """
         kinds = (dns.rdatatype.A, dns.rdatatype.AAAA)
         results = await asyncio.gather(
@@ -121,11 +123,15 @@ class Resolver:
         for result in results:
             if not isinstance(result, ResolveError):
                 raise cast("BaseException", result)
-        # "No such address" of one family says less than what happened to the other.
+        # "No address" of one family is less informative than the error of the other.
         raise next((error for error in errors if error.reason != "nodata"), errors[0])
 
     async def addresses_of_type(self, name: str, kind: dns.rdatatype.RdataType, policy: Policy) -> Answer:
-        """As `addresses`, for A or AAAA alone."""
+        """Return only the A or AAAA records; see `addresses`.
+
+        :raises BlockedAnswer: the policy allows none of the addresses.
+        :raises ResolveError: the name has no such addresses, or the lookup failed.
+        """
         records, ttl_s = await self.query(name, kind)
         everything = [ip_address(str(record.address)) for record in records][:_MAX_ADDRESSES]
         allowed = tuple(address for address in everything if policy.check_dialled(address, 0) is None)
@@ -134,7 +140,10 @@ class Resolver:
         return Answer(allowed, ttl_s)
 
     async def query(self, name: str, kind: dns.rdatatype.RdataType) -> tuple[dns.rrset.RRset, float]:
-        """Returns the records that the name has, aliases followed, and for how long. :raises ResolveError:"""
+        """Return the records of a name after following aliases, and their remaining TTL in seconds.
+
+        :raises ResolveError: the name has no such records, or the lookup failed.
+        """
         key = (name, kind)
         found = self._cache.get(key)
         if found is None or found.until <= time.monotonic():
@@ -152,10 +161,10 @@ class Resolver:
             message, why = await self._ask(name, kind)
         now = time.monotonic()
         if message is None:
-            return _CacheEntry(None, why, now)  # a failure of the way there is no fact about the name
+            return _CacheEntry(None, why, now)  # not cached: it says nothing about the name
         try:
             chain = message.resolve_chaining()
-        except dns.exception.DNSException:  # a loop, or two aliases for one name
+        except dns.exception.DNSException:  # a loop of aliases, or two for one name
             return _CacheEntry(None, "servfail", now)
         if message.rcode() == dns.rcode.NXDOMAIN:
             found = _CacheEntry(None, "nxdomain", now + _NEGATIVE_TTL_S)
@@ -170,7 +179,7 @@ class Resolver:
 
     async def _ask(self, name: str, kind: dns.rdatatype.RdataType) -> tuple[dns.message.QueryMessage | None, str]:
         why = "servfail"
-        first = random.randrange(len(self._servers)) if self._servers else 0  # noqa: S311  spreads load, no more
+        first = random.randrange(len(self._servers)) if self._servers else 0  # noqa: S311  only spreads the load
         for attempt in range(self._attempts if self._servers else 0):
             host, port = self._servers[(first + attempt) % len(self._servers)]
             question = dns.message.make_query(dns.name.from_text(name), kind, use_edns=0, payload=1232)

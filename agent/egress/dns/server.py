@@ -1,6 +1,6 @@
-"""The DNS server of a sandbox: answers for names that may be reached, and looks no other name up, for a lookup leaves.
+"""DNS server of a sandbox. It only looks up names that the policy allows, since a lookup is traffic to the outside.
 
-What it answers is pinned: only there may these names be asked for afterwards.
+Answers are pinned (`agent.egress.dns_pins`): afterwards, the names may be connected to only at these addresses.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from agent.egress.dns.resolver import BlockedAnswer, ResolveError, Resolver
 from agent.egress.sandbox_state import SandboxState
 from agent.egress.stderr_log import log_accept_failure
 
-_MAX_IN_FLIGHT = 256  # of one sandbox; what comes beyond that is dropped, and asked again by whoever needs it
+_MAX_IN_FLIGHT = 256  # queries per sandbox; more are dropped, and clients retry
 _MAX_CONNECTIONS = 32
 _IDLE_S = 10.0
 _READ_AT_ONCE = 32
-_MAX_TTL_S = 300.0  # a guest asks again, and is told what the policy is then
+_MAX_TTL_S = 300.0  # so that a changed policy takes effect on names, too
 _MAX_DATAGRAM = 4096
 
 
 class DnsServer:
-    """Serves the UDP and TCP sockets of one sandbox."""
+    """Server on the UDP and TCP sockets of one sandbox."""
 
     def __init__(self, sandbox: SandboxState, resolver: Resolver) -> None:
         self._sandbox = sandbox
@@ -44,14 +44,14 @@ class DnsServer:
         self._loop = asyncio.get_running_loop()
 
     def start(self, udp: Sequence[socket.socket], tcp: Sequence[socket.socket]) -> None:
-        """Begins to serve; takes the sockets over."""
+        """Serve these sockets, which the server owns and closes."""
         self._udp, self._listeners = list(udp), list(tcp)
         for sock in self._udp:
             self._loop.add_reader(sock.fileno(), self._read, sock)
         self._acceptors = [Acceptor(sock, self._accepted, log_accept_failure) for sock in self._listeners]
 
     async def aclose(self) -> None:
-        """Ends."""
+        """Close the sockets and cancel all queries."""
         for acceptor in self._acceptors:
             acceptor.close()
         for sock in self._udp:
@@ -71,7 +71,7 @@ class DnsServer:
         for _ in range(_READ_AT_ONCE):
             try:
                 data, sender = sock.recvfrom(_MAX_DATAGRAM)
-            except OSError:  # BlockingIOError: no more
+            except OSError:  # BlockingIOError: no more datagrams
                 return
             if len(self._tasks) < _MAX_IN_FLIGHT:
                 self._spawn(asyncio.create_task(self._answer_datagram(sock, data, sender)))
@@ -91,7 +91,7 @@ class DnsServer:
         self._spawn(asyncio.create_task(self._serve(sock)))
 
     async def _serve(self, sock: socket.socket) -> None:
-        """Questions over TCP, one after the other, each with its length before it (RFC 7766)."""
+        """Answer length-prefixed questions over TCP one by one (RFC 7766)."""
         writer = None
         try:
             reader, writer = await asyncio.open_connection(sock=sock)

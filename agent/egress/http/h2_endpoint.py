@@ -1,4 +1,4 @@
-"""One side of an HTTP/2 relay: its state machine, what it still has to send, and the one who writes."""
+"""One side of an HTTP/2 relay: its h2 state machine and the data that is queued for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agent.egress.transport.byte_streams import Stream
 
 MAX_HEADER_LIST_BYTES = 64 << 10
 _MAX_STREAMS = 100
-# What one connection may make us hold is the latter, each way.
+# The latter bounds the memory per connection and direction.
 _WINDOW_BYTES = 256 << 10
 _CONNECTION_WINDOW_BYTES = 512 << 10
 _Code = h2.settings.SettingCodes
@@ -32,15 +32,17 @@ _SETTINGS = {
 
 @dataclass(eq=False, slots=True)
 class OutgoingStream:
-    """What one stream still has to send on its side: data, then its end."""
+    """Data, trailers and end that are queued for one stream."""
 
-    pieces: list[tuple[bytes, int]] = field(default_factory=list)  # data, and what it counts on the other side
+    pieces: list[tuple[bytes, int]] = field(
+        default_factory=list
+    )  # data, and its flow-controlled length on the other side
     trailers: Headers | None = None
     ended: bool = False
 
 
 class H2Endpoint:
-    """One side's connection, and what could not be sent on it yet."""
+    """HTTP/2 connection to one side, with the data that its windows do not admit yet."""
 
     def __init__(self, stream: Stream, *, client_side: bool) -> None:
         self.stream = stream
@@ -49,9 +51,9 @@ class H2Endpoint:
         )
         self.queued: dict[int, OutgoingStream] = {}
         self.changed = asyncio.Event()
-        self.sent = asyncio.Event()  # what could be sent has been
+        self.sent = asyncio.Event()  # all that the windows admit was sent
         self._writing = asyncio.Lock()
-        self.extra = b""  # to be written before what the state machine has
+        self.extra = b""  # written before the state machine's data
         settings = {**_SETTINGS, _Code.ENABLE_PUSH: 0} if client_side else _SETTINGS
         keep_streams_after_goaway(self.h2)
         self.h2.local_settings = h2.settings.Settings(client=client_side, initial_values=settings)
@@ -59,19 +61,22 @@ class H2Endpoint:
         self.h2.increment_flow_control_window(_CONNECTION_WINDOW_BYTES)
 
     async def flush(self) -> None:
-        """Writes what the state machine has to say."""
-        async with self._writing:  # whoever reads waits here, too: answers to what is read cannot pile up
+        """Write the pending data of the state machine."""
+        async with self._writing:  # the reading task waits, too, so answers to its frames cannot pile up
             extra, self.extra = self.extra, b""
             if data := extra + self.h2.data_to_send():
                 await self.stream.write(data)
 
     def receive(self, data: bytes) -> list[h2.events.Event]:
-        """Returns what bytes of the other side mean. :raises h2.exceptions.ProtocolError: nothing, or nothing good."""
-        self.extra += self.h2.data_to_send()  # a GOAWAY would have h2 throw it away
+        """Return the events of received bytes.
+
+        :raises h2.exceptions.ProtocolError: they violate the protocol.
+        """
+        self.extra += self.h2.data_to_send()  # h2 discards pending data when it receives GOAWAY
         return self.h2.receive_data(data)
 
     def queue_goaway(self, last_stream_id: int) -> None:
-        """Queues a GOAWAY after which the streams that there are go on (RFC 9113, 6.8)."""
+        """Queue a GOAWAY that lets existing streams finish (RFC 9113, 6.8)."""
         goodbye = GoAwayFrame(stream_id=0, last_stream_id=last_stream_id, error_code=0)
         self.extra += self.h2.data_to_send() + goodbye.serialize()
 
@@ -91,7 +96,7 @@ def keep_streams_after_goaway(connection: h2.connection.H2Connection) -> None:
 
 @contextlib.contextmanager
 def ignoring_closed_stream(then: Callable[[], object] | None = None) -> Iterator[None]:
-    """Ignore that the other side has closed the stream meanwhile; call `then` in that case."""
+    """Suppress the error that the other side has closed the stream; call `then` in that case."""
     try:
         yield
     except (h2.exceptions.StreamClosedError, h2.exceptions.NoSuchStreamError):

@@ -1,7 +1,7 @@
-"""HTTP/1.1 between a guest and a server: parsed on both sides, so that each sees the other's messages as we read them.
+"""HTTP/1.1 relay between a guest and a server. Messages are parsed and written anew on both sides.
 
-h11 reads strictly and writes in one way, which leaves no room for request smuggling. Bodies pass as they come: nothing
-waits for more than what could be the beginning of a secret. RFC 9110, 9112.
+h11 parses strictly and writes canonically, which prevents request smuggling. Bodies are streamed: only bytes that may
+be the beginning of a secret are delayed. RFC 9110, 9112.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from agent.egress.transport.dial import DialError
 MAX_HEAD_BYTES = 64 << 10
 _HEAD_TIMEOUT_S = 15.0  # from a request's first byte to the end of its headers
 _IDLE_TIMEOUT_S = 900.0
-_BUFFERED_BODY_BYTES = 1 << 20  # a body that secrets go into is read whole up to this size: its length changes
+_BUFFERED_BODY_BYTES = 1 << 20  # bodies with secrets up to this size are read whole for Content-Length
 _DRAIN_BYTES, _DRAIN_S = 1 << 20, 2.0
 
 
 class _ConnectionDone(Exception):
-    """The connection is at its end, in order."""
+    """The connection ended in order."""
 
 
 class Http1Relay:
-    """One client connection and its one upstream connection.
+    """Relay of one client connection to one upstream connection.
 
-    :param connect: returns the upstream connection; called when the first request has been let through.
+    :param connect: opens the upstream connection; called once the first request is allowed.
+    :param request_policy: checks each request.
     """
 
     def __init__(self, client: Stream, connect: Callable[[], Awaitable[Stream]], request_policy: RequestPolicy) -> None:
@@ -49,10 +50,13 @@ class Http1Relay:
         self._server = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._host = ""
         self._closes = False
-        self._bypassed = False  # the last response's body went past h11, which does not know that it is over
+        self._bypassed = False  # h11 did not see the last response's body, nor its end
 
     async def run(self) -> None:
-        """Serves until either side ends. :raises OSError:"""
+        """Relay until either side ends.
+
+        :raises OSError: a connection broke.
+        """
         try:
             while await self._cycle():
                 if self._bypassed:
@@ -83,21 +87,21 @@ class Http1Relay:
             self._guest.receive_data(pipelined)
 
     async def _on_protocol_error(self, error: h11.RemoteProtocolError) -> None:
-        """What came is no HTTP: of the guest's, it is told so; of the server's, the connection ends."""
+        """Answer invalid HTTP of the guest by 400 or 431, of the server by 502."""
         if self._guest.trailing_data[1] or self._server.trailing_data[1]:
-            return  # one of them just left
+            return  # end of the stream within a message
         if self._guest.their_state is h11.ERROR:
             reason = Reason.TOO_LARGE if error.error_status_hint == 431 else Reason.MALFORMED
             self._request_policy.deny(reason, self._host or self._request_policy.target.name)
             await self._answer(reason, self._host, str(error))
         else:
-            await self._answer_status(502, b"sandboxd: the server's answer is no valid HTTP\n")
+            await self._answer_status(502, b"sandboxd: the server's answer is not valid HTTP\n")
 
     async def _answer(self, reason: Reason, host: str, detail: str = "") -> None:
         await self._answer_status(*answer_for(reason, host, detail))
 
     async def _answer_status(self, status: int, text: bytes) -> None:
-        """Says why, if no answer has begun, and ends."""
+        """Send an error response, unless a response has begun, and end the connection."""
         if self._guest.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
         headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(text)),
@@ -112,7 +116,7 @@ class Http1Relay:
             await self._drain()
 
     async def _drain(self) -> None:
-        """Reads on a little: bytes that nobody read would make a reset of the end, and lose the answer."""
+        """Discard some input: closing with unread bytes sends a reset, and the response could be lost."""
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(_DRAIN_S):
                 left = _DRAIN_BYTES
@@ -122,7 +126,7 @@ class Http1Relay:
     # -- one request ---------------------------------------------------------------------------------------------------
 
     async def _cycle(self) -> bool:
-        """Carries one request and its response; returns whether another may follow."""
+        """Relay one request and its response; return whether another may follow."""
         request = await self._request()
         headers = http1_heads.forwarded(request)
         authority = http1_heads.authority_of(request, headers)
@@ -142,7 +146,7 @@ class Http1Relay:
         responding = asyncio.create_task(self._response(upstream, allowed, request))
         try:
             await asyncio.wait({sending, responding}, return_when=asyncio.FIRST_COMPLETED)
-            # A server that takes no more of a request may have answered it all the same (OSError).
+            # After OSError in sending, the server may still have answered: it need not read all of the request.
             if sending.done() and not isinstance(sending.exception(), OSError):
                 sending.result()
             if await responding:
@@ -150,7 +154,7 @@ class Http1Relay:
                 await self._tunnel(upstream)
                 return False
             if not sending.done() or sending.exception() is not None:
-                return False  # the answer came before all of the request: the rest is of no use to anybody
+                return False  # answered before the request was complete: its rest cannot be skipped
         finally:
             for task in (sending, responding):
                 task.cancel()
@@ -162,7 +166,10 @@ class Http1Relay:
         )
 
     async def _request(self) -> h11.Request:
-        """Returns the next request; meanwhile the server may end the connection, and then so do we."""
+        """Return the next request.
+
+        :raises _ConnectionDone: either side ended the connection, or it was idle too long.
+        """
         event = self._guest.next_event()
         if event is h11.NEED_DATA and self._guest.trailing_data[0] == b"":
             await self._wait_for_bytes()
@@ -209,7 +216,7 @@ class Http1Relay:
             changed = await self._reframed(changed, body, first)
         out = h11.Request(method=request.method, target=target, headers=changed)
         await self._to_server(upstream, out)
-        if first:  # all of it
+        if first:  # the whole body
             await self._to_server(upstream, h11.Data(data=first[0]))
             await self._to_server(upstream, h11.EndOfMessage())
             return
@@ -228,7 +235,7 @@ class Http1Relay:
                 raise _ConnectionDone
 
     async def _reframed(self, headers: Headers, body: StreamReplacer, first: list[bytes]) -> Headers:
-        """Returns headers for a body whose length changes: counted anew if it is small, in chunks if it is large."""
+        """Return headers for a body whose length changes: with a new length if it is small, chunked if it is large."""
         size = secret_injection.find(headers, b"content-length")
         if not size or size == b"0":
             return headers
@@ -248,7 +255,7 @@ class Http1Relay:
     # -- its response --------------------------------------------------------------------------------------------------
 
     async def _response(self, upstream: Stream, allowed: AllowedRequest, request: h11.Request) -> bool:
-        """Carries the response; returns whether both sides now speak something else (101)."""
+        """Relay the response; return whether both sides have switched to another protocol (101)."""
         redactor = allowed.injection.redactor()
         while True:
             event = await self._next(self._server, upstream)
@@ -281,12 +288,12 @@ class Http1Relay:
                 raise _ConnectionDone
 
     async def _forward_body(self, upstream: Stream, left: int, redactor: StreamReplacer | None) -> None:
-        """Carries a response's body of known length as it is: h11 would copy it four times."""
+        """Relay a body of known length past h11, which would copy it four times."""
         self._bypassed = True
         data, _ = self._server.trailing_data
         while True:
             piece = data if len(data) <= left else data[:left]
-            self._closes = self._closes or len(piece) < len(data)  # it sends more than it said
+            self._closes = self._closes or len(piece) < len(data)  # longer than announced
             left -= len(piece)
             if out := piece if redactor is None else redactor.feed(piece):
                 await self._client.write(out)
@@ -294,7 +301,7 @@ class Http1Relay:
                 break
             data = await upstream.read()
             if not data:
-                raise _ConnectionDone  # the guest sees that it is cut: it knows the length
+                raise _ConnectionDone  # the guest notices, since it knows the length
         if redactor is not None and (rest := redactor.end()):
             await self._client.write(rest)
 

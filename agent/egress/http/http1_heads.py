@@ -1,4 +1,4 @@
-"""What the heads of HTTP/1.1 messages say, and what of them goes on. Pure. RFC 9110, 9112."""
+"""Reading and filtering heads of HTTP/1.1 messages. Pure. RFC 9110, 9112."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from agent.egress.sandbox_state import Denied
 
 _AUTHORITY = re.compile(rb"\A[^/?#]*")
 _UPGRADES = frozenset({b"websocket"})
-# What an upgrade that we do not pass on would need; the request is then an ordinary one (RFC 9110, 7.8).
+# Removed unless the upgrade is supported, which makes it an ordinary request (RFC 9110, 7.8).
 _UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})
 
 
 def body_length(request: h11.Request, response: h11.Response) -> int | None:
-    """Returns how long a response's body is, if it says so and has one (RFC 9112, 6.3)."""
+    """Return the length of a response's body if Content-Length states it, else None (RFC 9112, 6.3)."""
     size = secret_injection.find(response.headers, b"content-length")
     chunked = secret_injection.find(response.headers, b"transfer-encoding")
     without = request.method == b"HEAD" or response.status_code in (204, 304)
@@ -28,13 +28,16 @@ def body_length(request: h11.Request, response: h11.Response) -> int | None:
 
 
 def says_close(head: h11.Request | h11.Response) -> bool:
-    """Whether the connection ends with this message (RFC 9112, 9.3)."""
+    """Return whether the connection ends after this message (RFC 9112, 9.3)."""
     words = b",".join(value for name, value in head.headers if name == b"connection").lower()
     return head.http_version < b"1.1" or b"close" in [word.strip() for word in words.split(b",")]
 
 
 def forwarded(request: h11.Request) -> Headers:
-    """Returns the headers that go on. :raises Denied: they can be read in two ways."""
+    """Return the headers to forward.
+
+    :raises Denied: the length of the body is ambiguous.
+    """
     headers = cast("Headers", list(request.headers.raw_items()))
     names = [name.lower() for name, _ in headers]
     if b"transfer-encoding" in names and (b"content-length" in names or request.http_version < b"1.1"):
@@ -52,7 +55,10 @@ def _without_upgrade(value: bytes) -> bytes:
 
 
 def authority_of(request: h11.Request, headers: Headers) -> str:
-    """Returns "host" or "host:port" that the request is for. :raises Denied: none, or two that differ."""
+    """Return the authority of a request: "host" or "host:port".
+
+    :raises Denied: it has none, or two that differ; or it is a CONNECT request.
+    """
     host = secret_injection.find(headers, b"host").decode("latin-1").strip()
     target = request.target.decode("latin-1")
     if request.method == b"CONNECT":
@@ -74,12 +80,12 @@ def authority_of(request: h11.Request, headers: Headers) -> str:
 def origin_form(target: bytes) -> bytes:
     """Return the target without the authority that `authority_of` has checked (RFC 9112, 3.2.1).
 
-    An absolute URL loses its fragment, too: a request target has none (RFC 9112, 3.2.2), and the server could read it
-    as a part of the path.
+    An absolute URL loses its fragment, too: a request target has none (RFC 9112, 3.2.2), and the server could parse it
+    as part of the path.
     """
     if target.startswith(b"/") or target == b"*":
         return target
     after_scheme = target.partition(b"://")[2]
-    # `urlsplit` ends the authority at the same characters (RFC 3986, 3.2): what was checked is what is cut off.
+    # `urlsplit` ends the authority at the same characters (RFC 3986, 3.2), so exactly the checked part is removed.
     path_and_query = _AUTHORITY.sub(b"", after_scheme, count=1).partition(b"#")[0]
     return path_and_query if path_and_query.startswith(b"/") else b"/" + path_and_query

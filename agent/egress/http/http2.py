@@ -1,7 +1,7 @@
-"""HTTP/2 between a guest and a server: each stream is one on the other side, with the same frames of data.
+"""HTTP/2 relay between a guest and a server: each stream has one counterpart on the other side.
 
-Flow control reaches through: what a guest sends is acknowledged when the server took it, and the other way round, so
-that no stream holds more than its window here. RFC 9113; header tables and lists are bounded by h2.
+Flow control is end to end: data is acknowledged to its sender once it was sent to the receiver, so that no stream
+buffers more than its window here. h2 bounds header tables and lists. RFC 9113.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _IDLE_TIMEOUT_S = 900.0
 
 @dataclass(eq=False, slots=True)
 class _Exchange:
-    """One request and its response: a stream id on each side."""
+    """One request and its response, with the stream ids of both sides."""
 
     guest_id: int
     server_id: int
     body: StreamReplacer | None
     redactor: StreamReplacer | None
-    request_ended: bool  # the server has been told
-    response_ended: bool = False  # the guest has been told
+    request_ended: bool  # END_STREAM was sent to the server
+    response_ended: bool = False  # END_STREAM was sent to the guest
 
 
 class Http2Relay:
-    """One client connection and its one upstream connection; see `agent.egress.http.http1.Http1Relay`."""
+    """Relay of one client connection to one upstream connection; see `agent.egress.http.http1.Http1Relay`."""
 
     def __init__(self, client: Stream, connect: Callable[[], Awaitable[Stream]], request_policy: RequestPolicy) -> None:
         self._request_policy = request_policy
@@ -57,7 +57,10 @@ class Http2Relay:
         self._connected = asyncio.Event()
 
     async def run(self) -> None:
-        """Serves until either side ends. :raises OSError:"""
+        """Relay until either side ends.
+
+        :raises OSError: a connection broke.
+        """
         tasks = [
             asyncio.create_task(work)
             for work in (self._from_guest(), self._from_server(), self._send(self._guest), self._send_to_server())
@@ -108,7 +111,7 @@ class Http2Relay:
             await server.flush()
             if self._server_going_away and not self._by_server:
                 return
-        # Answers that are complete still reach the guest.
+        # Send complete responses to the guest before ending.
         while any(queued.ended for queued in self._guest.queued.values()):
             self._guest.sent.clear()
             await self._guest.sent.wait()
@@ -118,13 +121,13 @@ class Http2Relay:
             await self._start_exchange(event)
             return
         exchange = self._by_guest.get(getattr(event, "stream_id", 0) or 0)
-        if isinstance(event, h2.events.DataReceived) and exchange is None:  # of a stream that was turned away
+        if isinstance(event, h2.events.DataReceived) and exchange is None:  # of a rejected stream
             self._guest.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
         elif isinstance(event, h2.events.WindowUpdated | h2.events.RemoteSettingsChanged):
             self._guest.changed.set()
         elif isinstance(event, h2.events.ConnectionTerminated):
             if not self._by_guest:
-                raise ConnectionResetError("the client is leaving")
+                raise ConnectionResetError("the client ends the connection")
         elif exchange is not None and self._server is not None:
             self._forward(event, exchange, self._guest, self._server, exchange.server_id)
 
@@ -152,11 +155,11 @@ class Http2Relay:
     def _forward(
         self, event: h2.events.Event, exchange: _Exchange, source: H2Endpoint, target: H2Endpoint, target_id: int
     ) -> None:
-        """Queues data, trailers, ends and resets of a stream for the other side."""
+        """Queue data, trailers and end of a stream for the other side, or reset its counterpart."""
         if isinstance(event, h2.events.StreamEnded) and (
             exchange.request_ended if source is self._guest else exchange.response_ended
         ):
-            return  # its headers said so
+            return  # END_STREAM came with the headers
         queued = target.queued.setdefault(target_id, OutgoingStream())
         filtering = exchange.body if source is self._guest else exchange.redactor
         if isinstance(event, h2.events.DataReceived):
@@ -169,7 +172,9 @@ class Http2Relay:
                 queued.pieces.append((rest, 0))
             queued.ended = True
         elif isinstance(event, h2.events.StreamReset):
-            if source is self._server and queued.ended:  # it has said all, and wants no more (RFC 9113, 8.1)
+            if (
+                source is self._server and queued.ended
+            ):  # the response is complete without the rest of the request (RFC 9113, 8.1)
                 exchange.request_ended = True
                 source.queued.pop(exchange.server_id, None)
                 return
@@ -194,7 +199,7 @@ class Http2Relay:
             self._request_policy.deny(denied.reason, denied.host)
             self._reject(guest_id, *answer_for(denied.reason, denied.host))
             return
-        if self._server_going_away:  # nobody saw it, so it may be tried again (RFC 9113, 8.7)
+        if self._server_going_away:  # the server did not process it, so a retry is safe (RFC 9113, 8.7)
             self._guest.h2.reset_stream(guest_id, h2.errors.ErrorCodes.REFUSED_STREAM)
             return
         if self._server is None:
@@ -248,7 +253,7 @@ class Http2Relay:
         await self._send(self._server)
 
     async def _send(self, endpoint: H2Endpoint) -> None:
-        """Writes what is queued for a side as its windows open."""
+        """Send queued data to one side as its windows open."""
         while True:
             endpoint.changed.clear()
             for stream_id in list(endpoint.queued):
@@ -288,7 +293,7 @@ class Http2Relay:
             exchange.request_ended = True
 
     def _acknowledge(self, endpoint: H2Endpoint, stream_id: int, counted: int) -> None:
-        """Opens the window of the side that the data came from."""
+        """Acknowledge sent data to the side that it came from, which opens its window."""
         exchange = (self._by_guest if endpoint is self._guest else self._by_server).get(stream_id)
         other = self._server if endpoint is self._guest else self._guest
         if exchange is None or other is None or not counted:
@@ -300,13 +305,13 @@ class Http2Relay:
 
     def _on_answered(self, exchange: _Exchange) -> None:
         if self._server is not None and not exchange.request_ended:
-            with ignoring_closed_stream():  # the answer is complete, the request is not: nobody wants the rest
+            with ignoring_closed_stream():  # the rest of the request is not needed
                 self._server.h2.reset_stream(exchange.server_id, h2.errors.ErrorCodes.NO_ERROR)
             self._server.changed.set()
         self._forget(exchange)
 
     def _on_goaway(self, event: h2.events.ConnectionTerminated) -> None:
-        """The server takes no new requests; those that it has go on (RFC 9113, 6.8)."""
+        """Stop new requests after a GOAWAY of the server; existing ones go on (RFC 9113, 6.8)."""
         if event.error_code or not self._by_server:
             raise ConnectionResetError("the server ended the connection")
         self._server_going_away = True
@@ -315,17 +320,20 @@ class Http2Relay:
 
 
 def _ends(event: h2.events.Event) -> bool:
-    """Whether the headers are all that there is."""
+    """Return whether END_STREAM came with the headers."""
     return getattr(event, "stream_ended", None) is not None
 
 
 def _pairs(headers: Any) -> Headers:
-    """Returns plain pairs; that a header must never be indexed (RFC 7541, 7.1.3) stays as it is."""
+    """Return a list of the pairs, each still marked if it must never be indexed (RFC 7541, 7.1.3)."""
     return list(headers or ())
 
 
 def _authority(headers: Headers) -> str:
-    """Returns what the request is for. :raises Denied: none, or two that differ."""
+    """Return the authority of a request.
+
+    :raises Denied: it has none, or two that differ.
+    """
     named = [value for name, value in headers if name == b":authority"]
     host = [value for name, value in headers if name == b"host"]
     values = {value.lower() for value in (*named, *host)}

@@ -1,7 +1,7 @@
-"""Opens connections to hosts of secrets, and plain HTTP: the guest's client speaks with us, and we with the server.
+"""Interception of TLS and plain HTTP: the egress process is the server of the guest's client, and a client upstream.
 
-The server comes first: what it agrees to speak (RFC 7301) is what the client is offered, so nothing is ever translated,
-and its certificate is verified before the client is told that it has reached the name.
+The upstream handshake comes first: the protocol that the server selects (ALPN, RFC 7301) is the only one offered to the
+client, so HTTP versions need no translation, and the server's certificate is verified before the client's handshake.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from agent.egress.transport.dial import DialError
 from agent.egress.transport.sockets import no_delay
 
 _H2, _HTTP1 = "h2", "http/1.1"
-_SPOKEN = (_H2, _HTTP1)
+_SUPPORTED = (_H2, _HTTP1)
 Dial = Callable[[Policy, Sequence[Address], int], Awaitable[socket.socket]]
 
 
 class Interceptor:
-    """Serves opened connections of all sandboxes.
+    """Interceptor of connections of all sandboxes.
 
-    :param dial: as `agent.egress.transport.dial.dial`.
-    :param upstream_ca_file: certificates (PEM) that servers are verified with, besides the host's.
+    :param dial: connects to servers, as `agent.egress.transport.dial.dial`.
+    :param upstream_ca_file: CA certificates (PEM) to verify servers with, besides the host's.
     """
 
     def __init__(self, dial: Dial, upstream_ca_file: str | None = None) -> None:
@@ -46,9 +46,10 @@ class Interceptor:
     async def run(
         self, sandbox: SandboxState, client: socket.socket, request_policy: RequestPolicy, *, http2: bool
     ) -> None:
-        """Serves a connection to its end; takes the socket over, whose bytes are all still to be read.
+        """Intercept a connection to its end; owns the socket, of which no byte may have been read.
 
-        :raises OSError: :raises Denied: before anything was said to the client.
+        :raises OSError: the TLS handshake with the client failed.
+        :raises Denied: the policy forbids it; no byte was sent to the client.
         """
         if request_policy.target.tls:
             await self._run_tls(sandbox, client, request_policy)
@@ -76,7 +77,7 @@ class Interceptor:
     async def _run_tls(self, sandbox: SandboxState, client: socket.socket, request_policy: RequestPolicy) -> None:
         target = request_policy.target
         assert sandbox.ca is not None
-        offered = tuple(protocol for protocol in _SPOKEN if protocol in target.alpn)
+        offered = tuple(protocol for protocol in _SUPPORTED if protocol in target.alpn)
         if target.alpn and not offered:
             raise Denied(Reason.PROTOCOL_NOT_ALLOWED, target.name)
         try:
@@ -87,7 +88,9 @@ class Interceptor:
         try:
             chosen = upstream.protocol or (_HTTP1 if not offered or _HTTP1 in offered else "")
             if not chosen:
-                raise Denied(Reason.PROTOCOL_NOT_ALLOWED, target.name)  # the client speaks h2 only, the server does not
+                raise Denied(
+                    Reason.PROTOCOL_NOT_ALLOWED, target.name
+                )  # the client only offers h2, and the server lacks it
             context = sandbox.ca.context(target.name, (chosen,) if offered else ())
             stream = await handshake(client, context, server_side=True)
         except BaseException:
@@ -114,7 +117,7 @@ class Interceptor:
     async def _refuse(
         self, sandbox: SandboxState, client: socket.socket, request_policy: RequestPolicy, error: Exception
     ) -> None:
-        """Says in HTTP why the server cannot be reached, where the client speaks HTTP/1.1."""
+        """Tell a client that offers HTTP/1.1 why the server cannot be reached."""
         target = request_policy.target
         if isinstance(error, ssl.SSLCertVerificationError):
             request_policy.deny(Reason.UPSTREAM_UNVERIFIED, target.name)
@@ -149,7 +152,7 @@ def _client_context(offered: tuple[str, ...], ca_file: str | None) -> ssl.SSLCon
 
 
 async def _send_error(stream: Stream, status: int, text: bytes) -> None:
-    """Answers whatever was asked, in HTTP/1.1."""
+    """Send an HTTP/1.1 response."""
     connection = h11.Connection(h11.SERVER)
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(text)),
                (b"connection", b"close")]  # fmt: skip

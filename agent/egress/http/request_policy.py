@@ -1,4 +1,4 @@
-"""What is decided of each request on an opened connection: whose host it may name, which secrets go in."""
+"""Policy for requests on an intercepted connection: which host a request may name, and which secrets are injected."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _WHY = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a connection is for. Without TLS the name comes with each request, and `name` is "".
+    """Destination of an intercepted connection. `name` is "" without TLS: each request names its host then.
 
-    :param alpn: what the guest's client offers to speak.
+    :param alpn: protocols that the guest's client offers.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Target:
 
 
 def answer_for(reason: Reason, host: str, detail: str = "") -> tuple[int, bytes]:
-    """Returns status and text of the answer to a request that is not let through."""
+    """Return status and text of the response to a denied request."""
     why = _WHY.get(reason, reason.value)
     extra = f" ({detail})" if detail else ""
     text = f"sandboxd: {host or 'request'}: {why}{extra} [{reason.value}]\n"
@@ -59,23 +59,23 @@ def answer_for(reason: Reason, host: str, detail: str = "") -> tuple[int, bytes]
 
 
 def unreachable(host: str, error: Exception) -> tuple[int, bytes]:
-    """Returns status and text of the answer where the server could not be connected to."""
-    said = "no answer in time" if isinstance(error, TimeoutError) else str(error)
-    return int(HTTPStatus.BAD_GATEWAY), f"sandboxd: {host} cannot be reached: {said}\n".encode(errors="replace")
+    """Return status and text of the response if the server cannot be connected to."""
+    why = "no answer in time" if isinstance(error, TimeoutError) else str(error)
+    return int(HTTPStatus.BAD_GATEWAY), f"sandboxd: {host} cannot be reached: {why}\n".encode(errors="replace")
 
 
 @dataclass(slots=True)
 class AllowedRequest:
-    """A request that may go on: its host, and what goes in and comes out."""
+    """A request that is allowed, with the secrets to inject into it."""
 
     host: str
     injection: SecretInjection
 
 
 class RequestPolicy:
-    """Decides for one connection.
+    """Request policy of one connection.
 
-    :param authorize: whether a name may be asked for at the connection's address; raises Denied.
+    :param authorize: called with the host of each request; raises Denied if the connection's address forbids it.
     """
 
     def __init__(self, sandbox: SandboxState, target: Target, authorize: Callable[[str], Awaitable[None]]) -> None:
@@ -84,7 +84,10 @@ class RequestPolicy:
         self._authorize = authorize
 
     async def check(self, authority: str, target: bytes, headers: Headers) -> AllowedRequest:
-        """Returns what becomes of a request for this authority ("host" or "host:port"). :raises Denied:"""
+        """Check a request for this authority ("host" or "host:port").
+
+        :raises Denied: its host is forbidden, or not the one that the connection is for.
+        """
         host = self._host(authority)
         if self.target.tls:
             if same_or_none(host) != self.target.name:
@@ -110,5 +113,5 @@ class RequestPolicy:
         return host.removeprefix("[").removesuffix("]")
 
     def deny(self, reason: Reason, host: str) -> None:
-        """Counts a denial."""
+        """Count a denial."""
         self._sandbox.deny(reason, host, self.target.port, "http")

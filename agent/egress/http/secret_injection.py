@@ -1,7 +1,7 @@
-"""Puts values of secrets into requests, and takes them out of responses. Pure: over headers and bytes.
+"""Injecting values of secrets into requests, and redacting them in responses. Pure: over headers and bytes.
 
-In: header values, Basic credentials (decoded and encoded again), the query; bodies where the secret says so. Out: what
-the host that got a value says, as best as can be (docs/egress.md says what this is not).
+Values are injected into header values, Basic credentials (decoded and encoded again), the query, and bodies if the
+secret allows it. Redaction is best effort: docs/egress.md lists its limits.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from agent.common.policy.secret import Secret
 from agent.egress.http.stream_replacer import StreamReplacer
 
 Headers = list[tuple[bytes, bytes]]
-MIN_REDACTED_BYTES = 8  # a shorter value is found where it was never put in
+MIN_REDACTED_BYTES = 8  # a shorter value occurs by chance
 _CREDENTIALS = frozenset({b"authorization", b"proxy-authorization"})
 _FORM, _JSON = b"application/x-www-form-urlencoded", b"json"
 
 
 class SecretInjection:
-    """What is put into the requests of one connection, and what is taken out of their responses.
+    """Injection into one request, and redaction of its response.
 
-    :param secrets: those whose values may go to this host.
+    :param secrets: secrets whose values may be sent to the request's host.
     """
 
     def __init__(self, secrets: Sequence[Secret]) -> None:
         self._secrets = secrets
         self._plain = {secret.placeholder.encode(): secret.value.encode() for secret in secrets}
         self._reflected: dict[bytes, bytes] = {}
-        self.used = False  # by some request on this connection
+        self.used = False  # a value was injected
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def headers(self, headers: Headers) -> Headers:
-        """Returns the headers with values; where one went in, the answer must come in a form that can be read."""
+        """Return the headers with placeholders replaced by values."""
         replacer = StreamReplacer(self._plain)
         changed = [(name, self._header(name.lower(), value, replacer)) for name, value in headers]
         if not replacer.count:
@@ -45,7 +45,7 @@ class SecretInjection:
         return changed
 
     def readable_answer(self, headers: Headers) -> Headers:
-        """Returns the headers so that the host does not compress what could have a value in it."""
+        """Return the headers; after an injection, without offering compression, which would hide values."""
         if not self.used or not any(secret.redact for secret in self._secrets):
             return headers
         return [(name, b"identity" if name.lower() == b"accept-encoding" else value) for name, value in headers]
@@ -62,7 +62,7 @@ class SecretInjection:
         return replacer.whole(value)
 
     def target(self, target: bytes) -> bytes:
-        """Returns the request target with values in its query, percent-encoded."""
+        """Return the request target with placeholders in its query replaced by percent-encoded values."""
         path, mark, query = target.partition(b"?")
         if not mark:
             return target
@@ -73,7 +73,7 @@ class SecretInjection:
         return path + mark + query
 
     def body(self, content_type: bytes) -> StreamReplacer | None:
-        """Returns what fills a request body, in the form that its type asks for; None if nothing may be put in."""
+        """Return the replacer for a request body, with values encoded for its type; None if no secret allows bodies."""
         chosen = [secret for secret in self._secrets if secret.in_body]
         if not chosen:
             return None
@@ -84,7 +84,7 @@ class SecretInjection:
     # -- responses -----------------------------------------------------------------------------------------------------
 
     def redactor(self) -> StreamReplacer | None:
-        """Returns what takes values out of a response; every value by as many bytes, so that no length is wrong."""
+        """Return the replacer that redacts values in a response; it keeps lengths. None without anything to redact."""
         pairs: dict[bytes, bytes] = {}
         for secret in self._secrets:
             if secret.redact and len(secret.value) >= MIN_REDACTED_BYTES:
@@ -96,7 +96,7 @@ class SecretInjection:
 
 
 def basic_credentials(value: bytes) -> bytes | None:
-    """Returns the decoded credentials of "Basic ..." (RFC 7617); None if it is something else."""
+    """Return the decoded credentials of "Basic ..." (RFC 7617); None for another scheme or invalid base64."""
     if value[:6].lower() != b"basic ":
         return None
     try:
@@ -106,7 +106,7 @@ def basic_credentials(value: bytes) -> bytes | None:
 
 
 def secrets_mentioned(secrets: Iterable[Secret], target: bytes, headers: Headers) -> list[Secret]:
-    """Returns those secrets whose placeholders are in a request's target, header values or credentials."""
+    """Return the secrets whose placeholders occur in a request's target, header values or credentials."""
     texts = [target]
     for name, value in headers:
         texts.append(value)
@@ -126,7 +126,7 @@ def _encoded_for(value: str, content_type: bytes) -> bytes:
 
 
 def _encodings(value: str) -> set[bytes]:
-    """Returns the ways in which servers write a text back: as it is, in JSON, in a URL, in HTML, in base64."""
+    """Return the encodings in which servers reflect a text: plain, JSON, URL, HTML, base64."""
     html = value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
     texts = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], quote(value, safe=""), html}
     return {text.encode() for text in texts} | {base64.b64encode(value.encode())}
@@ -137,10 +137,10 @@ def _masked(placeholder: bytes, size: int) -> bytes:
 
 
 def find(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
-    """Returns the first value of a header; b"" if there is none."""
+    """Return the first value of a header, or b""."""
     return next((value for key, value in headers if key.lower() == name), b"")
 
 
 def redact_headers(headers: Headers, redactor: StreamReplacer | None) -> Headers:
-    """Returns a response's headers without values."""
+    """Return a response's headers with values redacted."""
     return headers if redactor is None else [(name, redactor.whole(value)) for name, value in headers]

@@ -1,4 +1,4 @@
-"""Replaces byte strings in a stream, as it goes by: never holding back more than what could begin one of them."""
+"""Replacing byte strings in a stream. It only delays bytes that may be the beginning of a match."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 class StreamReplacer:
-    """Replaces each key by its value; keys that overlap: the longest first. `count` is how many were replaced."""
+    """Replace each key by its value, of overlapping keys the longest. `count` is the number of replacements."""
 
     def __init__(self, pairs: Mapping[bytes, bytes]) -> None:
         self._pairs = {needle: pairs[needle] for needle in sorted(pairs, key=len, reverse=True) if needle}
@@ -18,7 +18,7 @@ class StreamReplacer:
         self.count = 0
 
     def feed(self, data: bytes) -> bytes:
-        """Returns what can be passed on now."""
+        """Add data; return the output that is certain."""
         data = self._tail + data
         data, end = self._replaced(data)
         keep = self._begun(data, end)
@@ -26,16 +26,16 @@ class StreamReplacer:
         return data[: len(data) - keep]
 
     def end(self) -> bytes:
-        """Returns what was held back."""
+        """Return the delayed rest, at the end of the stream."""
         tail, self._tail = self._tail, b""
         return tail
 
     def whole(self, data: bytes) -> bytes:
-        """Returns a text that is complete, with all replaced."""
+        """Return a complete text with all keys replaced."""
         return self._replaced(data)[0]
 
     def _replaced(self, data: bytes) -> tuple[bytes, int]:
-        """Returns the text, and where in it what was put in ends: that is not looked at again."""
+        """Return the text after replacement, and the end of the last value in it, before which no match may begin."""
         if not any(needle in data for needle in self._pairs):
             return data, 0
         pieces = []
@@ -48,7 +48,7 @@ class StreamReplacer:
         return b"".join([*pieces, data[at:]]), end
 
     def _begun(self, data: bytes, after: int) -> int:
-        """Returns how many of the last bytes are the beginning of a key."""
+        """Return the number of bytes at the end that are the beginning of a key."""
         start = max(len(data) - self._longest + 1, after)
         for at in range(start, len(data)):
             if data[at] in self._first and any(needle.startswith(data[at:]) for needle in self._pairs):

@@ -1,4 +1,4 @@
-"""On what grounds a connection to one address and port may pass: by that address itself, or by a name that has it."""
+"""Authorize a TCP connection by its destination address, or by a hostname that resolved to it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _WEB_PORTS = frozenset({80, 443})
 
 @dataclass(frozen=True, slots=True)
 class Authorization:
-    """Why a connection was let through: `name` at `address`, or the address as itself where there is no name."""
+    """What a connection was allowed for: `name` at `address`, or the address itself if `name` is ""."""
 
     name: str
     address: Address
     port: int
 
     def denial_reason(self, sandbox: SandboxState) -> Reason | None:
-        """Returns why the sandbox's policy, as it is now, would not let it through."""
+        """Return why the current policy forbids the connection, or None if it is allowed."""
         policy = sandbox.policy
         if self.name:
             return policy.check_name(self.name, self.port) or policy.check_dialled(self.address, self.port)
@@ -30,7 +30,7 @@ class Authorization:
 
 
 class ConnectionAuthorizer:
-    """Decides about connections to one address and port. Each answer is by the policy as it is at that moment."""
+    """Authorizer of one connection. Each call evaluates the policy of that moment."""
 
     def __init__(self, sandbox: SandboxState, resolver: Resolver, address: Address, port: int) -> None:
         self._sandbox = sandbox
@@ -39,7 +39,7 @@ class ConnectionAuthorizer:
         self.port = port
 
     def is_unconditional(self) -> bool:
-        """Whether the address may be reached as itself and nothing depends on what is said there."""
+        """Return whether the address is allowed whatever protocol is spoken, so that the first bytes do not matter."""
         policy = self._sandbox.policy
         return (
             policy.check_address(self.address, self.port) is None
@@ -49,12 +49,15 @@ class ConnectionAuthorizer:
         )
 
     def likely_name(self) -> str:
-        """Returns what a connection that did not say is probably for: for the event alone."""
+        """Return the likely destination of a connection that names no host. Only for events: it is a guess."""
         names = self._sandbox.pins.names(self.address)
         return names[0] if names else str(self.address)
 
     def authorize_opaque(self) -> Authorization:
-        """Returns the grounds for a protocol that names no host. :raises Denied:"""
+        """Authorize a protocol other than TLS and HTTP, in which the client names no host.
+
+        :raises Denied: neither the address nor a name pinned to it is allowed with this port.
+        """
         policy, port = self._sandbox.policy, self.port
         reason = policy.check_address(self.address, port)
         if reason is None:
@@ -71,7 +74,10 @@ class ConnectionAuthorizer:
         raise Denied(why, names[0])
 
     def authorize_unnamed_tls(self) -> Authorization:
-        """Returns the grounds for TLS that asks for no name. :raises Denied:"""
+        """Authorize TLS without a server name.
+
+        :raises Denied: the address itself is not allowed.
+        """
         policy = self._sandbox.policy
         reason = policy.check_address(self.address, self.port)
         if reason is None:
@@ -80,12 +86,15 @@ class ConnectionAuthorizer:
         raise Denied(Reason.NO_SERVER_NAME if known else reason, self.likely_name())
 
     async def authorize_name(self, text: str) -> Authorization:
-        """Returns the grounds for a name that the client asked for at this address. :raises Denied:"""
+        """Authorize the hostname that the client sent, in TLS or HTTP.
+
+        :raises Denied: neither the name nor the address is allowed, or the name does not resolve to the address.
+        """
         policy, address, port = self._sandbox.policy, self.address, self.port
         itself = policy.check_address(address, port)
         name = same_or_none(text)
         if name is None:
-            # An address as a name (of HTTP), or nonsense: what is listed as an address passes as one.
+            # An address in the Host header, or no valid name: allowed if the destination address is.
             if itself is None:
                 return Authorization("", address, port)
             raise Denied(itself, text)
@@ -101,7 +110,7 @@ class ConnectionAuthorizer:
         return Authorization(name, address, port)
 
     async def _name_has_address(self, name: str) -> bool:
-        """Whether the address is the name's: it was answered so, or is now."""
+        """Return whether the name resolved to the address, in an answer to the guest or now."""
         if self._sandbox.pins.has(name, self.address):
             return True
         try:

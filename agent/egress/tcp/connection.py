@@ -1,6 +1,6 @@
-"""One TCP connection of a guest's: finds out what it is for, and has it carried, opened or turned away.
+"""One TCP connection of a guest: detect its protocol, then relay, intercept or reject it.
 
-What is decided, and on what authorization, is in docs/egress.md.
+The rules are in docs/egress.md.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from agent.egress.transport.dial import DialError, dial
 from agent.egress.transport.sockets import reset, wait_readable
 from agent.egress.transport.splice import RelayedPair, SpliceRelay
 
-SERVER_FIRST_S = 0.3  # a client that has said nothing for so long waits for its server
+SERVER_FIRST_S = 0.3  # a client that is silent for so long may wait for the server to speak
 HELLO_TIMEOUT_S = 15.0
 _RELAY_BYTES = 64 << 10
 _FULL_PAUSE_S = 0.01
-# handshake_failure would be tried again; access_denied says that it is of no use (RFC 8446, 6.2).
+# Clients retry after handshake_failure, not after access_denied (RFC 8446, 6.2).
 _ALERT_ACCESS_DENIED = bytes([21, 3, 3, 0, 2, 2, 49])
 _PROTOCOLS = {WireProtocol.TLS: "tls", WireProtocol.HTTP1: "http", WireProtocol.HTTP2: "http"}
 
 
 @dataclass(frozen=True, slots=True)
 class Dependencies:
-    """What connections are served with."""
+    """Services that all connections share."""
 
     resolver: Resolver
     splice_relay: SpliceRelay
@@ -41,7 +41,7 @@ class Dependencies:
 
 
 class TcpConnection:
-    """A connection from its accept to its end; one of `Sandbox.connections`."""
+    """A connection from accept to close; see `agent.egress.sandbox_state.Connection`."""
 
     def __init__(
         self, sandbox: SandboxState, dependencies: Dependencies, client: socket.socket, address: Address, port: int
@@ -55,11 +55,11 @@ class TcpConnection:
         self._upstream: socket.socket | None = None
         self.task: asyncio.Task[None] | None = None
 
-    # -- what a policy change asks -------------------------------------------------------------------------------------
+    # -- changes of the policy -----------------------------------------------------------------------------------------
 
     def recheck(self) -> Reason | None:
         """See `agent.egress.sandbox_state.Connection`."""
-        # Without authorization, it decides by the policy as it is when it decides.
+        # A connection without authorizations has not evaluated the policy yet.
         refusals = (authorization.denial_reason(self._sandbox) for authorization in self._authorizations)
         return next((reason for reason in refusals if reason is not None), None)
 
@@ -70,10 +70,10 @@ class TcpConnection:
         elif self.task is not None:
             self.task.cancel()
 
-    # -- from accept to end --------------------------------------------------------------------------------------------
+    # -- life cycle ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serves the connection to its end."""
+        """Serve the connection to its end."""
         kind = None
         address, port = self._authorizer.address, self._authorizer.port
         try:
@@ -98,20 +98,20 @@ class TcpConnection:
         self._sandbox.deny(reason, host, self._authorizer.port, protocol)
 
     def _reject(self, kind: WireProtocol | None) -> None:
-        """Says that it was denied, in the protocols that can."""
+        """Send a TLS alert; other protocols have no message for a denial here."""
         if kind is WireProtocol.TLS:
             try:
                 self._client.send(_ALERT_ACCESS_DENIED)
                 self._client.shutdown(socket.SHUT_WR)
-                self._client.recv(sniff.MAX_HELLO_BYTES)  # what is unread would make a reset of this end
+                self._client.recv(sniff.MAX_HELLO_BYTES)  # close with unread bytes would send a reset
             except OSError:
                 return
             self._client.close()
 
-    # -- finding out ---------------------------------------------------------------------------------------------------
+    # -- protocol detection --------------------------------------------------------------------------------------------
 
     async def _identify(self) -> WireProtocol:
-        """Returns what the client speaks; OPAQUE without a look where that makes no difference."""
+        """Return the client's protocol; OPAQUE without detection if the connection is allowed anyway."""
         if self._authorizer.is_unconditional():
             return WireProtocol.OPAQUE
         try:
@@ -120,7 +120,7 @@ class TcpConnection:
         except TimeoutError:
             pass
         try:
-            # The server may have to speak first. It may, if whatever the client then says could pass.
+            # The server may have to speak first: connect to it, if opaque protocols are allowed there.
             self._upstream = await self._dial(self._authorizer.authorize_opaque())
         except Denied as denied:
             if denied.reason is not Reason.PROTOCOL_NOT_ALLOWED:
@@ -134,10 +134,10 @@ class TcpConnection:
             raise Denied(Reason.TOO_LARGE, self._authorizer.likely_name()) from None
         if kind is not None:
             return kind
-        try:  # a client that ended without a word may wait for its server's
+        try:  # a client that shut down without sending may wait for the server
             self._authorizer.authorize_opaque()
         except Denied:
-            raise ConnectionResetError("the client left") from None  # it asked for nothing
+            raise ConnectionResetError("the client left") from None  # not a denial: it sent nothing
         return WireProtocol.OPAQUE
 
     async def _wait_for_client(self) -> WireProtocol:
@@ -152,7 +152,7 @@ class TcpConnection:
             await asyncio.gather(relaying, return_exceptions=True)
 
     async def _relay_server_first(self) -> None:
-        """Carries what the server says, while the client is silent."""
+        """Relay from the server while the client is silent."""
         upstream = self._upstream
         if upstream is None:
             return
@@ -161,14 +161,14 @@ class TcpConnection:
             try:
                 data = upstream.recv(_RELAY_BYTES, socket.MSG_PEEK)
                 if not data:
-                    return  # the mover will see it again
+                    return  # `SpliceRelay` will read the end again
                 sent = self._client.send(data)
             except BlockingIOError:
                 await asyncio.sleep(_FULL_PAUSE_S)
                 continue
             upstream.recv(sent)
 
-    # -- serving -------------------------------------------------------------------------------------------------------
+    # -- relaying and intercepting -------------------------------------------------------------------------------------
 
     async def _serve(self, kind: WireProtocol) -> None:
         if kind is WireProtocol.TLS:
@@ -200,7 +200,7 @@ class TcpConnection:
             await self._relay(authorization)
 
     async def _intercept(self, target: Target, kind: WireProtocol) -> None:
-        if self._upstream is not None:  # a silent client of a server that might have spoken first: it begins anew
+        if self._upstream is not None:  # opened for a server that might have spoken first
             reset(self._upstream)
             self._upstream = None
         request_policy = RequestPolicy(self._sandbox, target, self._authorize)
@@ -209,7 +209,10 @@ class TcpConnection:
         )
 
     async def _authorize(self, host: str) -> None:
-        """Lets a request of an opened connection name this host. :raises Denied:"""
+        """Authorize the host of a request on an intercepted connection.
+
+        :raises Denied: the policy forbids it.
+        """
         self._authorizations.add(await self._authorizer.authorize_name(host))
 
     async def _dial(self, authorization: Authorization) -> socket.socket:
@@ -220,7 +223,7 @@ class TcpConnection:
         self._authorizations = {authorization}
         if self._upstream is None:
             self._upstream = await self._dial(authorization)
-        if (reason := self.recheck()) is not None:  # it changed while we connected
+        if (reason := self.recheck()) is not None:  # the policy changed while connecting
             raise Denied(reason, authorization.name or str(authorization.address))
         self._relayed = self._dependencies.splice_relay.relay(self._client, self._upstream)
         await asyncio.shield(self._relayed.done)

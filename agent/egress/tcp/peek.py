@@ -1,4 +1,4 @@
-"""Looks at what a client said first and leaves it in its socket: whoever serves the connection reads it anew."""
+"""Reading the first bytes of a client without consuming them (MSG_PEEK), so that the relay reads them again."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _ESTABLISHED = 1  # linux/tcp_states.h
 
 
 async def detect_protocol(client: socket.socket) -> WireProtocol | None:
-    """Returns what a client speaks, once that can be told; None if it ended without a word.
+    """Wait until the client's protocol is known and return it; None if the client ended without sending.
 
-    :raises sniff.TooLarge: :raises ConnectionResetError: it ended before it could be told.
+    :raises sniff.TooLarge: the first line is too long to tell.
+    :raises ConnectionResetError: the client ended after too few bytes to tell.
     """
     data = await _peek(client, 0)
     while data:
@@ -27,9 +28,12 @@ async def detect_protocol(client: socket.socket) -> WireProtocol | None:
 
 
 async def read_client_hello(client: socket.socket, timeout_s: float) -> ClientHello:
-    """Returns the TLS hello of a client that speaks TLS.
+    """Wait for the complete ClientHello of a TLS client and return it.
 
-    :raises sniff.Malformed, sniff.TooLarge, TimeoutError: :raises ConnectionResetError: it ended before its end.
+    :raises sniff.Malformed: it is not a valid ClientHello.
+    :raises sniff.TooLarge: it is over 64 KiB.
+    :raises TimeoutError: it is incomplete after `timeout_s`.
+    :raises ConnectionResetError: the client ended before it was complete.
     """
     data = await _peek(client, 0)
     async with asyncio.timeout(timeout_s):
@@ -41,11 +45,11 @@ async def read_client_hello(client: socket.socket, timeout_s: float) -> ClientHe
 
 
 async def _peek(client: socket.socket, known: int) -> bytes:
-    """Returns what has come, more than `known` bytes; b"" if the client ended without a word.
+    """Wait for more than `known` bytes and return all of them; b"" if the client ended without sending.
 
-    :raises ConnectionResetError: it ended after what is known.
+    :raises ConnectionResetError: the client ended after `known` bytes.
     """
-    # Without it, bytes that are known would wake us again and again (socket(7)).
+    # Otherwise the bytes that are known already would keep the socket readable (socket(7)).
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, known + 1)
     try:
         while True:
@@ -64,5 +68,5 @@ async def _peek(client: socket.socket, known: int) -> bytes:
 
 
 def _has_ended(sock: socket.socket) -> bool:
-    """Whether the other side sent its last byte (tcp(7), TCP_INFO's first byte is the state)."""
+    """Return whether the peer has closed its direction (tcp(7): the first byte of TCP_INFO is the state)."""
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _ESTABLISHED

@@ -1,7 +1,7 @@
-"""The transparent TCP proxy of a sandbox: accepts its guest's connections, as many as it may have.
+"""Transparent TCP proxy of a sandbox: accepts the guest's connections, up to the policy's limit.
 
-Whatever address a guest connects to, the kernel hands the connection here (TPROXY), with that address as the socket's
-own.
+The kernel redirects each connection to the proxy's socket (TPROXY). The destination that the guest connected to is the
+local address of the accepted socket.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from agent.egress.transport.sockets import no_delay, reset
 
 
 class TcpProxy:
-    """Accepts for one sandbox."""
+    """Proxy on the listening sockets of one sandbox."""
 
     def __init__(self, sandbox: SandboxState, dependencies: Dependencies) -> None:
         self._sandbox = sandbox
@@ -32,12 +32,12 @@ class TcpProxy:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, listeners: Sequence[socket.socket]) -> None:
-        """Begins to accept; takes the sockets over."""
+        """Accept on these sockets, which the proxy owns and closes."""
         self._listeners = list(listeners)
         self._acceptors = [Acceptor(listener, self._accepted, log_accept_failure) for listener in self._listeners]
 
     async def aclose(self) -> None:
-        """Ends, with all connections."""
+        """Close the sockets and reset all connections."""
         for acceptor in self._acceptors:
             acceptor.close()
         for listener in self._listeners:

@@ -1,4 +1,4 @@
-"""What a connection's first bytes say that it is: pure, over bytes that a guest sent.
+"""Protocol detection from the first bytes of a connection. Pure; the bytes are hostile.
 
 TLS: RFC 8446, 4.1.2 and RFC 6066, 3. HTTP/1: RFC 9112, 3. HTTP/2 without TLS: RFC 9113, 3.4.
 """
@@ -23,7 +23,7 @@ _MAX_RECORD_BYTES = 1 << 14
 
 
 class WireProtocol(Enum):
-    """What is spoken."""
+    """Protocol of a connection."""
 
     TLS = auto()
     HTTP1 = auto()
@@ -32,29 +32,32 @@ class WireProtocol(Enum):
 
 
 class Incomplete(Exception):
-    """These bytes are not enough to tell."""
+    """More bytes are needed."""
 
 
 class Malformed(Exception):
-    """It begins as TLS and is not."""
+    """The bytes begin like TLS, but are not a valid ClientHello."""
 
 
 class TooLarge(Exception):
-    """More would be needed than anybody sends."""
+    """More bytes are needed than the limit allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """A ClientHello: the name asked for as it was sent ("" if there is none) and the protocols offered."""
+    """Fields of a TLS ClientHello: server name as sent ("" without one) and offered protocols (ALPN)."""
 
     server_name: str
     alpn: tuple[str, ...] = ()
 
 
 def classify(data: bytes) -> WireProtocol:
-    """Returns what these first bytes begin. :raises Incomplete: :raises Malformed: :raises TooLarge:
+    """Return the protocol that these first bytes belong to.
 
-    A first line that has "HTTP/" in it is HTTP, however odd: a server may read it as such.
+    A first line with "HTTP/" in it counts as HTTP, however malformed: a server may parse it as such.
+
+    :raises Incomplete: more bytes are needed to tell.
+    :raises TooLarge: the first line is over 8 KiB.
     """
     if not data:
         raise Incomplete
@@ -76,9 +79,9 @@ def classify(data: bytes) -> WireProtocol:
 
 
 def _could_be_http(line: bytes) -> bool:
-    """Whether an unfinished line could still become "METHOD target HTTP/1.1", with a method that servers know.
+    """Return whether an incomplete line may become "METHOD target HTTP/1.1" with a known method.
 
-    A client of another protocol may have said all that it wants to say, and wait for its answer.
+    If not, waiting for more would deadlock with a client of another protocol that waits for an answer.
     """
     words = line.upper().split(None, 1)
     if not words:
@@ -88,7 +91,12 @@ def _could_be_http(line: bytes) -> bool:
 
 
 def parse_hello(data: bytes) -> ClientHello:
-    """Returns the ClientHello that `data` begins with, in one record or several. :raises as classify:"""
+    """Parse the ClientHello at the beginning of `data`, in one or several TLS records.
+
+    :raises Incomplete: it is incomplete.
+    :raises Malformed: it is not a valid ClientHello.
+    :raises TooLarge: it is over 64 KiB.
+    """
     body = _handshake(data)
     if body[0] != _CLIENT_HELLO:
         raise Malformed
@@ -106,7 +114,7 @@ def parse_hello(data: bytes) -> ClientHello:
             kind = extensions.number(2)
             value = _Reader(extensions.block(2))
             if kind in seen:
-                raise Malformed  # two readings of one message
+                raise Malformed  # ambiguous: parsers may use the first or the last
             seen.add(kind)
             if kind == _SERVER_NAME:
                 name = _server_name(value)
@@ -116,7 +124,7 @@ def parse_hello(data: bytes) -> ClientHello:
 
 
 def _handshake(data: bytes) -> bytes:
-    """Returns the first handshake message, put together from its records."""
+    """Return the first handshake message, reassembled from its records."""
     message = b""
     at = 0
     while True:

@@ -1,6 +1,6 @@
-"""Byte streams over sockets, plain and TLS, for code that reads and writes them from two tasks.
+"""Byte streams over plain and TLS sockets, for code with one reading and one writing task.
 
-TLS is the ssl module on the socket itself: bytes go from the kernel to OpenSSL, past buffers of ours.
+TLS wraps the socket itself by the ssl module: bytes go from the kernel to OpenSSL without a buffer in between.
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ from collections.abc import Sequence
 from agent.egress.transport.sockets import reset, wait_readable, wait_writable
 
 READ_BYTES = 256 << 10
-# One for all streams: it is filled and copied from without a pause in between.
+# Shared by all streams: there is no await between filling it and copying from it.
 _buffer = bytearray(READ_BYTES)
 _view = memoryview(_buffer)
 _HANDSHAKE_TIMEOUT_S = 15.0
-# The other direction's turn in TLS (a key update while a buffer is full): rare, and its waiter is somebody else's.
+# TLS needs the other direction first (a key update while a buffer is full). Rare, so it is polled: the other task
+# registers for that event, and a socket can be registered only once.
 _OTHER_TURN_S = 0.005
 
 
 class Stream:
-    """A connected, non-blocking socket. One task may read and one write at a time."""
+    """Connected, non-blocking socket. At a time, one task may read and one may write."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
 
     async def read(self) -> bytes:
-        """Returns what has come, at most 256 KiB; b"" at the end. :raises OSError:"""
+        """Wait for data and return it, at most 256 KiB; b"" at the end of the stream.
+
+        :raises OSError: the connection broke.
+        """
         while True:
             try:
                 return self._take()
@@ -43,7 +47,10 @@ class Stream:
         return bytes(_view[:count])
 
     async def write(self, data: bytes) -> None:
-        """Sends all of it. :raises OSError:"""
+        """Send all of `data`.
+
+        :raises OSError: the connection broke.
+        """
         view = memoryview(data)
         while view:
             try:
@@ -54,60 +61,64 @@ class Stream:
                 await asyncio.sleep(_OTHER_TURN_S)
 
     async def send_eof(self) -> None:
-        """Tells the other side that no more will come; reading goes on."""
+        """Signal the end of this direction to the other side; reading remains possible."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Closes in order: what was sent still arrives. Idempotent."""
+        """Close in order: data that was sent still arrives. Idempotent."""
         with contextlib.suppress(OSError, ValueError):
             self.sock.shutdown(socket.SHUT_WR)
         self.sock.close()
 
     def abort(self) -> None:
-        """Closes by a reset. Idempotent."""
+        """Close by a reset. Idempotent."""
         reset(self.sock)
 
 
 class TlsStream(Stream):
-    """A stream in TLS."""
+    """TLS over a stream."""
 
     sock: ssl.SSLSocket
 
     def _take(self) -> bytes:
-        """Takes all records that are there: each call of the library's is for one, and what follows is for all."""
+        """Read all TLS records that have arrived: OpenSSL returns one per call, but the reader has costs per batch."""
         count = self.sock.recv_into(_view)
         try:
             while count and count < READ_BYTES and (more := self.sock.recv_into(_view[count:])):
                 count += more
-        except ssl.SSLError:  # no more for now; if it is something worse, the next read says so
+        except ssl.SSLError:  # no more records for now; any other error recurs at the next read
             pass
         return bytes(_view[:count])
 
     async def send_eof(self) -> None:
-        """Sends close_notify; TLS 1.3 leaves the other direction open (RFC 8446, 6.1), the ssl module does not."""
+        """Send close_notify. TLS 1.3 leaves the other direction open (RFC 8446, 6.1), but the ssl module does not."""
         self._say_goodbye()
         await super().send_eof()
 
     def close(self) -> None:
-        """Closes in order."""
+        """Send close_notify and close in order. Idempotent."""
         self._say_goodbye()
         super().close()
 
     def _say_goodbye(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            self.sock.unwrap()  # sends close_notify first; that it then wants the other side's is not waited for
+            self.sock.unwrap()  # sends close_notify, and raises instead of waiting for the peer's
 
     @property
     def protocol(self) -> str:
-        """What both sides agreed to speak (RFC 7301); "" if nothing was said."""
+        """Protocol that ALPN selected (RFC 7301), or ""."""
         return self.sock.selected_alpn_protocol() or ""
 
 
 async def handshake(
     sock: socket.socket, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
 ) -> TlsStream:
-    """Returns the stream in TLS; takes the socket over. :raises OSError, TimeoutError: it is closed then."""
+    """Do a TLS handshake on the socket, which is owned by the result, and closed after an error.
+
+    :raises OSError: the handshake failed, or the connection broke.
+    :raises TimeoutError: the handshake took more than 15 s.
+    """
     wrapped = None
     try:
         wrapped = context.wrap_socket(
@@ -128,7 +139,10 @@ async def handshake(
 
 
 async def relay(a: Stream, b: Stream, to_a: bytes = b"", to_b: bytes = b"") -> None:
-    """Carries bytes both ways until both have ended, or one broke. :raises OSError:"""
+    """Relay bytes both ways until both sides have ended. `to_a` and `to_b` are sent first.
+
+    :raises OSError: a connection broke.
+    """
     tasks = [asyncio.create_task(_pump(a, b, to_b)), asyncio.create_task(_pump(b, a, to_a))]
     await gather_or_cancel(tasks)
 
@@ -142,7 +156,7 @@ async def _pump(source: Stream, target: Stream, first: bytes) -> None:
 
 
 async def gather_or_cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Awaits tasks; when one fails, the others are cancelled. :raises: what the first that failed raised."""
+    """Await tasks; if one fails, cancel the others and re-raise its exception."""
     try:
         await asyncio.gather(*tasks)
     finally:

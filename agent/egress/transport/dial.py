@@ -1,4 +1,4 @@
-"""Connects to a server for a guest: only to an address that was checked, and never to this host."""
+"""Connecting to servers on behalf of guests: only to addresses that the policy allows, and never to this host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DISCARD_PORT = 9
 
 
 class DialError(Exception):
-    """No connection. `reason` is why it was not let, None if it was let and did not come about."""
+    """No connection. `reason` is the policy's denial, None if connecting was allowed and failed."""
 
     def __init__(self, text: str, reason: Reason | None = None) -> None:
         super().__init__(text)
@@ -28,7 +28,7 @@ class DialError(Exception):
 
 
 def is_own(address: Address) -> bool:
-    """Whether the address is one of this host's: then the kernel would send from that very address."""
+    """Return whether the address is one of this host's: the kernel then selects the same address as source."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         try:
@@ -39,7 +39,10 @@ def is_own(address: Address) -> bool:
 
 
 async def dial(policy: Policy, addresses: Sequence[Address], port: int, timeout_s: float = 10.0) -> socket.socket:
-    """Returns a connected, non-blocking socket to the first address that answers. :raises DialError:"""
+    """Return a connected, non-blocking socket to the first address that answers.
+
+    :raises DialError: the policy forbids all addresses, or none answered within `timeout_s`.
+    """
     reason = None
     allowed = []
     for address in addresses:
@@ -48,7 +51,7 @@ async def dial(policy: Policy, addresses: Sequence[Address], port: int, timeout_
             allowed.append(address)
         reason = reason or why
     if not allowed:
-        raise DialError("no address that may be connected to", reason or Reason.BLOCKED_ADDRESS)
+        raise DialError("the policy allows none of its addresses", reason or Reason.BLOCKED_ADDRESS)
     try:
         async with asyncio.timeout(timeout_s):
             if len(allowed) == 1:
@@ -61,7 +64,7 @@ async def dial(policy: Policy, addresses: Sequence[Address], port: int, timeout_
 
 
 def _interleaved(addresses: Sequence[Address]) -> list[Address]:
-    """Returns the addresses, one family after the other in turn, in the order given."""
+    """Return the addresses with alternating families (RFC 8305, 4), otherwise in the given order."""
     first = [address for address in addresses if address.version == addresses[0].version]
     second = [address for address in addresses if address.version != addresses[0].version]
     return [address for pair in zip_longest(first, second) for address in pair if address is not None]
@@ -85,7 +88,7 @@ async def _connect(address: Address, port: int) -> socket.socket:
 
 
 async def _race(addresses: Sequence[Address], port: int) -> socket.socket:
-    """Tries one after the other, each a little later than the one before; the first that connects wins."""
+    """Start one attempt every 250 ms, or as soon as one fails; return the first socket that connects (RFC 8305, 5)."""
     attempts: list[asyncio.Task[socket.socket]] = []
     pending: set[asyncio.Task[socket.socket]] = set()
     error: BaseException = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))

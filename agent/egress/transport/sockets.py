@@ -1,4 +1,4 @@
-"""Small things that connected, non-blocking sockets are asked for."""
+"""Helpers for connected, non-blocking sockets: reset, TCP_NODELAY, waiting."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _LINGER_NONE = struct.pack("ii", 1, 0)
 
 
 def reset(sock: socket.socket) -> None:
-    """Closes a connection by a reset: what was not sent is dropped, and nobody takes it for an end."""
+    """Close a connection by a reset: unsent data is dropped, and the peer does not mistake it for an orderly end."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
     sock.close()
 
 
 def no_delay(sock: socket.socket) -> None:
-    """Has small writes go out at once."""
+    """Send small writes at once (TCP_NODELAY)."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 async def wait_readable(*socks: socket.socket) -> None:
-    """Returns when one of these can be read, or has ended."""
+    """Wait until one of the sockets is readable or closed by its peer. They must stay open meanwhile."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     try:
@@ -38,7 +38,7 @@ async def wait_readable(*socks: socket.socket) -> None:
 
 
 async def wait_writable(sock: socket.socket) -> None:
-    """Returns when this can be written to, or has ended."""
+    """Wait until the socket is writable or closed by its peer. It must stay open meanwhile."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     loop.add_writer(sock.fileno(), _wake, ready)

@@ -1,7 +1,7 @@
-"""Carries bytes between two connected sockets without copying them to this process: splice(2), in a thread of its own.
+"""Relay between pairs of connected sockets by splice(2), without copies to user space, in one thread for all pairs.
 
-A pipe is taken only for what is under way: an idle connection holds its two sockets and nothing else, and pipes that
-the kernel lets one user have (pipe-user-pages-soft) are enough for any number of connections.
+A pair has a pipe only while bytes are in it. An idle pair needs no more than its two sockets, so the kernel's limit of
+pipe memory per user (pipe-user-pages-soft) suffices for any number of connections.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from agent.egress.transport.sockets import reset
 
 _PIPE_BYTES = 1 << 20
 _MAX_IDLE_PIPES = 8
-_TURNS = 4  # of one direction before the others have theirs
+_TURNS = 4  # splices of one direction before other pairs are served
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 _DEFAULT_PIPE_BYTES = 64 << 10
 
 
 class _Pipe:
-    """A pipe and how many bytes are in it."""
+    """A pipe; `buffered` is the number of bytes in it."""
 
     __slots__ = ("buffered", "read", "size", "write")
 
@@ -36,7 +36,7 @@ class _Pipe:
         self.buffered = 0
         try:
             self.size = fcntl.fcntl(self.write, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        except OSError:  # over what one user may have: the size that it was given must do
+        except OSError:  # over the user's limit: keep the default size
             self.size = fcntl.fcntl(self.write, fcntl.F_GETPIPE_SZ)
 
     def close(self) -> None:
@@ -45,19 +45,19 @@ class _Pipe:
 
 
 class _Direction:
-    """From one socket to the other."""
+    """One direction of a pair."""
 
     __slots__ = ("done", "ended", "pipe", "source", "target")
 
     def __init__(self, source: socket.socket, target: socket.socket) -> None:
         self.source, self.target = source, target
         self.pipe: _Pipe | None = None
-        self.ended = False  # the source has no more
-        self.done = False  # and the target was told so
+        self.ended = False  # end of stream read from the source
+        self.done = False  # and passed on to the target
 
 
 class RelayedPair:
-    """One pair of sockets. `done` has a result once both are closed."""
+    """A pair of sockets that is relayed both ways. `done` gets its result once both are closed."""
 
     def __init__(self, relay: SpliceRelay, a: socket.socket, b: socket.socket) -> None:
         self._relay = relay
@@ -67,12 +67,12 @@ class RelayedPair:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def abort(self) -> None:
-        """Ends both connections by resets. Idempotent; `done` follows."""
+        """Reset both connections in the relay's thread; await `done` for the end. Idempotent."""
         self._relay.command(self, "abort")
 
 
 class SpliceRelay:
-    """The thread. All its sockets are its own until their `done`."""
+    """Thread that relays all pairs. It owns their sockets from `relay` until `RelayedPair.done`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -86,24 +86,24 @@ class SpliceRelay:
         self._thread = threading.Thread(target=self._run, name="splice", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and all that it carries."""
+        """Reset all pairs and end the thread."""
         self.command(None, "stop")
         self._thread.join()
         self._poll.close()
         os.close(self._wake)
 
     def relay(self, a: socket.socket, b: socket.socket) -> RelayedPair:
-        """Carries bytes both ways until both sides have ended, or one broke; takes both sockets over."""
+        """Relay between two sockets until both sides have ended, or one broke. The relay owns and closes both."""
         pair = RelayedPair(self, a, b)
         self.command(pair, "add")
         return pair
 
     def command(self, pair: RelayedPair | None, what: str) -> None:
-        """Has the thread do something."""
+        """Queue a command for the thread: "add" or "abort" a pair, or "stop" without one."""
         self._commands.append((pair, what))
         os.eventfd_write(self._wake, 1)
 
@@ -148,13 +148,13 @@ class SpliceRelay:
             if not all(direction.done for direction in pair.directions):
                 self._watch(pair)
                 return
-        except OSError:  # the pair's own, or no descriptors, pipe buffers or epoll watches are left: others go on
+        except OSError:  # it broke, or descriptors, pipe memory or epoll watches are used up
             self._finish(pair, reset)
             return
         self._finish(pair, socket.socket.close)
 
     def _move(self, direction: _Direction) -> None:
-        """Moves what there is. Leaves a pipe with the direction only if the target does not take all."""
+        """Move the available bytes. The direction keeps a pipe only if the target did not accept all of them."""
         source, target = direction.source.fileno(), direction.target.fileno()
         for _ in range(_TURNS):
             pipe = direction.pipe or self._take_pipe()
@@ -175,7 +175,7 @@ class SpliceRelay:
                 if pipe.buffered:
                     return
             if direction.ended:
-                with contextlib.suppress(OSError):  # it may have ended the connection already
+                with contextlib.suppress(OSError):  # the target may have closed the connection already
                     direction.target.shutdown(socket.SHUT_WR)
                 direction.done = True
                 break
@@ -194,7 +194,7 @@ class SpliceRelay:
             pipe.close()
 
     def _watch(self, pair: RelayedPair) -> None:
-        """Waits for what would let each direction go on, and for nothing else, or the poll would spin."""
+        """Register for the event that each direction waits for, and no other, or epoll would return at once."""
         wanted = dict.fromkeys(pair.numbers, 0)
         for direction in pair.directions:
             if direction.pipe is not None:
@@ -209,7 +209,7 @@ class SpliceRelay:
                 self._poll.register(number, events)
             elif events:
                 self._poll.modify(number, events)
-            else:  # what has ended both ways would be reported for as long as it is registered
+            else:  # a socket that ended both ways is reported as long as it is registered
                 self._poll.unregister(number)
             self._interest[number] = events  # last: `_finish` unregisters what is registered
 
@@ -225,12 +225,15 @@ class SpliceRelay:
             self._release_pipe(direction)
         for sock in pair.sockets:
             close(sock)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so there is no waiter
             self._loop.call_soon_threadsafe(_set_done, pair.done)
 
 
 def _splice(source: int, target: int, count: int) -> int | None:
-    """Returns how many bytes went over, 0 at the end, None if it would block. :raises OSError: the connection broke."""
+    """Return the number of bytes moved, 0 at the end of the stream, None if it would block.
+
+    :raises OSError: the connection broke.
+    """
     try:
         return os.splice(source, target, count, flags=_FLAGS)
     except BlockingIOError:

@@ -269,7 +269,7 @@ async def test_the_process_does_what_it_is_told_and_ends_when_nobody_needs_it(tm
         answer = await call((sock.fileno(),), **order, sockets=["tcp4"])
     assert answer["result"] == {"ended": 0}
     assert (await call(op="hello"))["result"]["sandboxes"] == {"sbx-1": "d"}
-    assert "do not fit" in (await call(**order, sockets=["tcp4"]))["error"]
+    assert "do not match" in (await call(**order, sockets=["tcp4"]))["error"]
     assert "unknown operation" in (await call(op="dance"))["error"]
     made[-1].deny(Reason.HOST_NOT_ALLOWED, "evil\n.example", 443, "tls")
     report, _ = await link.receive()
