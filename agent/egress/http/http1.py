@@ -209,8 +209,9 @@ class Http1Relay:
         body: StreamReplacer | None,
     ) -> None:
         injection = allowed.injection
-        target = injection.target(http1_heads.origin_form(request.target))
-        changed = injection.readable_answer(injection.headers(headers))
+        target, changed = injection.inject(
+            http1_heads.origin_form(request.target), headers, has_body=http1_heads.has_body(request)
+        )
         first: list[bytes] = []
         if body is not None:
             changed = await self._reframed(changed, body, first)

@@ -19,6 +19,12 @@ _UPGRADES = frozenset({b"websocket"})
 _UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})
 
 
+def has_body(request: h11.Request) -> bool:
+    """Return whether a request has a body (RFC 9112, 6)."""
+    size = secret_injection.find(request.headers, b"content-length")
+    return size.strip(b"0") != b"" or secret_injection.find(request.headers, b"transfer-encoding") != b""
+
+
 def body_length(request: h11.Request, response: h11.Response) -> int | None:
     """Return the length of a response's body if Content-Length states it, else None (RFC 9112, 6.3)."""
     size = secret_injection.find(response.headers, b"content-length")

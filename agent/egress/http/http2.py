@@ -22,7 +22,7 @@ from agent.common.policy.reasons import Reason
 from agent.egress.http import secret_injection
 from agent.egress.http.h2_endpoint import H2Endpoint, OutgoingStream, ignoring_closed_stream
 from agent.egress.http.request_policy import RequestPolicy, answer_for, unreachable
-from agent.egress.http.secret_injection import Headers
+from agent.egress.http.secret_injection import Headers, SecretInjection
 from agent.egress.http.stream_replacer import StreamReplacer
 from agent.egress.sandbox_state import Denied
 from agent.egress.transport.byte_streams import Stream
@@ -214,8 +214,7 @@ class Http2Relay:
         server = self._server
         injection = allowed.injection
         body = injection.body(secret_injection.find(headers, b"content-type"))
-        changed = injection.readable_answer(injection.headers(headers))
-        changed = [(name, injection.target(value) if name == b":path" else value) for name, value in changed]
+        changed = _injected(headers, injection, has_body=not _ends(event))
         if body is not None:
             changed = [(name, value) for name, value in changed if name != b"content-length"]
         try:
@@ -327,6 +326,14 @@ def _ends(event: h2.events.Event) -> bool:
 def _pairs(headers: Any) -> Headers:
     """Return a list of the pairs, each still marked if it must never be indexed (RFC 7541, 7.1.3)."""
     return list(headers or ())
+
+
+def _injected(headers: Headers, injection: SecretInjection, *, has_body: bool) -> Headers:
+    pseudo = {name: value for name, value in headers if name.startswith(b":")}
+    path, rest = injection.inject(
+        pseudo.get(b":path", b""), [pair for pair in headers if pair[0] not in pseudo], has_body=has_body
+    )
+    return [*{**pseudo, b":path": path}.items(), *rest]
 
 
 def _authority(headers: Headers) -> str:

@@ -31,24 +31,24 @@ class SecretInjection:
         self._secrets = secrets
         self._plain = {secret.placeholder.encode(): secret.value.encode() for secret in secrets}
         self._reflected: dict[bytes, bytes] = {}
-        self.used = False  # a value was injected
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def headers(self, headers: Headers) -> Headers:
-        """Return the headers with placeholders replaced by values."""
+    def inject(self, target: bytes, headers: Headers, *, has_body: bool) -> tuple[bytes, Headers]:
+        """Return a request's target and headers, without pseudo-headers, with placeholders replaced by values.
+
+        Of the target, only the query gets values, percent-encoded: paths are logged more often. If a value may be in
+        the request, `body` included, the server is asked not to compress the response, so that it can be redacted.
+        """
+        if not self._secrets:
+            return target, headers
         replacer = StreamReplacer(self._plain)
         changed = [(name, self._header(name.lower(), value, replacer)) for name, value in headers]
-        if not replacer.count:
-            return headers
-        self.used = True
-        return changed
-
-    def readable_answer(self, headers: Headers) -> Headers:
-        """Return the headers; after an injection, without offering compression, which would hide values."""
-        if not self.used or not any(secret.redact for secret in self._secrets):
-            return headers
-        return [(name, b"identity" if name.lower() == b"accept-encoding" else value) for name, value in headers]
+        filled = self._target(target)
+        injected = changed != headers or filled != target or (has_body and any(each.in_body for each in self._secrets))
+        if injected and any(secret.redact for secret in self._secrets):
+            changed = [(name, b"identity" if name.lower() == b"accept-encoding" else value) for name, value in changed]
+        return filled, changed if injected else headers
 
     def _header(self, name: bytes, value: bytes, replacer: StreamReplacer) -> bytes:
         if name in _CREDENTIALS and (credentials := basic_credentials(value)) is not None:
@@ -61,16 +61,12 @@ class SecretInjection:
             return scheme + sent
         return replacer.whole(value)
 
-    def target(self, target: bytes) -> bytes:
-        """Return the request target with placeholders in its query replaced by percent-encoded values."""
+    def _target(self, target: bytes) -> bytes:
         path, mark, query = target.partition(b"?")
         if not mark:
             return target
         quoted = {needle: quote(value, safe="").encode() for needle, value in self._plain.items()}
-        replacer = StreamReplacer(quoted)
-        query = replacer.whole(query)
-        self.used = self.used or replacer.count > 0
-        return path + mark + query
+        return path + mark + StreamReplacer(quoted).whole(query)
 
     def body(self, content_type: bytes) -> StreamReplacer | None:
         """Return the replacer for a request body, with values encoded for its type; None if no secret allows bodies."""

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
+from urllib.parse import quote
 
 import h2.config
 import h2.connection
@@ -28,7 +29,7 @@ from agent.egress.transport.byte_streams import Stream
 from agent.egress.transport.dial import DialError
 
 HOST = "a.example"
-VALUE, MARK = "the-real-value-0123456789", "sbx_secret_ABCDEFGHIJKLMNO"
+VALUE, MARK = "the-real&value/0123456789", "sbx_secret_ABCDEFGHIJKLMNO"
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -75,6 +76,28 @@ async def relayed(kind: type[Http1Relay | Http2Relay], fault: DialError | None =
         theirs.close()
 
 
+async def test_http1_injects_into_the_query_alone_and_wants_a_readable_answer() -> None:
+    async with relayed(Http1Relay) as bench:
+        bench.client[1].write(
+            f"GET /{MARK}?k={MARK} HTTP/1.1\r\nHost: {HOST}\r\nAccept-Encoding: gzip\r\n\r\n".encode()
+        )
+        head = await head_of(bench.server[0])
+        assert head.startswith(f"GET /{MARK}?k={quote(VALUE, safe='')} HTTP/1.1\r\n".encode())
+        assert b"Accept-Encoding: identity\r\n" in head
+
+
+async def test_http2_injects_into_the_query_alone_and_wants_a_readable_answer() -> None:
+    async with relayed(Http2Relay) as bench:
+        client, server = Peer(bench.client, client_side=True), Peer(bench.server, client_side=False)
+        headers = [*REQUEST[:3], (":path", f"/{MARK}?k={MARK}"), ("accept-encoding", "gzip")]
+        client.h2.send_headers(1, headers, end_stream=True)
+        client.flush()
+        request = await server.until(kind(h2.events.RequestReceived))
+        sent = dict(request.headers)  # type: ignore[attr-defined]
+        assert sent[":path"] == f"/{MARK}?k={quote(VALUE, safe='')}"
+        assert sent["accept-encoding"] == "identity"
+
+
 async def head_of(reader: asyncio.StreamReader) -> bytes:
     async with asyncio.timeout(5):
         return await reader.readuntil(b"\r\n\r\n")
@@ -86,7 +109,7 @@ async def test_requests_and_answers_follow_one_another_with_values_in_and_out() 
         for body in (b"plain", VALUE.encode() + b"!"):
             writer.write(f"GET /?k={MARK} HTTP/1.1\r\nHost: {HOST}\r\nX: {MARK}\r\n\r\n".encode())
             head = await head_of(up_reader)
-            assert head.startswith(f"GET /?k={VALUE} HTTP/1.1".encode())
+            assert head.startswith(f"GET /?k={quote(VALUE, safe='')} HTTP/1.1".encode())
             assert f"X: {VALUE}".encode() in head
             up_writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
             assert (await head_of(reader)).startswith(b"HTTP/1.1 200")

@@ -55,14 +55,33 @@ def test_requests_get_values_where_they_may() -> None:
     put = SecretInjection([secret()])
     basic = b"Basic " + base64.b64encode(b"u:" + MARK.encode())
     headers = [(b"X-Key", b"a " + MARK.encode()), (b"Authorization", basic), (b"Accept-Encoding", b"gzip")]
-    changed = dict(put.readable_answer(put.headers(headers)))
+    path = f"/{MARK}?k={MARK}&b=1".encode()
+    target, filled = put.inject(path, headers, has_body=False)
+    changed = dict(filled)
     assert changed[b"X-Key"] == b"a " + VALUE.encode()
     assert basic_credentials(changed[b"Authorization"]) == b"u:" + VALUE.encode()
     assert changed[b"Accept-Encoding"] == b"identity"
-    path = f"/{MARK}?k={MARK}&b=1".encode()
-    assert put.target(path) == f"/{MARK}?k=v%22al%2Fue%2B%260123456789&b=1".encode()
-    assert SecretInjection([secret()]).readable_answer(headers) == headers
+    assert target == f"/{MARK}?k=v%22al%2Fue%2B%260123456789&b=1".encode()
     assert put.body(b"text/plain") is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "has_body", "encoding"),
+    [
+        ({}, b"/?k=" + MARK.encode(), False, b"identity"),
+        ({}, b"/" + MARK.encode(), True, b"gzip"),
+        ({"redact": False}, b"/?k=" + MARK.encode(), False, b"gzip"),
+        ({"in_body": True}, b"/", True, b"identity"),
+        ({"in_body": True}, b"/", False, b"gzip"),
+    ],
+)
+def test_a_response_that_may_have_a_value_is_not_compressed(
+    fields: dict[str, object], target: bytes, has_body: bool, encoding: bytes
+) -> None:
+    headers = [(b"Accept-Encoding", b"gzip")]
+    assert SecretInjection([secret(**fields)]).inject(target, headers, has_body=has_body)[1] == [
+        (b"Accept-Encoding", encoding)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +100,7 @@ def test_bodies_get_values_in_the_form_of_their_type(kind: bytes, sent: str) -> 
 
 def test_answers_lose_values_and_keep_their_length() -> None:
     put = SecretInjection([secret()])
-    put.headers([(b"Authorization", b"Basic " + base64.b64encode(b"u:" + MARK.encode()))])
+    put.inject(b"/", [(b"Authorization", b"Basic " + base64.b64encode(b"u:" + MARK.encode()))], has_body=False)
     redactor = put.redactor()
     assert redactor is not None
     basic = base64.b64encode(b"u:" + VALUE.encode()).decode()
