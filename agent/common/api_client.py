@@ -1,4 +1,4 @@
-"""The gRPC API as its clients see it: the stubs of all services over one channel."""
+"""Client side of the gRPC API: the stubs of all services on one channel, and the reasons of errors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from sandboxd.v1.sandbox_pb2_grpc import SandboxServiceAsyncStub
     from sandboxd.v1.volume_pb2_grpc import VolumeServiceAsyncStub
 
-_MAX_MESSAGE_BYTES = 8 << 20  # what the daemon allows
+_MAX_MESSAGE_BYTES = 8 << 20  # the daemon's limit
 OPTIONS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
 )
-# A network that falls silent is noticed; the daemon allows a ping every 10 s.
+# Detects a network that drops packets silently; the daemon allows one ping every 10 s.
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -30,7 +30,7 @@ KEEPALIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """Stubs of all services."""
+    """Stubs of all services on one channel."""
 
     sandboxes: SandboxServiceAsyncStub
     processes: ProcessServiceAsyncStub
@@ -43,12 +43,12 @@ class Api:
 
 
 def opened(method: Any) -> Any:
-    """Opens a call whose requests are written one by one; grpc takes no iterator then, its type stubs demand one."""
+    """Start a streaming call whose requests are written one by one. (gRPC's type stubs demand an iterator.)"""
     return method()
 
 
 def api_over(channel: Any) -> Api:
-    """Returns the stubs over a channel."""
+    """Return the stubs of all services on a channel."""
     from sandboxd.v1 import (
         file_pb2_grpc,
         network_pb2_grpc,
@@ -71,7 +71,7 @@ def api_over(channel: Any) -> Api:
 
 
 def error_info(error: grpc.aio.AioRpcError) -> tuple[str, dict[str, str]]:
-    """Returns reason and metadata of a failed call's ErrorInfo (see agent/daemon/rpc/status.py); "" if it has none."""
+    """Return (reason, metadata) of a failed call's ErrorInfo (agent/daemon/rpc/status.py); ("", {}) without one."""
     from google.rpc import error_details_pb2
     from grpc_status import rpc_status
 
@@ -87,10 +87,10 @@ def error_info(error: grpc.aio.AioRpcError) -> tuple[str, dict[str, str]]:
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """Returns the reason of a failed call, such as "SANDBOX_NOT_FOUND"; "" if the daemon gave none."""
+    """Return the reason of a failed call, such as "SANDBOX_NOT_FOUND"; "" without one."""
     return error_info(error)[0]
 
 
 def is_cut_off(error: grpc.aio.AioRpcError) -> bool:
-    """Whether a call's own status was lost: grpc.aio puts this in its place if a write fails before it looked."""
+    """Return whether grpc.aio lost the call's status: it reports this one if a write fails before the status came."""
     return error.code().name == "INTERNAL" and error.details() == "Internal error from Core"

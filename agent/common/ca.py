@@ -1,5 +1,7 @@
-"""Certificate authorities of our own: one for each sandbox whose connections are opened, which its guest alone trusts,
-and one for the gateway's exposed ports. Server certificates are made as they are needed.
+"""Local certificate authorities (CAs), which issue server certificates on demand.
+
+Each sandbox whose TLS connections are inspected has a CA that only its guest trusts; the gateway has one for exposed
+ports.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 _CA_DAYS = 3650
 _LEAF_DAYS = 30
 _RENEW_BEFORE_S = 86400.0
-_SKEW = datetime.timedelta(hours=24)  # a guest's clock may be set to anything by its root; a day is what we tolerate
+_SKEW = datetime.timedelta(hours=24)  # tolerance for guests' clocks, which root in the guest can set
 _MAX_CONTEXTS = 256
 _CERTIFICATE_FILE, _KEY_FILE = "ca.pem", "ca-key.pem"
 
 
 class LocalCa:
-    """CA with a cache of server contexts, one per name and ALPN list."""
+    """CA with a cache of TLS server contexts, one per name and ALPN list.
+
+    :raises ValueError: the certificate or the key is not valid PEM.
+    :raises TypeError: the key is not an elliptic curve key.
+    """
 
     def __init__(self, certificate_pem: str, key_pem: str) -> None:
         self.certificate_pem = certificate_pem
@@ -36,13 +42,13 @@ class LocalCa:
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise TypeError("the key of the CA must be an elliptic curve key")
         self._key = key
-        # One key for all leaves: they are for one owner, and making a key costs as much as signing a leaf.
+        # One key for all server certificates: they have one owner, and making a key costs as much as signing.
         self._leaf_key = ec.generate_private_key(ec.SECP256R1())
         self._contexts: OrderedDict[tuple[str, tuple[str, ...]], tuple[ssl.SSLContext, float]] = OrderedDict()
 
     @classmethod
     def generate(cls, owner: str) -> LocalCa:
-        """Returns a fresh CA, ECDSA P-256, valid for ten years, whose name says whose it is."""
+        """Return a new CA (ECDSA P-256, valid for ten years) with `owner` in its name."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, "sandboxd"),
@@ -60,11 +66,15 @@ class LocalCa:
 
     @classmethod
     def load(cls, certificate_pem: str, key_pem: str) -> LocalCa:
-        """Returns the CA that `generate` made. :raises ValueError, TypeError: it is none."""
+        """Return the CA of a certificate and key that `generate` made.
+
+        :raises ValueError: the certificate or the key is not valid PEM.
+        :raises TypeError: the key is not an elliptic curve key.
+        """
         return cls(certificate_pem, key_pem)
 
     def context(self, name: str, alpn: Sequence[str]) -> ssl.SSLContext:
-        """Returns a server context with a leaf certificate for `name`, a host name or an address."""
+        """Return a TLS server context with a certificate for `name`, a host name or an IP address."""
         key = (name, tuple(alpn))
         found = self._contexts.get(key)
         if found is not None and found[1] > time.time():
@@ -80,11 +90,11 @@ class LocalCa:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-        context.num_tickets = 0  # a resumed session would skip the look at the name
+        context.num_tickets = 0  # a resumed session would skip the check of the server name
         if alpn:
             context.set_alpn_protocols(list(alpn))
         chain = self._leaf(name).public_bytes(serialization.Encoding.PEM) + self.certificate_pem.encode()
-        # The ssl module loads from files only; a memory file never reaches a disk.
+        # The ssl module loads certificates from files only; a memfd keeps the key off the disk.
         fd = os.memfd_create("leaf", os.MFD_CLOEXEC)
         with os.fdopen(fd, "wb") as file:
             file.write(_pem(self._leaf_key) + chain)
@@ -107,7 +117,12 @@ class LocalCa:
 
 
 def read_ca(directory: Path) -> LocalCa | None:
-    """Returns the CA that `write_ca` left in a directory; None without. :raises OSError, ValueError, TypeError:"""
+    """Return the CA that `write_ca` stored in a directory; None if there is none.
+
+    :raises OSError: a file cannot be read.
+    :raises ValueError: a file is not valid PEM.
+    :raises TypeError: the key is not an elliptic curve key.
+    """
     try:
         certificate, key = ((directory / name).read_text() for name in (_CERTIFICATE_FILE, _KEY_FILE))
     except FileNotFoundError:
@@ -116,9 +131,10 @@ def read_ca(directory: Path) -> LocalCa | None:
 
 
 def write_ca(directory: Path, ca: LocalCa) -> Path:
-    """Keeps a CA in a directory, its key for the directory's owner alone; returns the certificate's file.
+    """Store a CA in a directory, its key readable by the directory's owner only; return the certificate's path.
 
-    :raises FileExistsError: there is one already. :raises OSError:
+    :raises FileExistsError: the directory has a CA already.
+    :raises OSError: a file cannot be written.
     """
     directory.mkdir(mode=0o750, parents=True, exist_ok=True)
     owner = directory.stat()

@@ -1,24 +1,24 @@
-"""Every error that the agent raises on purpose.
+"""Define the errors that the programs raise on purpose.
 
     AgentError
     |-- InvalidSpec          the request can never succeed as it stands
         |-- ConfigError      the settings are not valid
     |-- NotFound             no such sandbox, process, file, image
     |-- AlreadyExists        the name, id or path is taken
-    |-- InvalidState         right request, wrong moment (AIP-216)
-    |-- ResourceExhausted    the node has no room for it now
-        |-- NodeDraining     the node takes no sandboxes any more
-    |-- PermissionDenied     the caller may not, or the guest's kernel says EACCES/EPERM
-    |-- DeadlineExceeded     it did not answer in time
-    |-- GuestError           the guest answered, and what it did failed
-    |-- GuestUnreachable     the link to the guest is gone or talks nonsense
+    |-- InvalidState         not possible in the object's present state (AIP-216)
+    |-- ResourceExhausted    no capacity on the node now, or a quota is used up
+        |-- NodeDraining     the node accepts no new sandboxes
+    |-- PermissionDenied     the caller is not allowed to, or the guest's kernel reports EACCES/EPERM
+    |-- DeadlineExceeded     no answer in time
+    |-- GuestError           the operation failed in the guest
+    |-- GuestUnreachable     the link to the guest is closed, or the guest breaks the protocol
     |-- VmmError             the virtual machine monitor failed
-        |-- VmmUnsupported   it cannot do that
-    |-- HostError            a resource of the host could not be made or removed
-        |-- ImageDamaged     an image on the host is not what its manifest states
+        |-- VmmUnsupported   the monitor cannot do this operation
+    |-- HostError            a resource of the host could not be created or removed
+        |-- ImageDamaged     an image differs from its manifest
 
-`reason` is the machine-readable word of google.rpc.ErrorInfo (AIP-193); the message says what to do.
-`agent.daemon.rpc.status` holds the one table from these types to gRPC status codes.
+`reason` is the machine-readable reason of google.rpc.ErrorInfo (AIP-193); the message says what to do.
+`agent.daemon.rpc.status` has the table from these types to gRPC status codes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class AgentError(Exception):
     """An error with a message for people and a reason for programs.
 
     :param message: what happened and what to do about it, one or two sentences.
-    :param reason: UPPER_SNAKE_CASE; the class's own default where omitted.
-    :param metadata: short strings that a program may want (ids, limits, errno names).
+    :param reason: UPPER_SNAKE_CASE; default: `default_reason` of the class.
+    :param metadata: short strings for programs (ids, limits, errno names).
     """
 
     default_reason: ClassVar[str] = "INTERNAL"
@@ -44,7 +44,7 @@ class AgentError(Exception):
 
 
 class InvalidSpec(AgentError):
-    """The request can never be granted as it stands."""
+    """The request can never succeed as it stands."""
 
     default_reason = "INVALID_SPEC"
 
@@ -56,37 +56,37 @@ class ConfigError(InvalidSpec):
 
 
 class NotFound(AgentError):
-    """What the request names does not exist."""
+    """The object of the request does not exist."""
 
     default_reason = "NOT_FOUND"
 
 
 class AlreadyExists(AgentError):
-    """What the request would make exists already."""
+    """An object with this name, id or path exists already."""
 
     default_reason = "ALREADY_EXISTS"
 
 
 class InvalidState(AgentError):
-    """The request is valid, but not in the state that its object is in."""
+    """The request is valid, but not possible in the present state of its object."""
 
     default_reason = "INVALID_STATE"
 
 
 class ResourceExhausted(AgentError):
-    """The node, or a quota, has no room for the request now."""
+    """The node has no capacity for the request now, or a quota is used up."""
 
     default_reason = "RESOURCE_EXHAUSTED"
 
 
 class NodeDraining(ResourceExhausted):
-    """The node is stopping; another one may have room."""
+    """The node is draining and accepts no new sandboxes; try another node."""
 
     default_reason = "NODE_DRAINING"
 
 
 class PermissionDenied(AgentError):
-    """The caller may not do this."""
+    """The caller is not allowed to do this."""
 
     default_reason = "PERMISSION_DENIED"
 
@@ -98,36 +98,36 @@ class DeadlineExceeded(AgentError):
 
 
 class GuestError(AgentError):
-    """The guest carried out the request and it failed there."""
+    """The operation failed in the guest."""
 
     default_reason = "GUEST_ERROR"
 
 
 class GuestUnreachable(AgentError):
-    """The link to the guest is closed, silent, or broke the protocol."""
+    """The link to the guest is closed or does not answer, or the guest broke the protocol."""
 
     default_reason = "GUEST_UNREACHABLE"
 
 
 class VmmError(AgentError):
-    """The virtual machine monitor could not start, stopped, or refused a command."""
+    """The virtual machine monitor did not start, ended, or refused a command."""
 
     default_reason = "VMM_ERROR"
 
 
 class VmmUnsupported(VmmError):
-    """The virtual machine monitor, as it is set up here, cannot do that."""
+    """The virtual machine monitor, as configured on this node, cannot do this operation."""
 
     default_reason = "VMM_UNSUPPORTED"
 
 
 class HostError(AgentError):
-    """A host resource (namespace, tap, disk, directory) could not be made or removed."""
+    """A resource of the host (namespace, TAP, disk, directory) could not be created or removed."""
 
     default_reason = "HOST_ERROR"
 
 
 class ImageDamaged(HostError):
-    """A file of an image, or its manifest, is not what the build left; it must be built again."""
+    """A file of an image, or its manifest, was changed after the build; the image must be built again."""
 
     default_reason = "IMAGE_DAMAGED"

@@ -1,4 +1,4 @@
-"""The C library with its errors: for the modules that make system calls Python has no function for."""
+"""Call the C library, for system calls without a function in Python's standard library."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The words that all of the agent shares: identifiers, specifications, states. Frozen values, no behaviour but their
-own.
-"""
+"""Values that all programs share: identifiers, specifications and states of sandboxes."""
 
 from __future__ import annotations
 
@@ -20,26 +18,26 @@ GATEWAY_IPV4 = "10.0.99.1/30"
 GUEST_IPV6 = "fd73:6278::2/64"
 GATEWAY_IPV6 = "fd73:6278::1/64"
 VSOCK_PORT = 1024
-DEFAULT_USER = "sandbox"  # of every image: whom processes run as
+DEFAULT_USER = "sandbox"  # in every image; the user of processes for which none is given
 
 
 def new_sandbox_id() -> str:
-    """Returns a fresh identifier: usable as host name, namespace name and directory name; 82 random bits."""
+    """Return a new sandbox identifier with 82 random bits, usable as a host, namespace and directory name."""
     return ID_PREFIX + "".join(secrets.choice(_ID_ALPHABET) for _ in range(16))
 
 
 def is_sandbox_id(text: str) -> bool:
-    """Whether `text` has the form of a sandbox identifier."""
+    """Return whether `text` has the form of a sandbox identifier."""
     return _ID_PATTERN.fullmatch(text) is not None
 
 
 class State(StrEnum):
-    """Where a sandbox is in its life."""
+    """State of a sandbox; `TRANSITIONS` has the allowed changes."""
 
     CREATING = "creating"
     RUNNING = "running"
-    PAUSED = "paused"  # its CPUs stand still
-    SUSPENDED = "suspended"  # it is on the disk alone
+    PAUSED = "paused"  # the vCPUs are stopped, the memory is kept
+    SUSPENDED = "suspended"  # memory and devices are saved on disk, no VMM runs
     FAILED = "failed"
     LOST = "lost"
     DELETING = "deleting"
@@ -60,10 +58,11 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 
 @dataclass(frozen=True, slots=True)
 class Lifetime:
-    """How long a sandbox lives: until `duration_s` after its creation, or as long as a lease is kept alive.
+    """When a sandbox is deleted without a request, in seconds; None: never for this cause.
 
-    Both None: until it is deleted. A lease lapses `lease_s` after the last KeepAlive message. Besides, it ends once
-    nobody has used it for `idle_s`.
+    :param duration_s: time after the creation.
+    :param lease_s: time after the last KeepAlive message. Excludes `duration_s`.
+    :param idle_s: time without a call that uses the sandbox.
     """
 
     duration_s: float | None = None
@@ -73,11 +72,13 @@ class Lifetime:
 
 @dataclass(frozen=True, slots=True)
 class SecretSpec:
-    """A secret without its value, which only the vault and the egress process have.
+    """A secret without its value: only the stored secrets and the egress process have that.
 
-    :param name: of the environment variable that holds the placeholder.
-    :param hosts: rules (`agent.common.policy.rules`) of the hosts that get the value.
-    :param placeholder: what the guest sees in its place; the same for as long as the sandbox lives.
+    :param name: of the environment variable with the placeholder.
+    :param hosts: rules (`agent.common.policy.rules`) for the hosts to which the value is sent.
+    :param placeholder: text that the guest has in place of the value; constant for the sandbox's lifetime.
+    :param in_body: replace the placeholder in request bodies, too, and not only in headers.
+    :param redact: replace the value by the placeholder in responses.
     """
 
     name: str
@@ -89,7 +90,12 @@ class SecretSpec:
 
 @dataclass(frozen=True, slots=True)
 class NetSpec:
-    """What a sandbox may reach: `allow` has rules (`agent.common.policy.rules`), None is the internet, () nothing."""
+    """Network access of a sandbox.
+
+    :param allow: rules (`agent.common.policy.rules`) for allowed destinations; None: the internet; (): nothing.
+    :param tenant: whose limits (settings `egress.tenants`) apply.
+    :param inspect: open TLS connections with the sandbox's own CA to see the requests inside.
+    """
 
     allow: tuple[str, ...] | None = None
     tenant: str = ""
@@ -98,10 +104,10 @@ class NetSpec:
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
-    """What a caller asked for, validated; sizes in bytes.
+    """Validated parameters of a create; sizes in bytes.
 
-    :param root: id of the volume or snapshot that is the writable disk; "": a fresh one.
-    :param volumes: (path, id of a volume) of those that are mounted.
+    :param root: id of the volume or snapshot used as the writable disk; "": a new disk.
+    :param volumes: (mount path, volume id) of each mounted volume.
     """
 
     image: str

@@ -1,6 +1,6 @@
-"""Sizes and times as people write them; values of settings from text or TOML, by the type of their field.
+"""Parse sizes and durations with units, and convert values of settings to the types of their fields.
 
-`Bytes` and `Seconds` are the types of fields that take text with a unit.
+`Bytes` and `Seconds` are the types of fields whose values may be text with a unit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_size(text: str) -> int:
-    """Returns bytes for "512MiB", "4G", "1024". :raises ValueError:"""
+    """Return the bytes of "512MiB", "4G" or "1024".
+
+    :raises ValueError: not a number with one of these units.
+    """
     match = re.fullmatch(r"(\d+)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if match is None:
         raise ValueError(f"{text!r} is not a size; write bytes, or a number with KiB, MiB, GiB or TiB")
@@ -26,7 +29,10 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Returns seconds for "30s", "5m", "250ms", "1.5". :raises ValueError:"""
+    """Return the seconds of "30s", "5m", "250ms" or "1.5".
+
+    :raises ValueError: not a number with one of these units.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", text.strip().lower())
     if match is None:
         raise ValueError(f"{text!r} is not a duration; write seconds, or a number with ms, s, m, h or d")

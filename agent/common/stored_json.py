@@ -1,4 +1,4 @@
-"""JSON that the agent keeps for itself (records, manifests, facts), as dataclasses; types are checked by msgspec.
+"""Decode the agent's own JSON files (records, manifests) to dataclasses; msgspec checks the types.
 
 Text is parsed by the standard library: msgspec's own parser refuses lone surrogates, which stand for bytes of a file
 name in an error message (PEP 383) and are in records that exist.

@@ -1,6 +1,4 @@
-"""What a service says to systemd and gets from it: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3). Without
-systemd, nothing.
-"""
+"""Talk to systemd: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3). No-ops if not started by systemd."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ _FIRST_FD = 3
 
 
 def notify(message: str) -> None:
-    """Tells systemd, if it started us: "READY=1", "STOPPING=1"."""
+    """Send a message such as "READY=1" or "STOPPING=1" to systemd."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
@@ -21,12 +19,12 @@ def notify(message: str) -> None:
 
 
 def notify_reloading() -> None:
-    """Tells systemd that the settings are read again; "READY=1" ends it."""
+    """Tell systemd that the settings are being reloaded; "READY=1" must follow."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 async def keep_watchdog() -> None:
-    """Tells systemd, for as long as it wants to know, that the event loop turns; returns at once if it does not."""
+    """Send watchdog pings from the event loop; return at once if systemd has set no watchdog for this process."""
     period_us = int(os.environ.get("WATCHDOG_USEC", "0"))
     if not period_us or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return
@@ -36,7 +34,7 @@ async def keep_watchdog() -> None:
 
 
 def listeners() -> dict[str, socket.socket]:
-    """Returns the listening sockets that systemd made for us, by their FileDescriptorName. Nobody gets them twice."""
+    """Take over the listening sockets from systemd; return them by FileDescriptorName. A second call returns {}."""
     count = int(os.environ.pop("LISTEN_FDS", "0"))
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):

@@ -1,6 +1,6 @@
-"""Logs, metrics and spans. All are no-ops until `setup` turns them on, so no caller asks whether they are.
+"""Logs, metrics and trace spans. All are no-ops until `setup` turns them on, so that callers need no checks.
 
-Metrics never carry a label per sandbox: sandboxes come and go by the thousand, time series stay.
+Metrics never have a label per sandbox: each value of a label is a time series that stays for ever.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ registry = CollectorRegistry()
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 PHASE_SECONDS = Histogram(
-    "sandboxd_phase_seconds", "Time of each named step of creates and deletes", ["phase"],
+    "sandboxd_phase_seconds", "Duration of each named step of creates and deletes, in seconds", ["phase"],
     buckets=_BUCKETS, registry=registry,
 )  # fmt: skip
 RPC_SECONDS = Histogram(
-    "sandboxd_rpc_seconds", "Time of RPCs until their last byte", ["method", "code"],
+    "sandboxd_rpc_seconds", "Duration of RPCs until their last byte, in seconds", ["method", "code"],
     buckets=_BUCKETS, registry=registry,
 )  # fmt: skip
 SANDBOXES = Gauge("sandboxd_sandboxes", "Sandboxes by state", ["state"], registry=registry)
-CREATES = Counter("sandboxd_creates", "CreateSandbox by outcome", ["outcome"], registry=registry)
+CREATES = Counter("sandboxd_creates", "CreateSandbox calls by outcome", ["outcome"], registry=registry)
 DELETES = Counter("sandboxd_deletes", "Deleted sandboxes by reason", ["reason"], registry=registry)
 ERRORS = Counter("sandboxd_errors", "Errors answered to callers, by reason", ["reason"], registry=registry)
 PROCESSES = Counter("sandboxd_processes_started", "Processes started in sandboxes", registry=registry)
@@ -47,29 +47,33 @@ STREAM_BYTES = Counter(
     "sandboxd_stream_bytes", "Bytes carried between clients and guests", ["kind", "direction"], registry=registry
 )
 TEMPLATES = Gauge("sandboxd_templates", "Templates on this node", registry=registry)
-TEMPLATE_BYTES = Gauge("sandboxd_template_bytes", "What the templates take on the disk", registry=registry)
+TEMPLATE_BYTES = Gauge("sandboxd_template_bytes", "Disk space used by templates, in bytes", registry=registry)
 CLONE_RETRIES = Counter(
-    "sandboxd_clone_retries", "Clones of templates that failed and were tried again", ["reason"], registry=registry
+    "sandboxd_clone_retries", "Clones of templates that failed and were retried", ["reason"], registry=registry
 )
 EGRESS_STARTS = Counter(
     "sandboxd_egress_starts", "Egress processes started, or found running by a new agent", ["how"], registry=registry
 )
 EGRESS_DENIALS = Counter(
-    "sandboxd_egress_denials", "What sandboxes were not let do, by reason", ["reason"], registry=registry
+    "sandboxd_egress_denials", "Actions of sandboxes that were denied, by reason", ["reason"], registry=registry
 )
 RECONCILED = Counter(
-    "sandboxd_reconciled", "What a starting agent found of an earlier one", ["kind"], registry=registry
+    "sandboxd_reconciled", "Resources of an earlier agent found at start, by kind", ["kind"], registry=registry
 )
 STATE_REBUILT = Counter(
     "sandboxd_state_rebuilt", "Damaged state files that were rebuilt from the sandboxes' directories", registry=registry
 )
 VMM_OUT_OF_MEMORY = Counter(
-    "sandboxd_vmm_out_of_memory", "VMMs that the host's kernel ended for lack of memory", registry=registry
+    "sandboxd_vmm_out_of_memory", "VMMs that the host's OOM killer has ended", registry=registry
 )
-DEGRADED = Gauge("sandboxd_degraded", "What this host lacks to limit sandboxes; see GetNode", registry=registry)
-QUEUED = Gauge("sandboxd_queued_creates", "Creates that wait for room", registry=registry)
-REFUSED = Counter("sandboxd_refused", "Creates for which there was no room, by reason", ["reason"], registry=registry)
-DRAINING = Gauge("sandboxd_draining", "1 while the node takes no sandboxes", registry=registry)
+DEGRADED = Gauge(
+    "sandboxd_degraded", "Missing features of the host that limit sandboxes; GetNode lists them", registry=registry
+)
+QUEUED = Gauge("sandboxd_queued_creates", "Creates that wait in the queue for capacity", registry=registry)
+REFUSED = Counter(
+    "sandboxd_refused", "Creates that were refused for lack of capacity, by reason", ["reason"], registry=registry
+)
+DRAINING = Gauge("sandboxd_draining", "1 while the node is draining", registry=registry)
 BACKGROUND_FAILURES = Counter(
     "sandboxd_background_failures", "Failures of background loops, which are restarted", ["loop"], registry=registry
 )
@@ -86,12 +90,17 @@ _phases: ContextVar[list[tuple[str, float]] | None] = ContextVar("phases", defau
 def setup(
     logs: LogSettings, metrics: MetricsSettings, tracing: TracingSettings, node: str, service: str = "sandboxd"
 ) -> None:
-    """Turns logging on, and metrics and tracing where they are configured. :raises OSError: the port is taken."""
+    """Configure logging, and start metrics and tracing if configured.
+
+    :param node: name of the host in spans.
+    :param service: name of the program in spans.
+    :raises OSError: the address of the metrics cannot be bound.
+    """
     _setup_logs(logs)
     if metrics.address:
         serve_metrics(metrics.address)
     if tracing.otlp_endpoint:
-        # Only now: it takes a quarter of the agent's start.
+        # Imported only if needed: the import takes a quarter of the agent's start time.
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
         provider = TracerProvider(resource=Resource.create({"service.name": service, "host.name": node}))
@@ -101,13 +110,16 @@ def setup(
 
 
 def serve_metrics(address: str) -> tuple[WSGIServer, Thread]:
-    """Serves the metrics at host:port in a thread of its own; returns its server and thread. :raises OSError:"""
+    """Serve the metrics over HTTP at host:port from a thread; return the server and the thread.
+
+    :raises OSError: the address cannot be bound.
+    """
     host, port = split_address(address, "metrics.address")
     return start_http_server(port, host, registry)
 
 
 def set_log_level(level: str) -> None:
-    """Changes the level from now on."""
+    """Set the level of all log lines from now on."""
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
     logging.getLogger().setLevel(max(number, logging.WARNING))
@@ -152,7 +164,7 @@ class LoopTelemetry:
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Times a step: a span, a histogram sample, a debug line, and an entry in the list of `collect_phases`."""
+    """Measure a step: open a span; add to the histogram, the debug log and the list of `collect_phases`."""
     start = time.perf_counter()
     with tracer.start_as_current_span(name):
         try:
@@ -164,21 +176,23 @@ def step(name: str) -> Iterator[None]:
 
 
 def trace_headers() -> dict[str, str]:
-    """Returns what tells another process which span its own belong below (W3C Trace Context); {}: there is none."""
+    """Return W3C trace-context headers for the current span, or {} without one."""
     headers: dict[str, str] = {}
     _propagator.inject(headers)
     return headers
 
 
 def remote_parent(headers: Iterable[tuple[str, str | bytes]] | None) -> Context | None:
-    """Returns the span of another process that a call's metadata names; None if it names none."""
+    """Return the trace context in a call's metadata (W3C Trace Context), or None without one."""
     found = {name: value for name, value in headers or () if name in _propagator.fields and isinstance(value, str)}
     return _propagator.extract(found) if found else None
 
 
 def note_spans(phases: Sequence[tuple[str, float]]) -> None:
-    """Enters steps, one after the other until now, that somebody else timed (seconds), as `step` does with its own.
-    The names become labels: never a guest's.
+    """Record steps that were measured elsewhere, as `step` records its own.
+
+    :param phases: (name, seconds) of consecutive steps, the last of which ends now. Names become labels of a metric, so
+        they must not come from a guest.
     """
     start = time.time_ns() - round(sum(seconds for _, seconds in phases) * 1e9)
     for name, seconds in phases:
@@ -189,7 +203,7 @@ def note_spans(phases: Sequence[tuple[str, float]]) -> None:
 
 
 def note_phase(name: str, seconds: float) -> None:
-    """Enters a step in histogram and list."""
+    """Add a step to the histogram and to the list of `collect_phases`."""
     PHASE_SECONDS.labels(name).observe(seconds)
     phases = _phases.get()
     if phases is not None:
@@ -198,7 +212,7 @@ def note_phase(name: str, seconds: float) -> None:
 
 @contextmanager
 def collect_phases() -> Iterator[list[tuple[str, float]]]:
-    """Yields a list that fills with (name, seconds) of every `step` inside."""
+    """Collect (name, seconds) of every `step` in the with block into the list that is yielded."""
     phases: list[tuple[str, float]] = []
     token = _phases.set(phases)
     try:

@@ -1,4 +1,4 @@
-"""Who may use the gateway: tokens in a file, by their digests. The text of a token is shown once, when it is made."""
+"""Access tokens of the gateway, stored in a file as digests. The text of a token is shown only when it is created."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import msgspec
 from agent.common.atomic_file import write_atomically
 from agent.common.errors import AgentError, NotFound
 
-PREFIX = "ddo_"  # the SDKs ask for it, unless an organization is given, too
+PREFIX = "ddo_"  # the Deno SDKs require it unless an organization is given
 _SECRET_BYTES = 32
 _MODE = 0o640
 
 
 class TokenFileError(AgentError):
-    """The file of tokens cannot be used."""
+    """The token file is damaged or cannot be read or written."""
 
     default_reason = "TOKENS_UNUSABLE"
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """One token, and what its bearer may do. 0 and an empty list: no limit of this kind.
+    """One token with the limits of its bearer; 0 and an empty list mean no limit.
 
-    :param sha256: digest of the token's text, hexadecimal. The text has 256 random bits, so no salt is needed.
-    :param org: whose sandboxes, volumes and snapshots it is about.
+    :param sha256: hexadecimal digest of the token's text. The text has 256 random bits, so no salt is needed.
+    :param org: organization whose sandboxes, volumes and snapshots the bearer can use.
     """
 
     id: str
@@ -47,12 +47,12 @@ class _Contents(msgspec.Struct):
 
 
 def digest_of(text: str) -> str:
-    """Returns what is kept of a token's text."""
+    """Return the digest that is stored for a token's text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class TokenFile:
-    """The tokens of one file, read again whenever it has changed."""
+    """A file of tokens, which is read again when it has changed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,7 +60,10 @@ class TokenFile:
         self._tokens: list[Token] = []
 
     def tokens(self) -> list[Token]:
-        """Returns all tokens; none if there is no file. :raises TokenFileError: it is damaged, or not readable."""
+        """Return all tokens; [] if the file does not exist.
+
+        :raises TokenFileError: the file is damaged or cannot be read.
+        """
         try:
             facts = self._path.stat()
         except FileNotFoundError:
@@ -73,13 +76,16 @@ class TokenFile:
                 self._tokens = msgspec.json.decode(self._path.read_bytes(), type=_Contents).tokens
             except (OSError, msgspec.MsgspecError) as error:
                 raise TokenFileError(
-                    f"{self._path} is not a file of tokens: {error}; restore it, or remove it and make new ones"
+                    f"{self._path} is not a valid token file: {error}; restore it, or remove it and create new tokens"
                 ) from error
             self._seen = seen
         return self._tokens
 
     def check(self, text: str) -> Token | None:
-        """Returns the token with this text; takes as long whether there is one or not."""
+        """Return the token with this text, or None. The time taken does not depend on the result.
+
+        :raises TokenFileError: the file is damaged or cannot be read.
+        """
         wanted = digest_of(text)
         found = None
         for token in self.tokens():
@@ -88,7 +94,10 @@ class TokenFile:
         return found
 
     def create(self, org: str, **limits: object) -> tuple[Token, str]:
-        """Adds a token and returns it with its text, which is kept nowhere. :raises TokenFileError:"""
+        """Add a token; return it and its text, which is not stored.
+
+        :raises TokenFileError: the file is damaged or cannot be written.
+        """
         text = PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
         values = {
             "id": f"tok-{secrets.token_hex(4)}",
@@ -101,16 +110,18 @@ class TokenFile:
         return token, text
 
     def revoke(self, token_id: str) -> None:
-        """Removes a token. :raises NotFound: there is none with this id. :raises TokenFileError:"""
+        """Remove a token.
+
+        :raises NotFound: the file has no token with this id.
+        :raises TokenFileError: the file is damaged or cannot be written.
+        """
         kept = [token for token in self.tokens() if token.id != token_id]
         if len(kept) == len(self.tokens()):
-            raise NotFound(
-                f"no token {token_id}; `sandboxctl token ls` shows which there are", reason="TOKEN_NOT_FOUND"
-            )
+            raise NotFound(f"no token {token_id}; `sandboxctl token ls` lists the tokens", reason="TOKEN_NOT_FOUND")
         self._write(kept)
 
     def _write(self, tokens: list[Token]) -> None:
-        """Replaces the file in one step; it stays readable for whom it was, or for its directory's owner."""
+        """Replace the file atomically, keeping its owner (a new file gets its directory's owner)."""
         try:
             self._path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             known = self._path if self._path.exists() else self._path.parent

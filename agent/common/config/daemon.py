@@ -18,12 +18,15 @@ from agent.common.quantities import Bytes, Seconds
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """The node. `*_overcommit` multiply what the host has; `reserved_memory_bytes` is left to the host.
+    """Identity and capacity of the node.
 
-    `quotas` has what the sandboxes of a tenant may have together, as "sandboxes=10, cpus=16, memory=8GiB"; that of "*"
-    holds for each tenant without one of its own. A create for which there is no room waits up to `queue_timeout_s` for
-    some, with `queue_length` others at most; 0: it is refused at once. None is let in while all processes of the host
-    wait for memory for more than `max_memory_pressure` percent of the time; 0: however long.
+    :param cpu_overcommit: factor of the host's CPUs that sandboxes may have in all; `memory_overcommit` likewise.
+    :param reserved_memory_bytes: memory that sandboxes cannot use; `reserved_disk_bytes` likewise.
+    :param quotas: by tenant, limits on the sum of its sandboxes, as "sandboxes=10, cpus=16, memory=8GiB"; "*" applies
+        to each tenant without an entry.
+    :param queue_length: creates that may wait for capacity, each up to `queue_timeout_s`; 0: refuse them at once.
+    :param max_memory_pressure: refuse creates while PSI memory "full avg10" (/proc/pressure/memory) exceeds this
+        percentage; 0 disables the check.
     """
 
     name: str = field(default_factory=socket.gethostname)
@@ -42,7 +45,7 @@ class NodeSettings:
 
 @dataclass(frozen=True, slots=True)
 class PathSettings:
-    """Where things are. `run_dir` must be short: unix sockets lie in it."""
+    """Directories of the daemon. The path `run_dir` must be short: unix sockets lie below it."""
 
     run_dir: Path = Path("/run/sandboxd")
     state_dir: Path = Path("/var/lib/sandboxd")
@@ -52,7 +55,7 @@ class PathSettings:
 
 @dataclass(frozen=True, slots=True)
 class ImageSettings:
-    """Images and the one that a create without an image gets."""
+    """Directory of images, and the image of creates that name none."""
 
     images_dir: Path = Path("/var/lib/sandboxd/images")
     default_image: str = "minimal"
@@ -60,10 +63,13 @@ class ImageSettings:
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Where the API listens. Empty `unix_socket`: `<run_dir>/sandboxd.sock`; empty `tcp_address`: no TCP.
+    """Addresses of the API, and its callers. Each caller controls all sandboxes of the node.
 
-    Root and `unix_allow_*` (users and groups by number, `unix_allow_groups` by name) may use the socket: they may do
-    with all sandboxes whatever the API can.
+    :param unix_socket: path; empty: `<run_dir>/sandboxd.sock`.
+    :param unix_allow_uids: users of the unix socket besides root and the daemon's user; `unix_allow_gids` (numbers) and
+        `unix_allow_groups` (names) are groups of users.
+    :param tcp_address: host:port; empty: no TCP. It needs the files `tls_*` for mutual TLS.
+    :param allow_insecure_loopback: serve a loopback `tcp_address` without TLS, for tests: all local users are callers.
     """
 
     unix_socket: str = ""
@@ -77,28 +83,34 @@ class ApiSettings:
     allow_insecure_loopback: bool = False
 
     def group_ids(self) -> frozenset[int]:
-        """Returns the groups that may use the socket. :raises ConfigError: there is none of a name."""
+        """Return the ids of the groups that may use the unix socket.
+
+        :raises ConfigError: a group of `unix_allow_groups` does not exist.
+        """
         numbers = set(self.unix_allow_gids)
         for name in self.unix_allow_groups:
             try:
                 numbers.add(grp.getgrnam(name).gr_gid)
             except KeyError:
                 raise ConfigError(
-                    f"api.unix_allow_groups: there is no group {name}; groupadd --system {name}"
+                    f"api.unix_allow_groups: there is no group {name}; create it: groupadd --system {name}"
                 ) from None
         return frozenset(numbers)
 
 
 @dataclass(frozen=True, slots=True)
 class VmmSettings:
-    """The VMM.
+    """The virtual machine monitor (VMM).
 
-    `driver` is auto (Cloud Hypervisor if it boots a guest here, else QEMU), qemu or cloud-hypervisor; `accelerator`
-    auto, kvm or tcg; `link` auto (what the VMM does best), serial or vsock. `sandboxctl vmm install` takes the release
-    from `download_url` (empty: where its makers publish it), if it has the SHA-256 digest `download_sha256`.
-
-    `uid_base` is the first of 65,536 users, nobody else's on this host, of whom each VMM is one, with a view of its own
-    files alone; 0: VMMs run as the agent's own user, which they do anyway if that is not root.
+    :param driver: auto (Cloud Hypervisor if it boots a guest on this host, else QEMU), qemu or cloud-hypervisor.
+    :param binary: path of the VMM; empty: searched for.
+    :param accelerator: auto (KVM if it works), kvm or tcg (emulation).
+    :param link: transport between host and guest: auto (the better one for the VMM), serial or vsock.
+    :param download_url: where `sandboxctl vmm install` downloads Cloud Hypervisor; empty: its releases on GitHub. The
+        file must have the SHA-256 digest `download_sha256`.
+    :param uid_base: first of 65,536 dedicated UIDs, one per running VMM, unused by others on this host; 0, or if the
+        daemon does not run as root: VMMs run as the daemon's user.
+    :param console_limit_bytes: size of each sandbox's console log; the beginning is dropped.
     """
 
     driver: Literal["auto", "qemu", "cloud-hypervisor"] = "auto"
@@ -114,10 +126,12 @@ class VmmSettings:
 
 @dataclass(frozen=True, slots=True)
 class CgroupSettings:
-    """The control group (cgroup v2) of each sandbox's VMM, in the group `parent`; empty: none is made.
+    """Control groups (cgroup v2) of the sandboxes' VMMs.
 
-    The VMM may use the CPUs of its sandbox and `cpu_headroom` more; and memory as its guest, and more by
-    `memory_headroom_bytes`; 0: what suits the accelerator, since an emulator keeps the code that it has translated.
+    :param parent: group in which each VMM gets its own; empty: no control groups.
+    :param cpu_headroom: CPUs of a VMM beyond the vCPUs of its sandbox.
+    :param memory_headroom_bytes: memory of a VMM beyond the guest's; 0: a default for the accelerator (an emulator
+        needs more, for its translated code).
     """
 
     parent: str = "/sandboxd"
@@ -127,12 +141,13 @@ class CgroupSettings:
 
 @dataclass(frozen=True, slots=True)
 class TemplateSettings:
-    """Templates: `prepare` are memory sizes that are made ready for the default image and number of CPUs.
+    """Templates: snapshots of booted VMs, from which sandboxes are cloned.
 
-    That is done at start, and again when the image was rebuilt.
-
-    Without them (`enabled = false`) every sandbox boots from its kernel on. A clone that has not answered, or not taken
-    its configuration, within `clone_timeout_s` is ended and another one is tried.
+    :param enabled: false: every sandbox boots its kernel.
+    :param prepare: memory sizes of templates of the default image and vCPU count to build at start, and again after the
+        image was rebuilt.
+    :param budget_bytes: disk space for all templates; the least recently used ones are removed.
+    :param clone_timeout_s: a clone that is not configured in this time is killed, and another clone is started.
     """
 
     enabled: bool = True
@@ -143,11 +158,14 @@ class TemplateSettings:
 
 @dataclass(frozen=True, slots=True)
 class SandboxSettings:
-    """Defaults and limits of sandboxes; `on_stop` says what an orderly stop does with them: delete, keep, or drain.
+    """Defaults, limits and timeouts of sandboxes.
 
-    To drain is to wait until they have ended, and to delete those that are left after `drain_timeout_s`. A sandbox that
-    was lost while no agent ran, with the host's end say, is told of for `lost_retention_s`.
-    `disk_*_per_s` and `net_bytes_per_s` are rates that the VMM enforces on each sandbox; 0: none.
+    :param relink_timeout_s: time to restore a lost link to a guest before its sandbox fails.
+    :param disk_bytes_per_s: limit that the VMM enforces on each sandbox, like `disk_operations_per_s` and
+        `net_bytes_per_s`; 0: no limit.
+    :param on_stop: sandboxes at an orderly stop of the daemon: delete, keep (the VMs go on running), or drain: wait
+        until they have ended, and delete the rest after `drain_timeout_s`.
+    :param lost_retention_s: how long a sandbox that was lost while no daemon ran (a reboot, say) stays listed.
     """
 
     default_vcpus: int = 1
@@ -169,23 +187,24 @@ class SandboxSettings:
 
 @dataclass(frozen=True, slots=True)
 class MetricsSettings:
-    """Prometheus over HTTP at `address` (host:port); empty: off."""
+    """Prometheus metrics over HTTP at `address` (host:port); empty: off."""
 
     address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TracingSettings:
-    """OpenTelemetry spans by OTLP over gRPC to `otlp_endpoint` (http://host:port); empty: off."""
+    """OpenTelemetry spans, sent by OTLP over gRPC to `otlp_endpoint` (http://host:port); empty: off."""
 
     otlp_endpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """`level` debug, info, warning or error; `format` auto (json unless a terminal), json or console.
+    """Log lines on standard error.
 
-    With `audit`, each call of the API is a line "audit": who, what, which sandbox, outcome.
+    :param format: auto (console on a terminal, otherwise json), json or console.
+    :param audit: log each call of the API as a line "audit" with caller, call, sandbox and status code.
     """
 
     level: Literal["debug", "info", "warning", "error"] = "info"

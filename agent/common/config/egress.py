@@ -1,4 +1,4 @@
-"""Settings of what sandboxes may reach: section [egress] of the settings file."""
+"""Settings of network access and its enforcement: section [egress] of the settings file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from agent.common.quantities import Bytes
 
 @dataclass(frozen=True, slots=True)
 class EgressSettings:
-    """What sandboxes may reach, as the operator has it, and how it is enforced.
+    """Limits on the network access of all sandboxes, and the egress process that enforces them.
 
-    `control` is the socket of an egress process that somebody else keeps, such as systemd; empty: the agent starts one
-    itself. `uplink` is the network namespace (of `ip netns`) that leads out, empty for the agent's own. `uid` and `gid`
-    are whom the egress process runs as. `resolvers` are "address" or "address:port"; without any, those of
-    /etc/resolv.conf. `always` and `deny` are lists of rules (hosts, addresses, ranges, each with an optional port):
-    what every sandbox may reach and what none may. `permit_private` are ranges that would be blocked, such as
-    "10.1.0.0/16". `tenants` has the most that a tenant's sandboxes may reach, as rules with commas between.
-    `pool_ipv4` and `pool_ipv6` are addresses between sandboxes and uplink, which nothing else may use. Limits are per
-    sandbox; 0: none.
+    Rules are hosts, addresses or ranges, each with an optional port (`agent.common.policy.rules`).
+
+    :param control: control socket of an egress process that systemd or an operator runs; empty: the agent starts one.
+    :param uplink: network namespace (of `ip netns`) with the route to the internet; empty: the agent's own.
+    :param uid: user of the egress process, with group `gid`.
+    :param resolvers: DNS servers, "address" or "address:port"; empty: those of /etc/resolv.conf.
+    :param upstream_ca_file: PEM file of CAs that servers of inspected connections may have, besides the host's.
+    :param always: rules for destinations that every sandbox can reach.
+    :param deny: rules for destinations that no sandbox can reach.
+    :param permit_private: private ranges that are not blocked, such as "10.1.0.0/16".
+    :param tenants: by tenant, the destinations that its sandboxes can reach at most, as rules with commas between.
+    :param pool_ipv4: addresses between sandboxes and uplink, for no other use; `pool_ipv6` likewise.
+    :param connections: open connections per sandbox through the egress process; 0: no limit.
+    :param connections_per_s: new connections per second and sandbox; 0: no limit.
+    :param bytes_per_s: bytes per second and sandbox in each direction; 0: no limit.
     """
 
     control: str = ""
@@ -42,9 +49,12 @@ class EgressSettings:
     bytes_per_s: Bytes = 0
 
     def check(self) -> None:
-        """:raises ValueError: a value is of no use; the message names it."""
+        """Check the values that need more than their types.
+
+        :raises ValueError: a value is not valid; the message names it.
+        """
         if not (self.uid and self.gid):
-            raise ValueError("egress.uid and egress.gid must be a user's and a group's that are not root's")
+            raise ValueError("egress.uid and egress.gid must not be root's (0)")
         lists = {"always": self.always, "deny": self.deny}
         lists |= {f"tenants.{name}": tuple(rules.split(",")) for name, rules in self.tenants.items()}
         for name, rules in lists.items():

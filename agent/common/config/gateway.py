@@ -10,18 +10,19 @@ from agent.common.quantities import Bytes, Seconds
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """The Deno-compatible edge.
+    """Gateway for the Deno sandbox SDKs. An empty address turns its service off.
 
-    `address` is where WebSockets and REST are served; anything but loopback needs `tls_cert` and `tls_key`. `nodes` are
-    the daemons behind it, "unix:/path" or "host:port"; without any, the one of these settings. `node_tls_*` are the
-    certificates for daemons on TCP. `image` is what sandboxes are made of, with `vcpus` CPUs each.
-
-    Exposed ports are served at `ingress_address` as `https://<name>.<domain>`, with `ingress_cert` and `ingress_key`
-    (a wildcard certificate of the domain) or, without them, certificates of the local CA in `state_dir`. `ingress_port`
-    is the port that clients are told, if it is not the address's own. SSH is served at `ssh_address`; clients are told
-    `ssh_hostname`. Empty addresses turn a service off. A message of a client may have `max_message_bytes`,
-    and what it sends and nobody takes may wait on the disk up to `spool_bytes`. A client that has been silent for
-    `idle_timeout_s` is gone.
+    :param address: host:port of WebSockets and REST; other addresses than loopback need `tls_cert` and `tls_key`.
+    :param nodes: daemons to use, each "unix:/path" or "host:port"; empty: the daemon of the same settings file.
+    :param node_tls_ca: CA of daemons on TCP; `node_tls_cert` and `node_tls_key` are the gateway's client certificate.
+    :param image: of new sandboxes, which have `vcpus` CPUs each.
+    :param domain: exposed ports are served as `https://<name>.<domain>` at `ingress_address`.
+    :param ingress_cert: wildcard certificate of the domain, with `ingress_key`; empty: the local CA in `state_dir`.
+    :param ingress_port: port in the URLs for clients; 0: that of `ingress_address`.
+    :param ssh_hostname: host name for clients of the SSH server at `ssh_address`.
+    :param max_message_bytes: largest message of a client.
+    :param spool_bytes: disk space for data of one client that the sandbox has not read yet.
+    :param idle_timeout_s: a client that sends nothing for this time is disconnected.
     """
 
     address: str = "127.0.0.1:8600"
@@ -48,5 +49,5 @@ class GatewaySettings:
 
     @property
     def tokens_file(self) -> Path:
-        """Who may use the gateway; written by `sandboxctl token`."""
+        """File of access tokens; written by `sandboxctl token`."""
         return self.state_dir / "tokens.json"

@@ -1,4 +1,4 @@
-"""Every path that the agent derives from its settings."""
+"""Paths of the daemon's files, derived from its settings."""
 
 from __future__ import annotations
 
@@ -10,91 +10,91 @@ from agent.common.config.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Paths of one agent."""
+    """Paths of one daemon's files."""
 
     run_dir: Path
     state_dir: Path
 
     @classmethod
     def of(cls, settings: Settings) -> Paths:
-        """Returns the paths of these settings."""
+        """Return the paths for `settings`."""
         return cls(settings.paths.run_dir, settings.paths.state_dir)
 
     @property
     def lock(self) -> Path:
-        """Held by the one agent that owns the state directory."""
+        """Lock of the state directory: one daemon at a time."""
         return self.state_dir / "agent.lock"
 
     @property
     def run_lock(self) -> Path:
-        """Held by the one agent that owns the run directory: it removes what it does not know there."""
+        """Lock of the run directory: one daemon at a time, since it removes unknown files there."""
         return self.run_dir / "agent.lock"
 
     @property
     def database(self) -> Path:
-        """The node's state."""
+        """SQLite database of the sandboxes' records."""
         return self.state_dir / "state.db"
 
     @property
     def disk_templates(self) -> Path:
-        """Freshly formatted disks, by size."""
+        """Directory of formatted empty disks, one per size."""
         return self.state_dir / "disk-templates"
 
     @property
     def templates(self) -> Path:
-        """Frozen VMs that sandboxes are cloned from."""
+        """Directory of templates: snapshots of booted VMs from which sandboxes are cloned."""
         return self.state_dir / "templates"
 
     @property
     def volumes(self) -> Path:
-        """Holds one directory per volume and snapshot."""
+        """Directory with one directory per volume and snapshot."""
         return self.state_dir / "volumes"
 
     @property
     def secrets(self) -> Path:
-        """Values of secrets, encrypted."""
+        """Directory of the encrypted values of secrets."""
         return self.state_dir / "secrets"
 
     @property
     def uplink_marker(self) -> Path:
-        """There as long as the uplink namespace may have rules of this agent's."""
+        """Marker file: exists while the uplink namespace may have nftables rules of this daemon."""
         return self.run_dir / "uplink"
 
     @property
     def sandboxes_state(self) -> Path:
-        """Holds one directory per sandbox."""
+        """Directory with the persistent directory of each sandbox."""
         return self.state_dir / "sandboxes"
 
     @property
     def sandboxes_run(self) -> Path:
-        """Holds one directory per sandbox; short, since sockets are in it."""
+        """Directory with the run directory of each sandbox. The path is short: unix sockets lie below it."""
         return self.run_dir / "vm"
 
     @property
     def private_socket(self) -> Path:
-        """Where gRPC itself listens, behind the check of peer credentials."""
+        """Socket of gRPC itself, behind the check of credentials (agent/daemon/rpc/auth/peercred.py)."""
         return self.run_dir / "private" / "grpc.sock"
 
     def sandbox_state(self, sandbox_id: str) -> Path:
-        """What of a sandbox survives a reboot: its disk."""
+        """Directory of a sandbox that survives a reboot: its disk and its suspended memory."""
         return self.sandboxes_state / sandbox_id
 
     def sandbox_run(self, sandbox_id: str) -> Path:
-        """Sockets and logs of a sandbox."""
+        """Directory of a sandbox's sockets and logs."""
         return self.sandboxes_run / sandbox_id
 
     def disk(self, sandbox_id: str) -> Path:
-        """The sandbox's own writable disk."""
+        """Writable disk of a sandbox."""
         return self.sandbox_state(sandbox_id) / "data.img"
 
     def memory(self, sandbox_id: str) -> Path:
-        """What a suspended sandbox has of its VM: a directory."""
+        """Directory with the VM snapshot of a suspended sandbox."""
         return self.sandbox_state(sandbox_id) / "memory"
 
     def forks(self, sandbox_id: str) -> Path:
-        """Holds what forks of a sandbox that are under way are made of; nothing in it outlives the agent."""
+        """Directory with the snapshots for forks in progress; emptied when the daemon starts."""
         return self.sandbox_state(sandbox_id) / "forks"
 
     def empty_slot(self, sandbox_id: str, number: int) -> Path:
-        """What a VM has in a place for a volume that it does not have."""
+        """Empty disk image in a VM's slot for a volume that the sandbox does not have."""
         return self.sandbox_state(sandbox_id) / f"slot{number}.img"

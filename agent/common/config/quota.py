@@ -1,4 +1,4 @@
-"""What the sandboxes of a tenant may have together."""
+"""Quotas: limits on the sum of a tenant's sandboxes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LIMITS = {"sandboxes": ("sandboxes", int), "cpus": ("cpus", int), "memory": ("m
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """The most that the sandboxes of a tenant may have together; None: no limit."""
+    """Limits on the sum of a tenant's sandboxes; None: no limit."""
 
     sandboxes: int | None = None
     cpus: int | None = None
@@ -21,7 +21,10 @@ class Quota:
 
     @classmethod
     def parse(cls, text: str) -> Quota:
-        """Returns the quota of a text such as "sandboxes=10, cpus=16, memory=8GiB". :raises ValueError:"""
+        """Return the quota of a text such as "sandboxes=10, cpus=16, memory=8GiB".
+
+        :raises ValueError: a part has another form.
+        """
         values: dict[str, int] = {}
         for word in filter(None, (word.strip() for word in text.split(","))):
             key, _, value = (part.strip() for part in word.partition("="))
@@ -29,11 +32,11 @@ class Quota:
                 name, kind = _LIMITS[key]
                 values[name] = converted(kind, value)
             except (KeyError, ValueError):
-                raise ValueError(f"{word!r} is no limit; write sandboxes=10, cpus=16, memory=8GiB") from None
+                raise ValueError(f"{word!r} is not a limit; write sandboxes=10, cpus=16, memory=8GiB") from None
         return cls(**values)
 
     def lacking(self, specs: Sequence[SandboxSpec]) -> list[str]:
-        """Returns what of it these sandboxes would exceed together."""
+        """Return each limit that these sandboxes together exceed, as text such as "cpus: 18 of 16"."""
         sums = (
             ("sandboxes", len(specs), self.sandboxes),
             ("cpus", sum(spec.vcpu_count for spec in specs), self.cpus),
