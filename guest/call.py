@@ -1,4 +1,4 @@
-"""One call from the host, as its handler in the guest sees it."""
+"""The guest's end of one call from the host: receive frames, send frames, answer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     Handler = Callable[["Call"], Awaitable[dict[str, object]]]
 
 HEADROOM = HEADER_BYTES + wire.HEAD_BYTES
-# Half of yamux's initial window: a sender that waits for room for a whole chunk gets it, since whoever has read half of
-# a window says so. Large, because what a chunk costs in Python is as much as copying tens of KiB in an emulated guest.
+# Half of yamux's initial window: the receiver grants credit after half of a window, so that a sender always gets room
+# for a whole chunk. Large, because the Python code per chunk costs as much as copying tens of KiB in an emulated guest.
 CHUNK_BYTES = (128 << 10) - HEADROOM
-CallAbandoned = Cancelled  # raised in a handler, at its await, when the host gave up the call
+CallAbandoned = Cancelled  # raised at an await of a handler when the host abandons the call
 
 _CODES = {
     "NOT_FOUND": (errno.ENOENT, errno.ESRCH, errno.ENXIO),
@@ -35,7 +35,7 @@ _CODE_BY_ERRNO = {number: code for code, numbers in _CODES.items() for number in
 
 
 def os_error(error: OSError, subject: str = "") -> CallError:
-    """Returns the call error that stands for an errno(3); codes not in the table become STATE."""
+    """Return the CallError for an OSError; its code is STATE if the errno(3) is not in the table."""
     number = error.errno or 0
     subject = subject or str(error.filename or "")
     text = error.strerror or str(error)
@@ -47,7 +47,7 @@ def os_error(error: OSError, subject: str = "") -> CallError:
 
 
 class Call:
-    """A request, and the frames that follow it in both directions."""
+    """A request of the host, and the frames that follow in both directions."""
 
     __slots__ = ("_frames", "_link", "_readers", "_stream", "_writers", "req")
 
@@ -63,18 +63,20 @@ class Call:
 
     @property
     def link_lost(self) -> bool:
-        """Whether the call ended because the link did, and not because the host gave it up."""
+        """Whether the call ended because the link was lost, not because the host abandoned the call."""
         return self._stream.session.abandoned
 
     @property
     def host_done(self) -> bool:
-        """Whether the host has closed its side of the stream: no frame of any type will come."""
+        """Whether the host has closed its side of the stream and all its frames were received."""
         return (self._stream.remote_closed or self._stream.was_reset) and not self._stream.inbox
 
     async def recv(self, max_bytes: int = 64 << 10) -> tuple[int, bytes]:
-        """Returns the next frame, data frames in pieces; (Frame.EOF, b"") once the host sends no more.
+        """Return the next frame as (type, payload); (Frame.EOF, b"") once the host sends no more.
 
-        :raises WireError: the host broke the format.
+        :param max_bytes: longer data frames are returned in pieces of this size.
+
+        :raises WireError: the host broke the frame format.
         """
         while True:
             frame = self._frames.next(max_bytes)
@@ -85,25 +87,25 @@ class Call:
             await self._readers.wait()
 
     async def send(self, kind: int, data: bytes) -> None:
-        """Sends bytes as one or more frames; waits for flow control."""
+        """Send bytes as one or more frames, waiting for flow control."""
         for start in range(0, len(data), CHUNK_BYTES):
             piece = data[start : start + CHUNK_BYTES]
             await self._ready_to_send(wire.HEAD_BYTES + len(piece))
             self._stream.send(wire.pack(kind, piece))
 
     async def send_buffer(self, kind: int, buffer: bytearray, size: int) -> None:
-        """Sends `buffer[HEADROOM:HEADROOM + size]` as one frame without copying it; `size` is at most CHUNK_BYTES."""
+        """Send `buffer[HEADROOM:HEADROOM + size]` as one frame without copying it; `size` is at most CHUNK_BYTES."""
         await self._ready_to_send(wire.HEAD_BYTES + size)
         wire.HEAD.pack_into(buffer, HEADER_BYTES, kind, size)
         self._stream.send_in_place(buffer, wire.HEAD_BYTES + size)
 
     async def send_eof(self) -> None:
-        """Says that no more data frames will come."""
+        """Tell the host that no more data frames follow."""
         await self._ready_to_send(wire.HEAD_BYTES)
         self._stream.send(wire.pack(Frame.EOF))
 
     async def send_json(self, kind: int, value: dict[str, object], *, last: bool = False) -> None:
-        """Sends one JSON frame, over several windows if it must; `last` ends this side of the stream with it."""
+        """Send one JSON frame, which may be larger than the window; `last` closes this side of the stream after it."""
         data = wire.pack_json(kind, value)
         for start in range(0, len(data), CHUNK_BYTES):
             piece = data[start : start + CHUNK_BYTES]
@@ -122,7 +124,7 @@ class Call:
                 return
 
     async def answer(self, handlers: dict[str, Handler]) -> None:
-        """Reads the request, runs its handler, and sends its result or error as the last frame."""
+        """Read the request, run its handler, and send the result or the error as the last frame."""
         kind, value = Frame.ERROR, {}
         try:
             value = await self._handle(handlers)

@@ -1,4 +1,4 @@
-"""Makes a guest this sandbox's own: randomness, clock, names, addresses, root. Everything that sys.configure sets."""
+"""Configure the guest for its sandbox: entropy, clock, host name, addresses, writable root (sys.configure)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from guest.call import Call
 
 _MIN_ENTROPY_BYTES = 32
-_SAY_AFTER_S = 0.2
+_REPORT_DELAY_S = 0.2
 
 
 def _text(req: dict[str, object], name: str) -> str:
@@ -30,7 +30,7 @@ def _text(req: dict[str, object], name: str) -> str:
 
 
 def _write(path: str, text: str) -> None:
-    """As open and write of a file object would, by less code: each first call of it counts in an emulated guest."""
+    """Replace a file's contents, without a file object: that runs more code, which an emulated guest must translate."""
     data = text.encode()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -64,7 +64,11 @@ def _names(req: dict[str, object]) -> None:
 
 
 def configure_network(req: dict[str, object]) -> None:
-    """Gives the card the addresses and routes of the request. :raises OSError: :raises CallError: malformed."""
+    """Set the addresses and routes of the network card.
+
+    :raises OSError: the kernel refused one.
+    :raises CallError: a field of the request is malformed.
+    """
     net = req.get("net")
     interface = interfaces.first_nic()
     if isinstance(net, dict) and interface:
@@ -90,25 +94,26 @@ _IN_ROOT: tuple[tuple[str, Callable[[dict[str, object]], None]], ...] = (
 )
 
 
-async def _say_configured() -> None:
-    """Writes the first line on a clone's console: what came before is the template's. Later, for a console is slow."""
-    await reactor.sleep(_SAY_AFTER_S)
+async def _report_configured() -> None:
+    """Write the first line of a clone's console (earlier ones are the template's); delayed, as consoles are slow."""
+    await reactor.sleep(_REPORT_DELAY_S)
     print("sandboxd-init: configured", file=sys.stderr, flush=True)
 
 
-class Identity:
-    """Handler of sys.configure: runs once per boot."""
+class Configurator:
+    """Handlers of sys.configure, which succeeds once per boot, sys.refresh and sys.clock."""
 
     def __init__(self, processes: ProcessOps) -> None:
         self.configured = False
-        self.network_ready = False  # since before the guest was frozen: all clones have one address
-        self.disk = ""  # the device of the writable disk, if that was looked up before the guest was frozen
+        self.network_ready = False  # true in a clone whose template set the address: it is the same in all guests
+        self.disk = ""  # device of the writable disk, if the template has looked it up
         self._processes = processes
         self._failed = ""
 
     async def configure(self, call: Call) -> dict[str, object]:
-        """sys.configure: returns {"phases": [[name, milliseconds], ...]}; a phase that failed leaves the guest
-        unusable.
+        """Serve sys.configure: return {"phases": [[name, milliseconds], ...]}.
+
+        :raises CallError: the guest is configured already, or a phase failed: the guest cannot be used then.
         """
         if self.configured or self._failed:
             raise CallError("STATE", f"the sandbox is configured already {self._failed}".rstrip(), "CONFIGURED")
@@ -126,11 +131,11 @@ class Identity:
             phases.append([name, (time.perf_counter_ns() - start) / 1e6])
         self._processes.env = env
         self._processes.ready = self.configured = True
-        reactor.spawn(_say_configured())
+        reactor.spawn(_report_configured())
         return {"phases": phases}
 
     async def refresh(self, call: Call) -> dict[str, object]:
-        """sys.refresh: {"entropy", "time_ns"} after the guest stood still; with names, it is another one now."""
+        """Serve sys.refresh after a pause: set entropy and clock; with "hostname" (in a fork), also the names."""
         if not self.configured:
             raise CallError("STATE", "the sandbox is not configured yet", "NOT_CONFIGURED")
         try:
@@ -143,7 +148,7 @@ class Identity:
         return {}
 
     async def clock(self, call: Call) -> dict[str, object]:
-        """sys.clock: sets the wall clock."""
+        """Serve sys.clock: set the wall clock."""
         _clock(call.req)
         return {}
 
@@ -154,6 +159,6 @@ class Identity:
         device = self.disk or root.find_disk(serial)
         size = req.get("data_disk_bytes")
         if isinstance(size, int):
-            root.await_size(device, size)
+            root.wait_for_size(device, size)
         root.drop_cache(device)
         root.mount_writable_root(device, size if req.get("grow") and isinstance(size, int) else 0)

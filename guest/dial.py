@@ -1,4 +1,4 @@
-"""The call net.dial: a TCP connection inside the guest, carried to the host."""
+"""Serve net.dial: connect to a TCP server in the guest, and relay the connection to the host."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _address(req: dict[str, object]) -> tuple[int, str, int]:
         except OSError:
             continue
         return family, host, port
-    raise CallError("INVALID", f"{host[:80]!r} is not an address; names are not looked up here")
+    raise CallError("INVALID", f"{host[:80]!r} is not an IP address; host names are not resolved here")
 
 
 async def _connect(sock: socket.socket, host: str, port: int) -> None:
@@ -66,22 +66,22 @@ async def _dial(call: Call) -> dict[str, object]:
         try:
             await _connect(sock, host, port)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return await _carry(call, sock)
+            return await _relay(call, sock)
         finally:
             reactor.unregister(sock.fileno())
 
 
-async def carry_channel(call: Call, sock: socket.socket) -> dict[str, object]:
-    """Carries bytes between the host and a connected socket, until both have ended theirs; closes the socket."""
+async def relay_channel(call: Call, sock: socket.socket) -> dict[str, object]:
+    """Relay bytes between the host and a connected socket until both sides have sent EOF; close the socket."""
     with sock:
         reactor.register(sock.fileno())
         try:
-            return await _carry(call, sock)
+            return await _relay(call, sock)
         finally:
             reactor.unregister(sock.fileno())
 
 
-async def _carry(call: Call, sock: socket.socket) -> dict[str, object]:
+async def _relay(call: Call, sock: socket.socket) -> dict[str, object]:
     await call.send_json(Frame.EVENT, {"connected": True})
     finished = reactor.Waiters()
     sender = reactor.spawn(_to_server(call, sock, finished))
@@ -125,7 +125,7 @@ async def _to_server(call: Call, sock: socket.socket, finished: reactor.Waiters)
                 except BlockingIOError:
                     await reactor.writable(sock.fileno())
     except OSError:
-        return  # the server is gone: what it said last is still on its way to the host
+        return  # the server has closed the connection: its last bytes are still relayed to the host
     finally:
         finished.wake()
 

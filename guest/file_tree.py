@@ -1,4 +1,4 @@
-"""Directories and trees: the calls fs.list, walk, glob, remove, copy. Long ones give other calls their turn."""
+"""Serve fs.list, fs.walk, fs.glob, fs.remove and fs.copy. Long operations yield to other calls (checkpoint)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PAGE = 128
 _COPY_BYTES = 4 << 20
-_MAX_DEPTH = 256  # deeper trees exist only to exhaust whoever walks them
+_MAX_DEPTH = 256  # limits memory and descriptors: a guest can make trees of any depth
 _TYPES = {
     stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink", stat.S_IFBLK: "block",
     stat.S_IFCHR: "character", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket",
@@ -29,7 +29,7 @@ _O_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def describe(path: str, facts: os.stat_result) -> dict[str, object]:
-    """Returns the JSON of one file."""
+    """Return the facts of one file as JSON, from its lstat(2) or stat(2)."""
     kind = facts.st_mode
     info: dict[str, object] = {
         "path": path,
@@ -43,21 +43,27 @@ def describe(path: str, facts: os.stat_result) -> dict[str, object]:
         try:
             info["target"] = os.readlink(path)
         except OSError:
-            info["target"] = ""  # it vanished, or is another file by now
+            info["target"] = ""  # it was removed or replaced since
     return info
 
 
 def require_regular(fd: int, path: str) -> None:
-    """:raises CallError: reading or writing it could block PID 1 for ever (a pipe, a terminal, a device)."""
+    """Refuse files whose reading or writing could block PID 1: pipes, terminals, devices.
+
+    :raises IsADirectoryError: the descriptor is a directory.
+    :raises CallError: the descriptor is not a regular file.
+    """
     kind = os.fstat(fd).st_mode
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(kind):
-        raise CallError("STATE", f"{path}: is not a regular file; use a process such as cat for it", "NOT_REGULAR")
+        raise CallError(
+            "STATE", f"{path}: is not a regular file; read or write it with a process such as cat", "NOT_REGULAR"
+        )
 
 
 class _Pages:
-    """Sends entries in pages."""
+    """Sends entries to the host in pages of _PAGE entries."""
 
     def __init__(self, call: Call, rights: AsUser) -> None:
         self._call = call
@@ -69,7 +75,7 @@ class _Pages:
             with self._rights:
                 self._entries.append(describe(path, os.lstat(path)))
         except FileNotFoundError:
-            return  # vanished since it was listed
+            return  # removed since it was listed
         if len(self._entries) >= _PAGE:
             await self.flush()
 
@@ -97,8 +103,9 @@ async def _list(call: Call) -> dict[str, object]:
 
 
 async def _tree(root: str, max_depth: int, rights: AsUser, *, follow: bool) -> AsyncIterator[tuple[str, int]]:
-    """Yields (path, depth) below `root`, parents first, siblings by name; directories met twice are not entered
-    again.
+    """Yield (path, depth) of `root` and all below, parents first, siblings by name.
+
+    :param follow: enter symbolic links to directories; a directory is not entered again below itself.
     """
     stack = [(root, 0, frozenset[tuple[int, int]]())]
     while stack:
@@ -175,7 +182,7 @@ async def _remove(call: Call) -> dict[str, object]:
 
 
 async def _remove_tree(path: str, facts: os.stat_result, rights: AsUser) -> None:
-    """Empties and removes a directory by descriptors, so that no symbolic link swapped in leads it elsewhere."""
+    """Remove a directory tree by descriptors, so that a symbolic link swapped in cannot redirect it."""
     with rights:
         parent = os.open(os.path.dirname(path) or "/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -244,13 +251,13 @@ async def _copy_tree(source: str, target: str, rights: AsUser) -> None:
                 _copy_facts(copy, entry, rights)
         if stat.S_ISREG(entry.st_mode):
             await _copy_file(path, copy, rights)
-    for copy, entry in reversed(directories):  # last, since filling a directory changes its times
+    for copy, entry in reversed(directories):  # at the end, since adding entries to a directory changes its times
         with rights:
             _copy_facts(copy, entry, rights)
 
 
 async def _copy_file(source: str, target: str, rights: AsUser) -> None:
-    """Copies data extents, mode and times; holes stay holes. Non-blocking: a pipe or device must not stop PID 1."""
+    """Copy data extents, mode and times; holes are kept. Opens without blocking: a pipe must not stop PID 1."""
     with rights:
         reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
@@ -262,7 +269,7 @@ async def _copy_file(source: str, target: str, rights: AsUser) -> None:
             require_regular(writing, target)
             if os.path.samestat(facts, os.fstat(writing)):
                 raise CallError("INVALID", f"{source} and {target} are the same file")
-            os.ftruncate(writing, 0)  # only now: they are two files
+            os.ftruncate(writing, 0)  # not before it is known that source and target differ
             await _copy_data(reading, writing, facts.st_size)
         finally:
             os.close(writing)
@@ -279,11 +286,11 @@ async def _copy_data(reading: int, writing: int, size: int) -> None:
             at = os.lseek(reading, at, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:
-                break  # only a hole is left
+                break  # the rest is a hole
             raise
         end = os.lseek(reading, at, os.SEEK_HOLE)
         while at < end:
-            # copy_file_range(2) would give EXDEV from the disk to a tmpfs.
+            # Not copy_file_range(2): it fails with EXDEV between a disk and a tmpfs.
             os.lseek(writing, at, os.SEEK_SET)
             done = os.sendfile(writing, reading, at, min(_COPY_BYTES, end - at))
             if not done:
@@ -295,7 +302,7 @@ async def _copy_data(reading: int, writing: int, size: int) -> None:
 
 def _copy_facts(path: str, facts: os.stat_result, rights: AsUser) -> None:
     follow = not stat.S_ISLNK(facts.st_mode)
-    if rights.user is None:  # what a user copies is theirs
+    if rights.user is None:  # copies made as a user belong to that user
         os.chown(path, facts.st_uid, facts.st_gid, follow_symlinks=follow)
     if follow:  # a symbolic link has no mode of its own
         os.chmod(path, stat.S_IMODE(facts.st_mode))

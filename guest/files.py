@@ -1,4 +1,4 @@
-"""File contents and single files: the calls fs.read, write, stat, mkdir, rename, link and their like."""
+"""Serve operations on single files: fs.read, fs.write, fs.stat, fs.mkdir, fs.rename, fs.link and so on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from guest import params, reactor
 from guest.call import CHUNK_BYTES, HEADROOM, Call
 from guest.file_tree import OPS as TREE_OPS
 from guest.file_tree import describe, require_regular
-from guest.open_file import OPS as HANDLE_OPS
+from guest.open_file import OPS as OPEN_FILE_OPS
 from guest.params import AsUser
 from guest.watch import OPS as WATCH_OPS
 from guest.wire import CallError, Frame
@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guest.call import Handler
 
-_TURN_BYTES = 1 << 20  # after so many bytes other calls get their turn
+_TURN_BYTES = 1 << 20  # yields to other calls after this many bytes
 _MAX_TEMP_TRIES = 100
 
 
@@ -59,7 +59,7 @@ def _open_for_writing(call: Call, path: str) -> int:
         raise CallError("INVALID", f"unknown disposition {str(call.req.get('disposition'))[:40]!r}")
     if call.req.get("must_exist"):
         flags &= ~os.O_CREAT
-    # Truncation waits until the file is known to be a regular one.
+    # Truncated later, once the file is known to be regular.
     opening = flags & ~os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     mode = params.mode(call.req, 0o644)
     with AsUser(call.req):
@@ -70,7 +70,7 @@ def _open_for_writing(call: Call, path: str) -> int:
     try:
         require_regular(fd, path)
         if not existed:
-            os.fchmod(fd, mode)  # exact: the umask is for programs
+            os.fchmod(fd, mode)  # the requested mode, whatever the umask
         if flags & os.O_TRUNC:
             os.ftruncate(fd, 0)
     except BaseException:
@@ -92,7 +92,7 @@ async def _write(call: Call) -> dict[str, object]:
             if kind == Frame.EOF:
                 return {"bytes": total}
             if kind != Frame.DATA:
-                raise CallError("INVALID", "only data may follow")
+                raise CallError("INVALID", "only data frames may follow the request")
             view = memoryview(data)
             while view:
                 size = os.write(fd, view) if append else os.pwrite(fd, view, offset + total)
@@ -192,7 +192,7 @@ async def _mktemp(call: Call) -> dict[str, object]:
     directory = params.path(call.req, "directory")
     prefix, suffix = str(call.req.get("prefix") or "tmp."), str(call.req.get("suffix") or "")
     if "/" in prefix + suffix or "\0" in prefix + suffix:
-        raise CallError("INVALID", "prefix and suffix must not have a slash or NUL in them")
+        raise CallError("INVALID", "prefix and suffix must not contain a slash or NUL")
     with AsUser(call.req):
         for _ in range(_MAX_TEMP_TRIES):
             path = f"{directory}/{prefix}{os.urandom(6).hex()}{suffix}"
@@ -204,12 +204,12 @@ async def _mktemp(call: Call) -> dict[str, object]:
             except FileExistsError:
                 continue
             return {"path": path}
-    raise CallError("EXISTS", f"{directory}: no free temporary name found")
+    raise CallError("EXISTS", f"{directory}: no unused temporary name found")
 
 
 OPS: dict[str, Handler] = {
     "fs.read": _read, "fs.write": _write, "fs.stat": _stat, "fs.mkdir": _mkdir, "fs.rename": _rename,
     "fs.link": _link, "fs.symlink": _symlink, "fs.readlink": _readlink, "fs.realpath": _realpath,
     "fs.chmod": _chmod, "fs.chown": _chown, "fs.utime": _utime, "fs.truncate": _truncate, "fs.mktemp": _mktemp,
-    **HANDLE_OPS, **TREE_OPS, **WATCH_OPS,
+    **OPEN_FILE_OPS, **TREE_OPS, **WATCH_OPS,
 }  # fmt: skip

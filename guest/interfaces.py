@@ -1,6 +1,4 @@
-"""Gives network interfaces their addresses and routes, by the ioctls of netdevice(7), ipv6(7) and route(8's
-SIOCADDRT).
-"""
+"""Configure network interfaces by ioctls: netdevice(7), ipv6(7), SIOCADDRT of linux/sockios.h."""
 
 from __future__ import annotations
 
@@ -17,7 +15,10 @@ _RTF_DEFAULT_IN6 = _RTF_UP | _RTF_GATEWAY
 
 
 def bring_up(interface: str) -> None:
-    """Sets the interface up. :raises OSError:"""
+    """Set an interface up.
+
+    :raises OSError: it does not exist.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         request = struct.pack("16sh14x", interface.encode(), 0)
         flags = struct.unpack("16sh14x", fcntl.ioctl(sock, _SIOCGIFFLAGS, request))[1]
@@ -25,7 +26,7 @@ def bring_up(interface: str) -> None:
 
 
 def first_nic() -> str:
-    """Returns the first interface that is a device, not loopback; "" if there is none."""
+    """Return the name of the first network card (an interface with a device, so not loopback), or ""."""
     for name in sorted(os.listdir("/sys/class/net")):
         if os.path.exists(f"/sys/class/net/{name}/device"):
             return name
@@ -37,7 +38,11 @@ def _sockaddr_in(address: str) -> bytes:
 
 
 def configure_ipv4(interface: str, cidr: str, gateway: str) -> None:
-    """Sets address, mask and default route. :raises OSError: :raises ValueError: malformed text."""
+    """Set an IPv4 address, its mask and the default route.
+
+    :raises OSError: the kernel refused one, or an address is malformed.
+    :raises ValueError: the prefix length is malformed.
+    """
     address, _, prefix = cidr.partition("/")
     mask = socket.inet_ntoa(struct.pack(">I", 0xFFFF_FFFF << (32 - int(prefix)) & 0xFFFF_FFFF))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -54,9 +59,13 @@ def configure_ipv4(interface: str, cidr: str, gateway: str) -> None:
 
 
 def configure_ipv6(interface: str, cidr: str, gateway: str) -> None:
-    """Adds an address and a default route. :raises OSError: :raises ValueError: malformed text."""
+    """Add an IPv6 address and the default route.
+
+    :raises OSError: the kernel refused one, or an address is malformed.
+    :raises ValueError: the prefix length is malformed.
+    """
     address, _, prefix = cidr.partition("/")
-    # Duplicate address detection would keep the address unusable for a second; nobody else is on this wire.
+    # Duplicate address detection would delay the address by a second; the link has no other guest.
     with open(f"/proc/sys/net/ipv6/conf/{interface}/accept_dad", "w") as setting:
         setting.write("0")
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:

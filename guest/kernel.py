@@ -1,6 +1,4 @@
-"""The system calls that Python's standard library lacks: mount(2), umount2(2), reboot(2), and RNDADDENTROPY of
-random(4).
-"""
+"""System calls without a function in Python's standard library: mount(2), umount2(2), reboot(2), random(4) ioctls."""
 
 from __future__ import annotations
 
@@ -24,7 +22,10 @@ def _check(result: int, what: str) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
-    """Mounts a file system, as the system call of this name does. :raises OSError:"""
+    """Mount a file system (mount(2)).
+
+    :raises OSError: the mount failed.
+    """
     _check(
         _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode()),
         f"mount {target}",
@@ -32,12 +33,15 @@ def mount(source: str, target: str, kind: str, flags: int = 0, options: str = ""
 
 
 def unmount(target: str) -> None:
-    """Unmounts a file system that nobody uses (umount2(2)). :raises OSError:"""
+    """Unmount a file system (umount2(2)).
+
+    :raises OSError: it is in use or not mounted.
+    """
     _check(_libc.umount2(target.encode(), 0), f"umount {target}")
 
 
 def add_entropy(seed: bytes) -> None:
-    """Mixes `seed` into the kernel's generator, credits all of its bits, and makes every CPU's generator start from it.
+    """Add `seed` to the kernel's entropy, credited in full, and reseed the random generators of all CPUs.
 
     :raises OSError: see random(4).
     """
@@ -47,6 +51,9 @@ def add_entropy(seed: bytes) -> None:
 
 
 def power_off() -> None:
-    """Writes everything to disk and ends the VM (reboot(2)). :raises OSError:"""
+    """Write cached data to the disks and power off the VM (reboot(2)).
+
+    :raises OSError: the kernel refused.
+    """
     os.sync()
     _check(_libc.reboot(ctypes.c_int(_POWER_OFF)), "reboot")

@@ -1,7 +1,7 @@
-"""The guest's end of the link: a virtio-serial port, or connections accepted on AF_VSOCK.
+"""The guest's end of the link to the host: a virtio-serial port, or a connection accepted on AF_VSOCK.
 
-One host at a time. When it goes away, its calls end and everything else goes on; the next one starts with the handshake
-that `wire.find_sync` describes.
+One host is served at a time. When the link is lost, the calls on it end and processes go on; the next session begins
+with the handshake described at `wire.find_sync`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ _READ_BYTES = 128 << 10
 # The largest write that virtio_console takes at once (port_fops_write in the kernel's drivers/char/virtio_console.c).
 _WRITE_BYTES = 32 << 10
 _ACCEPT_PAUSE_S = 0.1
-_MAX_QUEUED_BYTES = 4 << 20  # control frames for a host that does not read; data frames wait for `unblocked` instead
+_MAX_QUEUED_BYTES = 4 << 20  # of control frames, while the host does not read; data frames wait for `unblocked`
 
 
 class LinkLost(Exception):
-    """The host closed the link, or broke the protocol."""
+    """The host closed the link or does not read from it."""
 
 
 class Link:
-    """Frames in and out of one descriptor. `blocked` says that a data frame would have to wait for `unblocked`."""
+    """The link over one descriptor: sessions of one host after another.
+
+    :param hang_up_is_final: the descriptor cannot be used after an EOF or error (a socket); false for a serial port.
+    :param on_host: called when bytes arrive before a session.
+    """
 
     def __init__(
         self,
@@ -54,20 +58,23 @@ class Link:
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._view = memoryview(bytearray(_READ_BYTES))
-        # A virtio-serial port gives at most a page for each read, but the kernel fills one element after the other.
+        # A virtio-serial port returns at most a page per buffer, so a read of many bytes needs a list of pages.
         self._pages = [self._view[start : start + 4096] for start in range(0, _READ_BYTES, 4096)]
-        self._tasks: set[Task] = set()  # by identity: the next host uses the same stream ids before all of these ended
+        self._tasks: set[Task] = set()  # not by stream id: the next session may use an id before its old task has ended
         self._closed = False
         reactor.register(fd)
         self._writer = reactor.spawn(self._write_queue())
 
     @property
     def blocked(self) -> bool:
-        """Whether bytes are waiting for the host to read."""
+        """Whether data frames must wait for `unblocked`, since the host has not read all earlier bytes."""
         return bool(self._queue)
 
     def write(self, data: Buffer) -> None:
-        """Sends `data`, or queues a copy of what the host does not take at once."""
+        """Send `data`; queue a copy of the bytes that cannot be written at once.
+
+        :raises LinkLost: the link is closed, or too many bytes are queued.
+        """
         if self._closed:
             return
         written = 0
@@ -83,7 +90,10 @@ class Link:
                 raise LinkLost("the host does not read")
 
     def _write_now(self, data: Buffer) -> int:
-        """Returns how many bytes the host has taken. :raises OSError: it is gone."""
+        """Write without blocking; return the number of bytes written.
+
+        :raises OSError: the link is closed.
+        """
         try:
             if len(data) <= _WRITE_BYTES:
                 return os.write(self._fd, data)
@@ -99,7 +109,7 @@ class Link:
                 data = self._queue[0]
                 try:
                     written = self._write_now(data)
-                except OSError:  # the host is gone, which the reading side notices
+                except OSError:  # the link is closed: the reader ends the session
                     break
                 if not written:
                     break
@@ -113,7 +123,7 @@ class Link:
             await reactor.writable(self._fd)
 
     async def serve(self) -> None:
-        """Serves one host after another; returns when the descriptor is of no more use."""
+        """Serve one session after another; return when the descriptor cannot be used any more."""
         pending = bytearray()
         try:
             while True:
@@ -128,7 +138,7 @@ class Link:
             self.close()
 
     def close(self) -> None:
-        """Closes the descriptor. Idempotent."""
+        """Close the descriptor. Idempotent."""
         if not self._closed:
             self._closed = True
             self._writer.cancel()
@@ -147,7 +157,7 @@ class Link:
                 pending.clear()
                 if self._hang_up_is_final:
                     raise
-                await reactor.readable(self._fd)  # no host: epoll's edge comes when one connects
+                await reactor.readable(self._fd)  # no host is connected: epoll reports when one connects
 
     async def _session(self, nonce: bytes, pending: bytearray) -> None:
         self._queue.clear()
@@ -162,7 +172,7 @@ class Link:
                 try:
                     session.feed(data)
                 except YamuxError:
-                    pending += data  # may hold the next host's handshake
+                    pending += data  # may contain the handshake of the next session
                     raise
                 data = await self._read()
         finally:
@@ -173,7 +183,10 @@ class Link:
             self._queued_bytes = 0
 
     async def _read(self) -> memoryview:
-        """Returns what has arrived, up to the buffer's size; valid until the next call."""
+        """Return received bytes, at least one; the view is valid until the next call.
+
+        :raises LinkLost: the host closed the link.
+        """
         while True:
             try:
                 size = os.readv(self._fd, self._pages)
@@ -185,7 +198,7 @@ class Link:
             if not size:
                 raise LinkLost("the host closed the link")
             if size == _READ_BYTES:
-                await reactor.checkpoint()  # the host writes faster than we read: let the calls run, too
+                await reactor.checkpoint()  # full: more bytes are waiting, so yield to the calls first
             return self._view[:size]
 
     def _accept(self, stream: Stream) -> None:
@@ -214,9 +227,9 @@ class Link:
 
 
 def open_serial(name: str) -> int:
-    """Returns a descriptor of the virtio-serial port `name` (sysfs; there is no udev here).
+    """Open the virtio-serial port `name`, found in sysfs since the guest has no udev; return its descriptor.
 
-    :raises FileNotFoundError: the VMM offers no such port.
+    :raises FileNotFoundError: the VM has no such port.
     """
     base = "/sys/class/virtio-ports"
     for port in sorted(os.listdir(base)):
@@ -227,16 +240,16 @@ def open_serial(name: str) -> int:
 
 
 async def serve_serial(handlers: dict[str, Handler], on_host: Callable[[], None]) -> None:
-    """Serves the host on the virtio-serial port, for ever. `on_host` is called at the first bytes of each."""
+    """Serve the host on the virtio-serial port; does not return. `on_host`: see `Link`."""
     await Link(open_serial(wire.SERIAL_NAME), handlers, hang_up_is_final=False, on_host=on_host).serve()
 
 
 async def serve_vsock(handlers: dict[str, Handler], on_host: Callable[[], None]) -> None:
-    """Serves hosts that connect to the AF_VSOCK port; a new connection replaces the one before it."""
+    """Serve the host on the AF_VSOCK port; a new connection replaces the one before. `on_host`: see `Link`."""
     listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     listener.bind((socket.VMADDR_CID_ANY, wire.LINK_PORT))
     listener.listen(8)
-    # A process of the guest can come here as well, over the loopback of vsock(7), and would have all that the host may.
+    # Processes of the guest can connect, too, by the loopback of vsock(7); only the host may call the server.
     await serve_listener(listener, handlers, on_host, lambda address: address[0] == socket.VMADDR_CID_HOST)
 
 
@@ -246,7 +259,7 @@ async def serve_listener(
     on_host: Callable[[], None] = lambda: None,
     is_host: Callable[[Any], bool] = lambda _: True,
 ) -> None:
-    """Serves one connection of `listener` at a time, the newest one that comes from the host."""
+    """Accept connections; serve the newest one from the host, and close those for which `is_host(address)` is false."""
     current: Task | None = None
     reactor.register(listener.fileno())
     while True:
@@ -255,7 +268,7 @@ async def serve_listener(
         except BlockingIOError:
             await reactor.readable(listener.fileno())
             continue
-        except OSError as error:  # no descriptor is left, or whoever came is gone
+        except OSError as error:  # too many open files, or the client has disconnected
             print(f"link: cannot accept: {error}", file=sys.stderr, flush=True)
             await reactor.sleep(_ACCEPT_PAUSE_S)
             continue

@@ -1,4 +1,4 @@
-"""Which TCP ports a session of processes listens on, from proc(5)."""
+"""Find the TCP ports on which a session of processes listens, in proc(5)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 _LISTEN = "0A"
 
 
-def of_session(session: int) -> tuple[str, int] | None:
-    """Returns (address, port) of the first listening socket that a process of this session holds, or None."""
+def listener_of_session(session: int) -> tuple[str, int] | None:
+    """Return (address, port) of the first listening socket of the processes of a session (setsid(2)), or None."""
     sockets = _listening()
     if not sockets:
         return None
@@ -18,7 +18,7 @@ def of_session(session: int) -> tuple[str, int] | None:
         try:
             descriptors = os.listdir(f"/proc/{pid}/fd")
         except OSError:
-            continue  # it ended
+            continue  # the process has ended
         for fd in descriptors:
             try:
                 target = os.readlink(f"/proc/{pid}/fd/{fd}")
@@ -30,14 +30,14 @@ def of_session(session: int) -> tuple[str, int] | None:
 
 
 def _listening() -> dict[str, tuple[str, int]]:
-    """Returns "socket:[inode]" -> (address, port) of every listening TCP socket."""
+    """Return "socket:[inode]" -> (address, port) of every listening TCP socket."""
     found = {}
     for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         try:
             with open(f"/proc/net/{name}") as file:
                 lines = file.readlines()[1:]
         except FileNotFoundError:
-            continue  # a kernel without IPv6
+            continue  # the kernel has no IPv6
         for line in lines:
             fields = line.split()
             if fields[3] == _LISTEN:
@@ -47,7 +47,7 @@ def _listening() -> dict[str, tuple[str, int]]:
 
 
 def _unpacked(family: int, text: str) -> str:
-    # Words of 32 bits in the machine's byte order.
+    # 32-bit words in the byte order of the machine.
     words = [int(text[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(text), 8)]
     return socket.inet_ntop(family, b"".join(words))
 

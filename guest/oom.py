@@ -1,6 +1,4 @@
-"""Tells a SIGKILL by the kernel's out-of-memory killer from any other, by reading the kernel's log (/dev/kmsg,
-kmsg(4)).
-"""
+"""Detect processes killed by the kernel's OOM killer, from the kernel log (/dev/kmsg)."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ _MAX_REMEMBERED = 4096
 
 
 class OomWatcher:
-    """Remembers which PIDs the out-of-memory killer chose since the watcher was made."""
+    """Records the PIDs that the OOM killer has killed since the creation of this object."""
 
     def __init__(self, path: str = "/dev/kmsg") -> None:
         self._killed: dict[int, None] = {}
@@ -21,7 +19,7 @@ class OomWatcher:
             self._fd = -1
 
     def killed(self, pid: int) -> bool:
-        """Whether the kernel killed `pid` for lack of memory; answers true once per kill."""
+        """Return whether the OOM killer has killed `pid`; true once per kill, since PIDs are reused."""
         self._read_log()
         if pid in self._killed:
             del self._killed[pid]
@@ -34,7 +32,7 @@ class OomWatcher:
                 record = os.read(self._fd, 8192)
             except BlockingIOError:
                 return
-            except BrokenPipeError:  # records were overwritten before we read them: go on with the oldest there is
+            except BrokenPipeError:  # unread records were overwritten: continue with the oldest record left
                 continue
             except OSError:
                 return

@@ -1,8 +1,8 @@
-"""The call fs.open: a file that stays open as long as the call, with a position and locks.
+"""Serve fs.open: a file that stays open as long as the call, with a position and locks.
 
-After the first answer, {"open": true, "info": ...}, each EVENT of the host is an operation, {"do": name, ...}, and gets
-one EVENT back, in order: its result, or {"error": {"message", "errno"}}. "write" says in "size" how many bytes follow
-as data; the answer to "read" says in "size" how many follow.
+After the first answer, {"open": true, "info": ...}, each EVENT frame of the host is an operation, {"do": name, ...}.
+It gets one EVENT frame as its answer, in order: the result, or {"error": {"message", "errno"}}. "size" of a "write",
+and of the answer to a "read", is the number of bytes that follow in DATA frames.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from guest.call import Handler
 
 MAX_IO_BYTES = 1 << 20
-_FIRST_RETRY_S, _LAST_RETRY_S = 0.005, 0.1  # between two tries to get a lock
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.005, 0.1  # between two attempts to lock
 
 
 def _open(call: Call, path: str) -> int:
@@ -32,10 +32,10 @@ def _open(call: Call, path: str) -> int:
     write = append or bool(req.get("write"))
     create = create_new or bool(req.get("create"))
     if not (write or req.get("read")) or ((create or req.get("truncate")) and not write):
-        raise CallError("INVALID", "a file is opened to read, write or append; creating and emptying it needs writing")
+        raise CallError("INVALID", "open a file to read, write or append; create and truncate need write or append")
     flags = os.O_RDWR if write and req.get("read") else os.O_WRONLY if write else os.O_RDONLY
     flags |= (append and os.O_APPEND) | (create and os.O_CREAT) | (create_new and os.O_EXCL)
-    mask = os.umask(0)  # the mode is exact
+    mask = os.umask(0)  # the file gets exactly the requested mode
     try:
         with AsUser(req):
             fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, params.mode(req, 0o644))
@@ -45,7 +45,7 @@ def _open(call: Call, path: str) -> int:
         if write or not stat.S_ISDIR(os.fstat(fd).st_mode):
             require_regular(fd, path)
         if req.get("truncate") and not create_new:
-            os.ftruncate(fd, 0)  # only now: it is a regular file
+            os.ftruncate(fd, 0)  # not before it is known to be a regular file
     except BaseException:
         os.close(fd)
         raise
@@ -53,13 +53,13 @@ def _open(call: Call, path: str) -> int:
 
 
 async def _write(call: Call, fd: int, size: int) -> dict[str, object]:
-    """Writes `size` bytes that follow; takes all of them, also after an error."""
+    """Write the `size` bytes of data that follow; receive all of them even after an error."""
     failure: OSError | None = None
     left, written = size, 0
     while left:
         kind, data = await call.recv(min(left, 256 << 10))
         if kind != Frame.DATA:
-            raise CallError("INVALID", f"{left} bytes to write are missing")
+            raise CallError("INVALID", f"a write lacks {left} of its bytes")
         left -= len(data)
         view = memoryview(data)
         while view and failure is None:
@@ -83,7 +83,7 @@ async def _lock(fd: int, *, exclusive: bool) -> dict[str, object]:
         try:
             fcntl.flock(fd, kind)
         except BlockingIOError:
-            await reactor.sleep(pause_s)  # PID 1 must not wait in the kernel
+            await reactor.sleep(pause_s)  # not a blocking flock(2): PID 1 has one thread
             pause_s = min(pause_s * 2, _LAST_RETRY_S)
         else:
             return {}
@@ -115,7 +115,7 @@ async def _do(call: Call, fd: int, path: str, message: dict[str, object]) -> dic
     return {}
 
 
-async def _handle(call: Call) -> dict[str, object]:
+async def _serve(call: Call) -> dict[str, object]:
     path = params.path(call.req)
     fd = _open(call, path)
     try:
@@ -125,7 +125,7 @@ async def _handle(call: Call) -> dict[str, object]:
             if kind == Frame.EOF:
                 return {}
             if kind != Frame.EVENT:
-                raise CallError("INVALID", "data may only follow a write")
+                raise CallError("INVALID", "data frames may only follow a write")
             message = parse_json(payload)
             data = b""
             try:
@@ -144,4 +144,4 @@ async def _handle(call: Call) -> dict[str, object]:
         os.close(fd)
 
 
-OPS: dict[str, Handler] = {"fs.open": _handle}
+OPS: dict[str, Handler] = {"fs.open": _serve}

@@ -1,7 +1,7 @@
-"""What a process has written: kept for replay up to a limit, and followed by any number of readers.
+"""Output of a process: a log with a size limit, which any number of readers follow.
 
-A reader that is attached loses nothing: the process waits for the slowest one (`has_room`). Without readers the oldest
-bytes are dropped, so that a process nobody looks at never stops.
+A reader that is attached loses nothing: the process is blocked while the slowest reader is too far behind
+(`wait_for_room`). Without readers the oldest bytes are dropped, so that the process never blocks.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections import deque
 from guest.call import CHUNK_BYTES, HEADROOM, Call
 from guest.reactor import Waiters
 
-# A chunk: (kind of frame, buffer with HEADROOM in front, bytes in it).
+# (frame type, buffer that begins with HEADROOM unused bytes, number of bytes after these)
 Chunk = tuple[int, bytearray, int]
-_LAG_BYTES = 256 << 10  # how far the slowest reader may be behind before the process has to wait
+_LAG_BYTES = 256 << 10  # the process blocks while the slowest reader is further behind
 
 
 class Reader:
-    """One attached client's place in the log."""
+    """Position of one attached client in the log."""
 
     __slots__ = ("offset", "sequence")
 
@@ -28,7 +28,7 @@ class Reader:
 
 
 class OutputLog:
-    """Chunks of output, oldest first, with absolute numbers that never start again."""
+    """Chunks of output, oldest first, numbered from the process's start."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.finished = False
@@ -42,26 +42,27 @@ class OutputLog:
         self._readers: list[Reader] = []
 
     def append(self, kind: int, buffer: bytearray, size: int) -> None:
-        """Adds a chunk; the buffer belongs to the log from now on."""
+        """Add a chunk; the log owns the buffer from now on."""
         self._chunks.append((kind, buffer, size))
         self._end_offset += size
         self._trim()
         self.grown.wake()
 
     def finish(self) -> None:
-        """Says that readers need not wait for more. The log may grow later all the same (a child of the process
-        writes).
-        """
+        """Let readers end at the end of the log. It may still grow: a child of the process may write later."""
         self.finished = True
         self.grown.wake()
 
-    async def room(self) -> None:
-        """Waits until no reader is too far behind."""
+    async def wait_for_room(self) -> None:
+        """Wait until no reader is more than _LAG_BYTES behind."""
         while self._readers and self._end_offset - min([reader.offset for reader in self._readers]) > _LAG_BYTES:
             await self._shrunk.wait()
 
     def open_reader(self, *, replay: bool) -> tuple[Reader, int]:
-        """Returns a reader at the oldest byte kept (or at the end), and the number of bytes that are lost before it."""
+        """Add a reader; return it and the number of bytes that were dropped before its position.
+
+        :param replay: begin at the oldest byte in the log; false: at its end.
+        """
         if replay:
             reader = Reader(self._first_sequence, self._first_offset)
         else:
@@ -70,13 +71,13 @@ class OutputLog:
         return reader, reader.offset if replay else 0
 
     def close_reader(self, reader: Reader) -> None:
-        """Ends a reader; the process no longer waits for it."""
+        """Remove a reader; the process is no longer blocked by it."""
         self._readers.remove(reader)
         self._trim()
         self._shrunk.wake()
 
     async def follow(self, reader: Reader, call: Call) -> None:
-        """Sends chunks to `call` until the log is finished and all of it is sent."""
+        """Send chunks to `call` until the log is finished and sent."""
         while True:
             index = reader.sequence - self._first_sequence
             if index < len(self._chunks):
@@ -99,7 +100,7 @@ class OutputLog:
             kind, buffer, size = self._chunks[0]
             if self._first_offset + size > keep_from:
                 return
-            if size - excess > self._limit // 2:  # without it, less than half of the limit would be left
+            if size - excess > self._limit // 2:  # dropping the whole chunk would leave less than half of the limit
                 self._chunks[0] = kind, buffer[:HEADROOM] + buffer[HEADROOM + excess : HEADROOM + size], size - excess
                 self._first_offset += excess
                 recycle(buffer)
@@ -111,15 +112,16 @@ class OutputLog:
 
 
 _BUFFER_BYTES = HEADROOM + CHUNK_BYTES
-_SMALL_BYTES = 16 << 10  # output up to this size is copied, so that a few bytes do not hold a whole buffer
+_SMALL_BYTES = 16 << 10  # smaller output is copied, so that it does not occupy a whole buffer
 _MAX_SPARE = 8
 _spare: list[bytearray] = []
 
 
 def read_chunk(fd: int) -> tuple[bytearray, int]:
-    """Reads what is there, at most CHUNK_BYTES: (buffer with HEADROOM in front, bytes read; 0 at the end).
+    """Read up to CHUNK_BYTES; return a buffer with the bytes after HEADROOM, and their number (0 at EOF).
 
-    :raises OSError: see read(2); BlockingIOError if there is nothing yet.
+    :raises BlockingIOError: nothing can be read yet.
+    :raises OSError: see read(2).
     """
     buffer = _spare.pop() if _spare else bytearray(_BUFFER_BYTES)
     try:
@@ -136,6 +138,6 @@ def read_chunk(fd: int) -> tuple[bytearray, int]:
 
 
 def recycle(buffer: bytearray) -> None:
-    """Takes a buffer that nobody reads any more: a fresh one costs a page fault for each of its pages."""
+    """Keep an unused buffer for `read_chunk`: a new one costs a page fault per page."""
     if len(buffer) == _BUFFER_BYTES and len(_spare) < _MAX_SPARE:
         _spare.append(buffer)

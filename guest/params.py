@@ -1,4 +1,4 @@
-"""Checked access to the fields of a request."""
+"""Read parameters of a request, with checks of type and range."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ _MAX_OFFSET = (1 << 63) - 1
 
 
 def path(req: dict[str, object], name: str = "path") -> str:
-    """Returns an absolute path; relative ones start at the home directory. :raises CallError: NUL, empty, too long."""
+    """Return parameter `name` as an absolute path; relative paths start at the home directory.
+
+    :raises CallError: the path is missing, empty or too long, or has a NUL character.
+    """
     value = req.get(name)
     if not isinstance(value, str) or not value or "\0" in value:
-        raise CallError("INVALID", f"{name} must be a path without NUL")
+        raise CallError("INVALID", f"{name} must be a path without NUL characters")
     if len(os.fsencode(value)) > MAX_PATH_BYTES:
-        raise CallError("INVALID", f"{name} is over {MAX_PATH_BYTES} bytes")
+        raise CallError("INVALID", f"{name} is longer than {MAX_PATH_BYTES} bytes")
     return value if value.startswith("/") else f"{HOME}/{value}"
 
 
 def number(req: dict[str, object], name: str, high: int = _MAX_OFFSET) -> int:
-    """Returns a number from 0 to `high`; absent is 0. :raises CallError:"""
+    """Return parameter `name`, an integer from 0 to `high`; 0 if absent.
+
+    :raises CallError: it is not such an integer.
+    """
     value = req.get(name) or 0
     if not isinstance(value, int) or not 0 <= value <= high:
         raise CallError("INVALID", f"{name} must be a number from 0 to {high}")
@@ -31,18 +37,27 @@ def number(req: dict[str, object], name: str, high: int = _MAX_OFFSET) -> int:
 
 
 def optional_number(req: dict[str, object], name: str, high: int = _MAX_OFFSET) -> int | None:
-    """Returns a number, or None where the field is absent or null. :raises CallError:"""
+    """Return parameter `name`, an integer from 0 to `high`; None if absent or null.
+
+    :raises CallError: it is not such an integer.
+    """
     return None if req.get(name) is None else number(req, name, high)
 
 
 def mode(req: dict[str, object], default: int) -> int:
-    """Returns permission bits. :raises CallError:"""
+    """Return the permission bits in parameter "mode", or `default` if absent.
+
+    :raises CallError: the value is not from 0 to 07777.
+    """
     value = optional_number(req, "mode", 0o7777)
     return default if value is None else value
 
 
 def times(req: dict[str, object]) -> tuple[int, int]:
-    """Returns access and modification time in nanoseconds since 1970; absent is now. :raises CallError:"""
+    """Return (access time, modification time) in nanoseconds since 1970; now for an absent one.
+
+    :raises CallError: a time is not an integer.
+    """
     import time
 
     given = [req.get(name) for name in ("atime_ns", "mtime_ns")]
@@ -54,8 +69,9 @@ def times(req: dict[str, object]) -> tuple[int, int]:
 
 
 class AsUser:
-    """Acts with the file-system rights of the request's user inside a `with` block, as often as needed. Never await in
-    it: PID 1 is shared.
+    """Context manager that acts with the file-system rights of the request's user; may be entered repeatedly.
+
+    The credentials are those of PID 1, which serves all calls: do not await in the `with` block.
     """
 
     __slots__ = ("user",)

@@ -1,6 +1,4 @@
-"""Glob patterns over paths: `*` and `?` within a name, `[...]` sets, `**` across directories (glob(7), with
-globstar).
-"""
+"""Match paths against glob patterns: `*`, `?`, `[...]` within a name, `**` across directories (glob(7), globstar)."""
 
 from __future__ import annotations
 
@@ -9,20 +7,24 @@ import re
 from guest.wire import CallError
 
 _MAX_LENGTH = 4095
-_MAX_STARS = 64  # each one is a loop of the matcher
+_MAX_STARS = 64  # each is a loop in the matcher
 
 
 class Pattern:
-    """A compiled pattern; `fixed` is its leading part without wildcards, where a search may start."""
+    """A compiled pattern. `fixed` is its leading path without wildcards, where a search can start.
+
+    :param hidden: let wildcards match a leading dot.
+    :raises CallError: the pattern is not valid or over a limit.
+    """
 
     def __init__(self, text: str, *, hidden: bool) -> None:
         if not text or "\0" in text or len(text) > _MAX_LENGTH or text.count("*") > _MAX_STARS:
             raise CallError(
-                "INVALID", f"a pattern has 1 to {_MAX_LENGTH} characters, no NUL, at most {_MAX_STARS} stars"
+                "INVALID", f"a pattern has 1 to {_MAX_LENGTH} characters, no NUL and at most {_MAX_STARS} stars"
             )
         names = [name for name in text.split("/") if name not in ("", ".")]
         if ".." in names:
-            raise CallError("INVALID", "a pattern must not have .. in it")
+            raise CallError("INVALID", "a pattern must not contain ..")
         fixed = []
         for name in names:
             if any(letter in name for letter in "*?["):
@@ -35,9 +37,7 @@ class Pattern:
         self._hidden = hidden
 
     def matches(self, path: str) -> bool:
-        """Whether a path relative to the search's root matches. Takes time in proportion to names times pattern
-        names.
-        """
+        """Return whether a path relative to the search's root matches; O(names of the path * names of the pattern)."""
         names = path.split("/") if path else []
         reachable = {0}
         for name in names:
@@ -70,10 +70,14 @@ class Pattern:
 
 
 def _name_expression(name: str, *, hidden: bool) -> str:
-    """Returns a regular expression for one name. Between two stars it takes the first place that fits and never looks
-    back (an atomic group), which is as good as any later one, so that no pattern makes the matcher slow.
+    """Return a regular expression for one name of a pattern.
+
+    The text between two stars is matched at its first occurrence, without backtracking (an atomic group): a later
+    occurrence matches no more names, and no pattern can make the matcher slow.
+
+    :raises CallError: the result is not a valid expression.
     """
-    parts = [""]  # what stands between the stars
+    parts = [""]  # expressions of the texts between stars
     at = 0
     while at < len(name):
         letter = name[at]
@@ -100,7 +104,7 @@ def _name_expression(name: str, *, hidden: bool) -> str:
 
 
 def _set_expression(body: str) -> str:
-    """Returns the regular expression of what stands in brackets: letters, ranges, after "!" all others."""
+    """Return the regular expression for the text in brackets: letters and ranges, negated by a leading "!"."""
     negated = body.startswith("!")
     result, at = "[^" if negated else "[", int(negated)
     while at < len(body):

@@ -1,5 +1,7 @@
-"""Makes a fresh guest ready to be cloned: everything that all sandboxes have in common is done, and every path that a
-create and a first exec take has been taken once, so that what they read is in memory. Nothing writable stays mounted.
+"""Prepare a guest for its template (sys.prepare).
+
+Does the configuration that all clones share, and runs the code paths of a create and a first exec once, so that the
+files they need are in the page cache. Unmounts everything writable.
 """
 
 from __future__ import annotations
@@ -8,8 +10,8 @@ import gc
 import os
 
 from guest import root
-from guest.configure import Identity, configure_network
-from guest.prewarm import Ahead
+from guest.configure import Configurator, configure_network
+from guest.prewarm import Prewarmer
 from guest.process_ops import DEFAULT_USER, ProcessOps
 from guest.wire import CallError
 
@@ -17,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guest.call import Call
 
-# What people run first. Each brings its program, its libraries and what these read into the page cache.
+# Commonly run first: loads each program, its libraries and their files into the page cache.
 _PROGRAMS = (
     ["/bin/true"],
     ["/bin/echo"],
@@ -31,32 +33,35 @@ _PROGRAMS = (
 )
 
 
-class Prepare:
+class Preparer:
     """Handler of sys.prepare."""
 
-    def __init__(self, identity: Identity, processes: ProcessOps, ahead: Ahead) -> None:
-        self._ahead = ahead
-        self._identity = identity
+    def __init__(self, configurator: Configurator, processes: ProcessOps, prewarmer: Prewarmer) -> None:
+        self._prewarmer = prewarmer
+        self._configurator = configurator
         self._processes = processes
 
     async def prepare(self, call: Call) -> dict[str, object]:
-        """sys.prepare: returns {} once the guest may be frozen; for a guest that is not configured."""
-        if self._identity.configured:
+        """Serve sys.prepare: return {} once the snapshot can be taken.
+
+        :raises CallError: the guest is configured already.
+        """
+        if self._configurator.configured:
             raise CallError("STATE", "the sandbox is configured already", "CONFIGURED")
         configure_network(call.req)
-        self._identity.network_ready = True
-        self._identity.disk = root.find_disk(str(call.req.get("data_disk_serial")))
-        root.rehearse(self._identity.disk)
+        self._configurator.network_ready = True
+        self._configurator.disk = root.find_disk(str(call.req.get("data_disk_serial")))
+        root.warm_up_mounts(self._configurator.disk)
         for argv in _PROGRAMS:
             if os.access(argv[0], os.X_OK):
                 await self._run({"argv": argv})
         await self._run({"argv": ["/bin/true"], "tty": {"rows": 24, "cols": 80}})
         await self._run({"argv": ["/bin/true"], "user": "root", "stdin": "pipe"})
-        self._processes.registry.start_again()
+        self._processes.registry.restart_numbers()
         gc.collect()
         gc.freeze()
         if call.req.get("emulated") and os.cpu_count() != 1:
-            self._ahead.fork(DEFAULT_USER)
+            self._prewarmer.fork(DEFAULT_USER)
         return {}
 
     async def _run(self, req: dict[str, object]) -> None:

@@ -1,8 +1,8 @@
-"""A program run ahead, on another CPU, in the first moments of a clone: by a child of PID 1, asleep in the template.
+"""Prewarm a clone: run a program on a second CPU in its first moments, so that the first exec is fast.
 
-An emulated CPU translates all code anew in every clone, and that is nearly all of a create's time. While PID 1 answers
-the host and makes the root, the child starts a program as a sandbox's first process is started, so that this code is
-translated by the time the host asks for one. A guest with one CPU would only lose by it.
+An emulated CPU has to translate all code again in every clone, which takes most of a create's time. A child of PID 1,
+which sleeps in the template, starts a program just as the first process of a sandbox is started, while PID 1 configures
+the guest: the code is translated by the time of the first exec. In a guest with one CPU this would only cost time.
 """
 
 from __future__ import annotations
@@ -16,34 +16,37 @@ from guest.user import lookup_user
 _PROGRAM = "/bin/true"
 
 
-class Ahead:
-    """The child, seen by PID 1."""
+class Prewarmer:
+    """Handle of PID 1 on the sleeping child."""
 
     def __init__(self) -> None:
-        self._sleep = -1
+        self._wake_fd = -1
 
     def fork(self, user: str) -> None:
-        """Makes the child, which sleeps until `start`, and then runs a program as `user`. :raises OSError:"""
-        sleep, self._sleep = os.pipe()
+        """Fork the child, which sleeps until `start` and then runs a program as `user`.
+
+        :raises OSError: the process limit or the memory is exhausted.
+        """
+        sleep_fd, self._wake_fd = os.pipe()
         if os.fork():
-            os.close(sleep)
+            os.close(sleep_fd)
             return
         try:
-            _leave_parent_alone(sleep)
-            os.read(sleep, 1)  # returns when PID 1 closes its end
+            _detach_from_parent(sleep_fd)
+            os.read(sleep_fd, 1)  # returns when PID 1 closes its end
             _run_program(user)
         finally:
-            os._exit(0)  # whatever went wrong: the sandbox's own process will meet the same, and say so
+            os._exit(0)  # errors are ignored: the sandbox's first process will report them
 
     def start(self) -> None:
-        """Wakes the child, if there is one that sleeps. Idempotent."""
-        if self._sleep >= 0:
-            os.close(self._sleep)
-            self._sleep = -1
+        """Wake the child if there is one. Idempotent."""
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
 
 
-def _leave_parent_alone(kept: int) -> None:
-    """Closes what belongs to PID 1 (a link that it closes must be closed), and its ways to learn of signals."""
+def _detach_from_parent(kept: int) -> None:
+    """Close the descriptors shared with PID 1, so that PID 1 can really close the link, and reset signal handling."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.closerange(3, kept)
@@ -51,7 +54,7 @@ def _leave_parent_alone(kept: int) -> None:
 
 
 def _run_program(name: str) -> None:
-    """As `Registry.start` does; the root is still the template's."""
+    """Run a program as `Registry.start` does, in the template's read-only root."""
     user = lookup_user(name)
     stdio = spawn.open_pipes(stdin=False)
     pid = spawn.start([_PROGRAM], {}, "/", user, stdio)

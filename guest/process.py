@@ -1,7 +1,7 @@
-"""Processes that the host started, and the one reaper of the guest.
+"""Processes that the host has started, and the reaper of all children of PID 1.
 
-PID 1 inherits every orphan, so `Registry.reap` alone calls waitpid(2), for any child, and hands each status to its
-owner; nothing else in the guest may wait for a child, or statuses are lost.
+PID 1 inherits all orphans. So only `Registry.reap` calls waitpid(2), for any child, and passes each exit status to its
+`Process`: another caller would take statuses away.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
 
-MAX_EXITED = 1024  # exited processes that are remembered for a later wait or attach
+MAX_EXITED = 1024  # exited processes that are kept for a later wait or attach
 
 
 class Process:
-    """One process: its streams, its output, and in the end its exit."""
+    """A process that the host has started: its streams, its output, and its exit."""
 
     def __init__(self, number: int, pid: int, argv: list[str], user: User, cwd: str, stdio: Stdio, replay: int) -> None:
         self.number = number
@@ -45,24 +45,24 @@ class Process:
         self._channel = stdio.channel
         outputs = {stdio.stdout: Frame.STDOUT, stdio.stderr: Frame.STDERR}
         outputs.pop(-1, None)
-        self._undrained = set(outputs)  # may still hold bytes that were written before the exit
+        self._undrained = set(outputs)  # descriptors that may still have bytes from before the exit
         for fd in {*outputs, self._stdin} - {-1}:
             reactor.register(fd)
         for fd, kind in outputs.items():
             reactor.spawn(self._pump(int(kind), fd))
 
     def describe(self) -> dict[str, object]:
-        """Returns the process as JSON."""
+        """Return the facts of the process as JSON."""
         return {
             "id": self.number, "pid": self.pid, "argv": self.argv, "user": self.user.name, "cwd": self.cwd,
             "start_ns": self.start_ns, "tty": self.tty, "exit": self.exit,
         }  # fmt: skip
 
     async def _pump(self, kind: int, fd: int) -> None:
-        """Moves output into the log until its last writer has closed it."""
+        """Copy output from `fd` to the log until EOF."""
         wide = False
         while True:
-            await self.log.room()
+            await self.log.wait_for_room()
             try:
                 buffer, size = read_chunk(fd)
             except BlockingIOError:
@@ -70,7 +70,7 @@ class Process:
                     self._drained(fd)
                 await reactor.readable(fd)
                 continue
-            except OSError:  # EIO: the last process has closed the terminal
+            except OSError:  # EIO: the last process with the terminal has closed it
                 break
             if not size:
                 break
@@ -90,7 +90,7 @@ class Process:
             self.log.finish()
 
     def set_exit(self, status: int, *, oom: bool) -> None:
-        """Takes the status that waitpid(2) gave."""
+        """Record the exit status from waitpid(2), and close standard input and the channel."""
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         self.exit = {
             "code": None if number else os.WEXITSTATUS(status),
@@ -99,28 +99,31 @@ class Process:
             "oom": oom,
         }
         for fd in self._undrained:
-            reactor.poke(fd)  # one more look: the log is finished once each pump finds nothing after the exit
+            reactor.poke(fd)  # read once more: the log is finished once each pump has found nothing after the exit
         if not self._undrained:
             self.log.finish()
         self.exited.wake()
         self.close_stdin()
-        if self._channel is not None:  # nobody asked for it
+        if self._channel is not None:  # not taken by a client
             self._channel.close()
             self._channel = None
 
     def take_channel(self) -> socket.socket:
-        """Returns our end of the program's channel, once. :raises CallError: it has none, or it was taken."""
+        """Hand over the guest's end of the channel (descriptor 3 of the process) to the caller.
+
+        :raises CallError: the process has no channel, or it was taken already.
+        """
         channel, self._channel = self._channel, None
         if channel is None:
             raise CallError(
-                "STATE", f"process {self.number} has no channel, or another client has it, or it exited", "NO_CHANNEL"
+                "STATE",
+                f"process {self.number} has no channel, has exited, or another client uses the channel",
+                "NO_CHANNEL",
             )
         return channel
 
     async def write_stdin(self, data: bytes) -> None:
-        """Writes to standard input, waiting for the process to read; bytes for a closed input are dropped, as by a
-        shell.
-        """
+        """Write to standard input, waiting while the pipe is full; drop the bytes if it is closed."""
         view = memoryview(data)
         while view and self._stdin >= 0:
             try:
@@ -131,26 +134,29 @@ class Process:
                     spawn.widen_pipe(self._stdin)
             except BlockingIOError:
                 await reactor.writable(self._stdin)
-            except OSError:  # EPIPE, EIO: nobody reads any more
+            except OSError:  # EPIPE, EIO: all readers have closed it
                 self.close_stdin()
                 return
 
     async def end_stdin(self) -> None:
-        """Ends standard input: closes the pipe, or types the end-of-file character on a terminal."""
+        """End standard input: close the pipe, or send the end-of-file character to the terminal."""
         if self.tty:
             await self.write_stdin(b"\x04")
         else:
             self.close_stdin()
 
     def close_stdin(self) -> None:
-        """Closes the pipe to standard input; a terminal stays. Idempotent."""
+        """Close the pipe to standard input; does nothing for a terminal. Idempotent."""
         if self._stdin >= 0 and not self.tty:
             reactor.unregister(self._stdin)
             os.close(self._stdin)
             self._stdin = -1
 
     def resize(self, rows: int, cols: int) -> None:
-        """Changes the size of the terminal. :raises CallError: it has none, or it is closed."""
+        """Set the size of the terminal.
+
+        :raises CallError: the process has no terminal or has exited.
+        """
         if not self.tty:
             raise CallError("STATE", f"process {self.number} has no terminal; start it with one", "NO_TERMINAL")
         if self._master < 0:
@@ -158,7 +164,10 @@ class Process:
         spawn.resize_terminal(self._master, rows, cols)
 
     def kill(self, number: int) -> None:
-        """Sends a signal to the process group. :raises CallError: the process has exited."""
+        """Send a signal to the process group.
+
+        :raises CallError: the process has exited.
+        """
         if self.exit is not None:
             raise exited_error(self)
         try:
@@ -168,12 +177,12 @@ class Process:
 
 
 def exited_error(process: Process) -> CallError:
-    """Returns the error for what can only be done to a running process."""
+    """Return the error for an operation on a process that has exited."""
     return CallError("STATE", f"process {process.number} has exited already", "PROCESS_EXITED")
 
 
 def signal_name(number: int) -> str:
-    """Returns "SIGTERM" for 15; real-time signals as "SIGRTMIN+n"."""
+    """Return the name of a signal: "SIGTERM" for 15, "SIGRTMIN+n" for real-time signals."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -181,7 +190,7 @@ def signal_name(number: int) -> str:
 
 
 class Registry:
-    """All processes that the host started in this guest, running and lately exited."""
+    """Processes that the host has started in this guest: the running ones and the last MAX_EXITED exited ones."""
 
     def __init__(self, oom: OomWatcher) -> None:
         self.by_number: dict[int, Process] = {}
@@ -191,16 +200,21 @@ class Registry:
         self._oom = oom
 
     def get(self, number: object) -> Process:
-        """Returns the process with this number. :raises CallError: there is none."""
+        """Return the process with this number.
+
+        :raises CallError: no such process is known.
+        """
         process = self.by_number.get(number) if isinstance(number, int) else None
         if process is None:
-            raise CallError(
-                "NOT_FOUND", f"no process {number!r} in this sandbox; list the processes to see which there are"
-            )
+            raise CallError("NOT_FOUND", f"no process {number!r} in this sandbox; ListProcesses shows the processes")
         return process
 
     def start(self, argv: list[str], env: dict[str, str], cwd: str, user: User, stdio: Stdio, replay: int) -> Process:
-        """Starts a process. :raises CallError: it cannot be started; its streams are closed."""
+        """Start a process and return it.
+
+        :param replay: size limit of its output log, in bytes.
+        :raises CallError: the process cannot be started; `stdio` is closed.
+        """
         try:
             pid = spawn.start(argv, env, cwd, user, stdio)
         except BaseException:
@@ -214,16 +228,16 @@ class Registry:
         return process
 
     def forget(self, process: Process) -> None:
-        """Drops an exited process before its time: nobody can ask for it again."""
+        """Remove an exited process from the registry."""
         self.by_number.pop(process.number, None)
         self._exited.pop(process.number, None)
 
-    def start_again(self) -> None:
-        """Gives the next process the first number, once all have been forgotten."""
+    def restart_numbers(self) -> None:
+        """Number processes from 1 again, for a registry that is empty."""
         self._next_number = 1
 
     async def reap(self) -> None:
-        """Collects the status of every child that ends, for ever."""
+        """Collect the exit status of each child; does not return."""
         child_ended = reactor.watch_signal(signal.SIGCHLD)
         while True:
             self._reap_now()

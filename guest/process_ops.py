@@ -1,4 +1,4 @@
-"""The calls of the host that concern processes: proc.start, exec, attach, signal, resize, wait, list."""
+"""Serve the operations on processes: proc.start, proc.exec, proc.attach, proc.signal, proc.wait and so on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 
 from guest import listeners, reactor, spawn
 from guest.call import Call, CallAbandoned
-from guest.dial import carry_channel
+from guest.dial import relay_channel
 from guest.process import Process, Registry, exited_error
 from guest.user import User, lookup_user
 from guest.wire import CallError, Frame, parse_json
@@ -15,10 +15,10 @@ from guest.wire import CallError, Frame, parse_json
 DEFAULT_USER = "sandbox"
 DEFAULT_REPLAY_BYTES = 256 << 10
 MAX_REPLAY_BYTES = 16 << 20
-_INPUT_BYTES = 128 << 10  # of standard input at once: what a pipe that was widened takes well
+_INPUT_BYTES = 128 << 10  # of standard input in one write; suits a widened pipe
 _HANG_UP_GRACE_S = 2.0
 MAX_ENV, MAX_ENV_BYTES = 1024, 128 << 10
-_FIRST_LOOK_S, _LAST_LOOK_S = 0.02, 0.25  # between two looks for a listening socket
+_FIRST_POLL_S, _LAST_POLL_S = 0.02, 0.25  # between two searches for a listening socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ def _strings(value: object, what: str) -> list[str]:
 
 
 def parse_env(value: object) -> dict[str, str]:
-    """Returns an environment. :raises CallError: names empty or with "=" or NUL, or values with NUL."""
+    """Return `value` if it is an environment (execve(2)).
+
+    :raises CallError: a name is empty or has "=" or NUL, or a value is not text or has NUL.
+    """
     if not isinstance(value, dict):
         raise CallError("INVALID", "env must be an object")
     for name, text in value.items():
@@ -48,8 +51,9 @@ def _integer(value: object, low: int, high: int, what: str) -> int:
 
 
 def parse_signal(value: object) -> int:
-    """Returns the number of a signal given as "SIGTERM", "TERM", "15" or 15. :raises CallError: there is no such
-    signal.
+    """Return the number of a signal given as "SIGTERM", "TERM", "15" or 15.
+
+    :raises CallError: there is no such signal.
     """
     text = str(value).upper()
     if text.isdecimal():
@@ -68,16 +72,16 @@ def _size(value: object) -> tuple[int, int]:
 
 
 class ProcessOps:
-    """Handlers over one registry. `env` is the sandbox's own environment, set by sys.configure."""
+    """Handlers of the operations on processes. `env` is the environment of the sandbox, set by sys.configure."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.env: dict[str, str] = {}
         self.ready = False
-        self._removed: set[str] = set()  # names that no process starts with, not even those that all have
+        self._removed: set[str] = set()  # variables removed by proc.setenv, which may be default ones (PATH, HOME)
 
     def handlers(self) -> dict[str, Handler]:
-        """Returns the handlers by operation."""
+        """Return the handler of each operation."""
         return {
             "proc.start": self.start, "proc.exec": self.exec, "proc.attach": self.attach, "proc.signal": self.signal,
             "proc.resize": self.resize, "proc.wait": self.wait, "proc.list": self.list,
@@ -91,7 +95,10 @@ class ProcessOps:
         return self.launch(req)
 
     def launch(self, req: dict[str, object]) -> Process:
-        """Starts the process that a request describes. :raises CallError: it cannot be started."""
+        """Start a process with the parameters of a request.
+
+        :raises CallError: a parameter is not valid, or the process cannot be started.
+        """
         argv = _strings(req.get("argv"), "argv")
         if not argv or not argv[0]:
             raise CallError("INVALID", "argv must name a program")
@@ -120,11 +127,11 @@ class ProcessOps:
         return env
 
     async def environment(self, call: Call) -> dict[str, object]:
-        """proc.env: returns what a process of a user starts with."""
+        """Serve proc.env: return the environment in which processes of a user start."""
         return {"env": self._environment(lookup_user(str(call.req.get("user") or DEFAULT_USER)))}
 
     async def set_environment(self, call: Call) -> dict[str, object]:
-        """proc.setenv: {"set": {...}, "remove": [names]} for processes that start later."""
+        """Serve proc.setenv {"set": {...}, "remove": [names]}: change the environment of processes that start later."""
         added, removed = parse_env(call.req.get("set") or {}), _strings(call.req.get("remove") or [], "remove")
         env = {name: value for name, value in {**self.env, **added}.items() if name not in removed}
         size = sum(len(name) + len(value) + 2 for name, value in env.items())
@@ -137,27 +144,27 @@ class ProcessOps:
         return {}
 
     async def channel(self, call: Call) -> dict[str, object]:
-        """proc.channel: carries bytes to and from the process's descriptor 3."""
-        return await carry_channel(call, self.registry.get(call.req.get("id")).take_channel())
+        """Serve proc.channel: relay bytes to and from descriptor 3 of a process."""
+        return await relay_channel(call, self.registry.get(call.req.get("id")).take_channel())
 
     async def listener(self, call: Call) -> dict[str, object]:
-        """proc.listener: returns once the process's session listens on a TCP port."""
+        """Serve proc.listener: wait until a process of the session listens on a TCP port; return {"host", "port"}."""
         process = self.registry.get(call.req.get("id"))
-        pause_s = _FIRST_LOOK_S
+        pause_s = _FIRST_POLL_S
         while process.exit is None:
-            found = listeners.of_session(process.pid)
+            found = listeners.listener_of_session(process.pid)
             if found is not None:
                 return {"host": found[0], "port": found[1]}
             await reactor.sleep(pause_s)
-            pause_s = min(pause_s * 1.3, _LAST_LOOK_S)
+            pause_s = min(pause_s * 1.3, _LAST_POLL_S)
         raise exited_error(process)
 
     async def start(self, call: Call) -> dict[str, object]:
-        """proc.start: starts a process and returns what it is."""
+        """Serve proc.start: start a process and return its facts."""
         return self._start(call.req).describe()
 
     async def exec(self, call: Call) -> dict[str, object]:
-        """proc.exec: starts a process, attaches to it, and hangs it up if the host leaves before its end."""
+        """Serve proc.exec: start a process and attach to it; hang it up if the host abandons the call."""
         process = self._start(call.req)
         try:
             return await self._attach(call, process, replay=True)
@@ -170,7 +177,7 @@ class ProcessOps:
                 self.registry.forget(process)
 
     async def attach(self, call: Call) -> dict[str, object]:
-        """proc.attach: replays output that is kept, follows the process, takes its input, ends with its exit."""
+        """Serve proc.attach: replay the output log, then relay output and input until the process exits."""
         return await self._attach(
             call, self.registry.get(call.req.get("id")), replay=call.req.get("replay") is not False
         )
@@ -187,24 +194,24 @@ class ProcessOps:
             process.log.close_reader(reader)
 
     async def signal(self, call: Call) -> dict[str, object]:
-        """proc.signal: sends a signal to the process group."""
+        """Serve proc.signal: send a signal to the process group."""
         self.registry.get(call.req.get("id")).kill(parse_signal(call.req.get("signal")))
         return {}
 
     async def resize(self, call: Call) -> dict[str, object]:
-        """proc.resize: changes the size of the terminal."""
+        """Serve proc.resize: set the size of the terminal."""
         self.registry.get(call.req.get("id")).resize(*_size(call.req))
         return {}
 
     async def wait(self, call: Call) -> dict[str, object]:
-        """proc.wait: returns once the process has exited."""
+        """Serve proc.wait: wait until the process has exited; return {"exit"}."""
         process = self.registry.get(call.req.get("id"))
         while process.exit is None:
             await process.exited.wait()
         return {"exit": process.exit}
 
     async def list(self, call: Call) -> dict[str, object]:
-        """proc.list: returns every process that is remembered, in pages."""
+        """Serve proc.list: send all processes of the registry in pages."""
         processes = [process.describe() for process in self.registry.by_number.values()]
         for start in range(0, len(processes), 64):
             await call.send_json(Frame.EVENT, {"processes": processes[start : start + 64]})
@@ -212,7 +219,7 @@ class ProcessOps:
 
 
 async def _feed(call: Call, process: Process) -> None:
-    """Carries the host's frames to the process: input, its end, new sizes, signals."""
+    """Apply the host's frames to the process: input, end of input, terminal sizes, signals."""
     ended = False
     while True:
         kind, payload = await call.recv(_INPUT_BYTES)
@@ -229,7 +236,7 @@ async def _feed(call: Call, process: Process) -> None:
 
 
 def _control(process: Process, message: dict[str, object]) -> None:
-    """Best effort: the process may be gone, and there is no frame to answer with."""
+    """Resize or signal the process. Errors are ignored: the protocol has no answer to these frames."""
     try:
         if "resize" in message:
             process.resize(*_size(message["resize"]))
@@ -240,7 +247,7 @@ def _control(process: Process, message: dict[str, object]) -> None:
 
 
 async def _hang_up(process: Process) -> None:
-    """Ends a process whose client left: SIGHUP to its group, SIGKILL after a grace."""
+    """End a process whose client has disconnected: SIGHUP to its group, and SIGKILL after a grace time."""
     try:
         process.kill(signal.SIGHUP)
         await reactor.sleep(_HANG_UP_GRACE_S)

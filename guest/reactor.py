@@ -1,11 +1,10 @@
-"""A scheduler for coroutines on one epoll descriptor: what PID 1 of the guest runs on.
+"""A minimal event loop on epoll(7) for the guest's PID 1: tasks, descriptors, timers, wake-ups between tasks.
 
-asyncio would do, but in a VM without hardware help its import takes most of a second and every event several times as
-long; an exec has to get through here in well under a millisecond. So this is the least that async functions need:
-tasks, file descriptors, timers, signals between tasks. Single-threaded; one `Reactor` per process.
+Not asyncio: in an emulated VM its import takes most of a second, and each event several times as long as here; the code
+of an exec must take well under a millisecond. Single-threaded; one event loop per process.
 
-Descriptors are registered once and edge-triggered (epoll(7)): try the system call first, and only after EAGAIN await
-`readable` or `writable`. A wake-up may be spurious.
+Descriptors are registered once and edge-triggered: try the system call first, and await `readable` or `writable` only
+after EAGAIN. A wake-up may be spurious.
 """
 
 from __future__ import annotations
@@ -27,13 +26,11 @@ _WRITE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 
 
 class Cancelled(BaseException):
-    """Raised inside a task that is cancelled, at its next await. Not an Exception: `except Exception` lets it
-    through.
-    """
+    """Raised at an await of a task that is cancelled. A BaseException, so that `except Exception` does not catch it."""
 
 
 class Task:
-    """A running coroutine. `done` and then `failure` say how it went."""
+    """A running coroutine; `failure` is its exception, or None, once it is `done`."""
 
     __slots__ = ("_coroutine", "_park", "cancelled", "done", "failure", "on_done")
 
@@ -46,7 +43,7 @@ class Task:
         self.on_done: Callable[[Task], None] | None = None
 
     def cancel(self) -> None:
-        """Raises `Cancelled` in the task at its present or next await. Idempotent."""
+        """Raise `Cancelled` in the task at its present or next await. Idempotent."""
         if not self.done and not self.cancelled:
             self.cancelled = True
             if self._park is not None:
@@ -55,7 +52,7 @@ class Task:
 
 
 class Waiters:
-    """Tasks that wait for one thing. `wake` lets them all run; there is no memory: check your condition in a loop."""
+    """Tasks that wait for a condition. `wake` is not remembered: callers of `wait` check their condition in a loop."""
 
     __slots__ = ("_tasks",)
 
@@ -63,7 +60,7 @@ class Waiters:
         self._tasks: list[Task] = []
 
     def wake(self) -> None:
-        """Makes every waiting task ready."""
+        """Make all waiting tasks ready to run."""
         if self._tasks:
             for task in self._tasks:
                 task._park = None
@@ -71,18 +68,18 @@ class Waiters:
             self._tasks.clear()
 
     def discard(self, task: Task) -> None:
-        """Forgets one task, without waking it."""
+        """Remove a task without waking it."""
         if task in self._tasks:
             self._tasks.remove(task)
         task._park = None
 
     @types.coroutine
     def wait(self) -> Generator[Waiters, None, None]:
-        """Waits for the next `wake`."""
+        """Wait for the next `wake`."""
         yield self
 
     def park(self, task: Task) -> None:
-        """Called by the reactor: `task` yielded this object."""
+        """Add a task that awaits this object. For the event loop only."""
         task._park = self
         self._tasks.append(task)
 
@@ -112,20 +109,20 @@ def _poller() -> select.epoll:
 
 
 def spawn(coroutine: Coroutine[Any, Any, None]) -> Task:
-    """Starts a task; it first runs when its creator awaits. A failure goes to stderr unless `on_done` is set."""
+    """Start a task, which runs at the next turn. Its exception is printed to stderr unless `on_done` is set."""
     task = Task(coroutine)
     _reactor_ready.append(task)
     return task
 
 
 def register(fd: int) -> None:
-    """Watches `fd` (non-blocking) from now on. `unregister` it before it is closed."""
+    """Watch a non-blocking descriptor. It must be unregistered before it is closed."""
     _poller().register(fd, _READ | _WRITE | select.EPOLLET)
     _descriptors[fd] = _Descriptor()
 
 
 def unregister(fd: int) -> None:
-    """Stops watching `fd`; tasks that wait for it wake up. Idempotent."""
+    """Stop watching a descriptor, and wake the tasks that wait for it. Idempotent."""
     descriptor = _descriptors.pop(fd, None)
     if descriptor is not None:
         _poller().unregister(fd)
@@ -134,7 +131,7 @@ def unregister(fd: int) -> None:
 
 
 async def readable(fd: int) -> None:
-    """Returns when reading `fd` may succeed since it last gave EAGAIN."""
+    """Wait until a read from `fd` may succeed, after one that failed with EAGAIN."""
     descriptor = _descriptors.get(fd)
     if descriptor is None or descriptor.read_ready:
         if descriptor is not None:
@@ -145,7 +142,7 @@ async def readable(fd: int) -> None:
 
 
 async def writable(fd: int) -> None:
-    """Returns when writing `fd` may succeed since it last gave EAGAIN."""
+    """Wait until a write to `fd` may succeed, after one that failed with EAGAIN."""
     descriptor = _descriptors.get(fd)
     if descriptor is None or descriptor.write_ready:
         if descriptor is not None:
@@ -156,9 +153,7 @@ async def writable(fd: int) -> None:
 
 
 def poke(fd: int) -> None:
-    """Makes `readable(fd)` return, so that its waiter tries once more. Harmless for a descriptor that is not
-    watched.
-    """
+    """Make `readable(fd)` return, so that its caller reads once more. Ignored for a descriptor that is not watched."""
     descriptor = _descriptors.get(fd)
     if descriptor is not None:
         descriptor.read_ready = True
@@ -166,9 +161,7 @@ def poke(fd: int) -> None:
 
 
 def poke_writer(fd: int) -> None:
-    """Makes `writable(fd)` return, so that its waiter looks once more. Harmless for a descriptor that is not
-    watched.
-    """
+    """Make `writable(fd)` return, so that its caller tries once more. Ignored for a descriptor that is not watched."""
     descriptor = _descriptors.get(fd)
     if descriptor is not None:
         descriptor.write_ready = True
@@ -176,14 +169,14 @@ def poke_writer(fd: int) -> None:
 
 
 async def sleep(seconds: float) -> None:
-    """Waits at least `seconds`."""
+    """Wait at least `seconds`."""
     waiters = Waiters()
     call_later(seconds, waiters)
     await waiters.wait()
 
 
 def call_later(seconds: float, waiters: Waiters) -> None:
-    """Wakes `waiters` once, after `seconds`."""
+    """Wake `waiters` once, after `seconds`."""
     global _timer_count  # noqa: PLW0603  breaks ties between equal deadlines
     _timer_count += 1
     heapq.heappush(_timers, (time.monotonic() + seconds, _timer_count, waiters))
@@ -193,18 +186,18 @@ _turn = Waiters()
 
 
 async def checkpoint() -> None:
-    """Lets every other task that is ready, and every descriptor, have a turn."""
+    """Yield: let all ready tasks run and all descriptors be polled first."""
     await _turn.wait()
 
 
 def run_until(done: Callable[[], bool]) -> None:
-    """Runs tasks until `done()` is true after a round."""
+    """Run the event loop until `done()` is true."""
     while not done():
         run_once()
 
 
 def run_once(*, wait: bool = True) -> None:
-    """Waits for events (or only looks for them), dispatches them, then gives each ready task one turn."""
+    """Poll for events (waiting for one if `wait`), dispatch them, and run each ready task up to its next await."""
     _turn.wake()
     events = _poller().poll(_timeout() if wait else 0, 64)
     for fd, mask in events:
@@ -265,7 +258,7 @@ def _finish(task: Task, failure: BaseException | None) -> None:
 
 
 def watch_signal(number: int) -> Waiters:
-    """Returns waiters that are woken after each arrival of the signal (several may merge into one)."""
+    """Return waiters that are woken after the signal arrives; several arrivals may cause one wake-up."""
     waiters = Waiters()
     _signal_waiters[number] = waiters
     if len(_signal_waiters) == 1:
@@ -278,13 +271,11 @@ _signal_waiters: dict[int, Waiters] = {}
 
 
 def _on_signal(_number: int, _frame: object) -> None:
-    """Does nothing: it runs between any two instructions, and would wake nobody where a task is about to wait."""
+    """Do nothing: a handler runs between any two instructions, so a wake-up here could be lost before a wait."""
 
 
 def _start_signal_pipe() -> None:
-    """Wakes by the numbers in the wake-up descriptor, which makes epoll_wait return, too (Python restarts it, PEP
-    475).
-    """
+    """Wake waiters by signal numbers in the wake-up descriptor; it also ends epoll_wait (else restarted, PEP 475)."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     register(read_end)

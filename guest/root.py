@@ -1,6 +1,4 @@
-"""The file systems of the guest: what PID 1 mounts at boot, and the writable root that a sandbox gets when it is
-configured.
-"""
+"""Mount the guest's file systems: those of the boot, the writable root of a sandbox, and volumes."""
 
 from __future__ import annotations
 
@@ -22,7 +20,10 @@ _MOVED = ("/dev", "/proc", "/sys", "/run", "/tmp")
 
 
 def mount_boot_file_systems() -> None:
-    """Mounts what every program expects; the root stays read-only. :raises OSError:"""
+    """Mount /proc, /sys, /dev/pts and so on; the root stays read-only.
+
+    :raises OSError: a mount failed.
+    """
     kernel.mount("proc", "/proc", "proc", _SAFE)
     kernel.mount("sysfs", "/sys", "sysfs", _SAFE)
     kernel.mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
@@ -37,7 +38,10 @@ def mount_boot_file_systems() -> None:
 
 
 def find_disk(serial: str) -> str:
-    """Returns the device of the disk with this serial number. :raises FileNotFoundError:"""
+    """Return the device of the disk with this serial number.
+
+    :raises FileNotFoundError: no disk has this serial number.
+    """
     for name in sorted(os.listdir("/sys/block")):
         try:
             with open(f"/sys/block/{name}/serial") as file:
@@ -48,17 +52,23 @@ def find_disk(serial: str) -> str:
     raise FileNotFoundError(2, "no disk with this serial number", serial)
 
 
-def await_size(device: str, size_bytes: int) -> None:
-    """Waits for the driver to know that the disk has another size than when the guest was frozen. :raises OSError:"""
+def wait_for_size(device: str, size_bytes: int) -> None:
+    """Wait until the driver reports this size: in a clone, the disk is not the template's.
+
+    :raises OSError: the driver does not report it within 2 s.
+    """
     for _ in range(_SIZE_TRIES):
         if size_of(device) == size_bytes:
             return
         time.sleep(_SIZE_INTERVAL_S)
-    raise OSError(errno.ENXIO, "the disk does not have the size that was announced", device)
+    raise OSError(errno.ENXIO, "the disk does not have the expected size", device)
 
 
 def drop_cache(device: str) -> None:
-    """Forgets what was read of the disk: in a clone it is another one (BLKFLSBUF of linux/fs.h). :raises OSError:"""
+    """Drop cached blocks of a disk (BLKFLSBUF of linux/fs.h): in a clone, the disk is not the template's.
+
+    :raises OSError: the device cannot be opened.
+    """
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.ioctl(fd, _BLKFLSBUF)
@@ -67,15 +77,21 @@ def drop_cache(device: str) -> None:
 
 
 def size_of(device: str) -> int:
-    """Returns how many bytes the driver says that the disk has. :raises OSError:"""
+    """Return the size of a disk in bytes, as the driver reports it.
+
+    :raises OSError: there is no such disk.
+    """
     with open(f"/sys/block/{device.rpartition('/')[2]}/size") as file:
         return int(file.read()) * 512
 
 
 def grow(mount_point: str, size_bytes: int) -> None:
-    """Makes the ext4 file system there as large as its disk, if it is smaller (EXT4_IOC_RESIZE_FS). :raises OSError:"""
+    """Grow the mounted ext4 file system to the size of its disk, if it is smaller (EXT4_IOC_RESIZE_FS).
+
+    :raises OSError: the kernel refused.
+    """
     facts = os.statvfs(mount_point)
-    if facts.f_frsize * facts.f_blocks >= size_bytes - size_bytes // 8:  # its own tables are not counted
+    if facts.f_frsize * facts.f_blocks >= size_bytes - size_bytes // 8:  # statvfs does not count ext4's own tables
         return
     fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -85,36 +101,39 @@ def grow(mount_point: str, size_bytes: int) -> None:
 
 
 def mount_volume(serial: str, path: str, size_bytes: int) -> None:
-    """Mounts the ext4 file system of the disk with this serial number. :raises OSError:"""
+    """Mount the ext4 file system of the disk with this serial number at `path`.
+
+    :raises OSError: there is no such disk, or it cannot be mounted.
+    """
     device = find_disk(serial)
-    await_size(device, size_bytes)
+    wait_for_size(device, size_bytes)
     drop_cache(device)
     os.makedirs(path, 0o755, exist_ok=True)
     kernel.mount(device, path, "ext4", MS_NOATIME | MS_NODEV, "discard")
     grow(path, size_bytes)
 
 
-def rehearse(device: str) -> None:
-    """Mounts a writable root aside and unmounts it, so that the kernel has done for the first time what is slow then.
+def warm_up_mounts(device: str) -> None:
+    """Mount and unmount a writable root, since the first mount of a kernel is slow.
 
-    :raises OSError:
+    :raises OSError: a mount failed.
     """
-    _mount_aside(device)
+    _mount_overlay(device)
     try:
         with open("/newroot/etc/hostname", "w") as file:
-            file.write("rehearsal\n")
+            file.write("template\n")
     finally:
         kernel.unmount("/newroot")
         kernel.unmount("/overlay")
     drop_cache(device)
 
 
-def _mount_aside(device: str) -> None:
+def _mount_overlay(device: str) -> None:
     kernel.mount(device, "/overlay", "ext4", MS_NOATIME, "discard")
     try:
         try:
             kernel.mount("overlay", "/newroot", "overlay", MS_NOATIME, _OVERLAY)
-        except FileNotFoundError:  # a disk that did not come with the two folders
+        except FileNotFoundError:  # the disk was formatted without the two directories
             for directory in ("/overlay/upper", "/overlay/work"):
                 os.makedirs(directory, 0o755, exist_ok=True)
             kernel.mount("overlay", "/newroot", "overlay", MS_NOATIME, _OVERLAY)
@@ -124,15 +143,15 @@ def _mount_aside(device: str) -> None:
 
 
 def mount_writable_root(device: str, grown_bytes: int = 0) -> None:
-    """Makes `/` an overlay of the read-only root and the ext4 file system on `device`, for PID 1 and all that it
-    starts.
+    """Make `/` an overlay of the read-only root and the ext4 file system on `device`, for PID 1 and its children.
 
-    Mounts cannot be replaced in place: the overlay is mounted aside, the other file systems move into it, it moves to
-    `/`, and PID 1 enters it (as switch_root(8) does). :raises OSError:
+    As in switch_root(8), the overlay is mounted elsewhere, the other mounts are moved into it, it is moved to `/`, and
+    PID 1 enters it: a mount cannot be replaced in place.
 
-    :param grown_bytes: of a disk that may be larger than its file system; else 0.
+    :param grown_bytes: size of a disk that may be larger than its file system; 0: do not grow the file system.
+    :raises OSError: a mount failed.
     """
-    _mount_aside(device)
+    _mount_overlay(device)
     if grown_bytes:
         grow("/overlay", grown_bytes)
     for directory in _MOVED:

@@ -1,9 +1,8 @@
-"""Starts one program: looks it up, gives it descriptors, a user, a directory, a terminal.
+"""Start a program: find its file, and set its descriptors, user, directory and terminal.
 
-posix_spawn(3) is used because it does not copy the address space of PID 1, and reports a failing exec as an error. It
-can neither change the user nor the directory, so PID 1, which is single-threaded, becomes that user in that directory
-for the length of the call: credentials and directory are inherited, and execve(2) makes the effective user id the saved
-one, so that nothing of root stays in the child.
+Uses posix_spawn(3), which does not copy the address space of PID 1 and reports a failed exec as an error. It cannot
+change the user or the directory, so PID 1, which is single-threaded, changes its own for the time of the call: the
+child inherits them, and execve(2) copies the effective user id to the saved one, so that it cannot become root again.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from guest.wire import CallError
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _TTY_GROUP = 5
-PIPE_BYTES = 64 << 10  # what a pipe holds unless it is widened; pipe(7)
+PIPE_BYTES = 64 << 10  # default capacity of a pipe; pipe(7)
 _WIDE_PIPE_BYTES = 1 << 20
-# CPython ignores SIGPIPE and SIGXFSZ; programs expect the defaults.
+# Ignored by CPython, but programs expect the default actions.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class Stdio:
-    """The guest's ends of a program's streams. Descriptors are non-blocking; -1 where there is none."""
+    """PID 1's ends of a program's streams: non-blocking descriptors, -1 for a stream that does not exist."""
 
     __slots__ = ("channel", "child_fds", "stderr", "stdin", "stdout", "tty_path")
 
@@ -40,12 +39,12 @@ class Stdio:
         self.child_fds: list[int] = []
 
     def close_child(self) -> None:
-        """Closes the program's ends. Idempotent."""
+        """Close the program's ends. Idempotent."""
         while self.child_fds:
             os.close(self.child_fds.pop())
 
     def close(self) -> None:
-        """Closes everything, for a program that did not start. Idempotent."""
+        """Close all descriptors, for a program that was not started. Idempotent."""
         self.close_child()
         for fd in {self.stdin, self.stdout, self.stderr} - {-1}:
             os.close(fd)
@@ -55,8 +54,10 @@ class Stdio:
 
 
 def open_pipes(*, stdin: bool, channel: bool = False) -> Stdio:
-    """Returns pipes for output and errors, and for input unless it is /dev/null; `channel` adds a socket to the
-    program's descriptor 3.
+    """Create pipes for the standard streams of a program.
+
+    :param stdin: a pipe for input; false: input is /dev/null.
+    :param channel: also a socket, which is descriptor 3 of the program.
     """
     stdio = Stdio()
     try:
@@ -83,7 +84,7 @@ def open_pipes(*, stdin: bool, channel: bool = False) -> Stdio:
 
 
 def widen_pipe(fd: int) -> None:
-    """Lets a pipe hold a MiB: its two sides change turns less often. Best effort, since a terminal is none."""
+    """Enlarge a pipe to 1 MiB, for fewer switches between its two sides. Errors are ignored: `fd` may be a terminal."""
     try:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _WIDE_PIPE_BYTES)
     except OSError:
@@ -91,7 +92,7 @@ def widen_pipe(fd: int) -> None:
 
 
 def open_terminal(rows: int, cols: int, owner: User) -> Stdio:
-    """Returns a pseudo-terminal of the given size that belongs to `owner`; its one descriptor is stdin and stdout."""
+    """Create a pseudo-terminal that belongs to `owner`; one descriptor is both stdin and stdout."""
     stdio = Stdio()
     master, slave = os.openpty()
     stdio.stdin = stdio.stdout = master
@@ -109,19 +110,18 @@ def open_terminal(rows: int, cols: int, owner: User) -> Stdio:
 
 
 def resize_terminal(master: int, rows: int, cols: int) -> None:
-    """Sets the window size; the kernel sends SIGWINCH to the foreground group (ioctl_tty(2), TIOCSWINSZ)."""
+    """Set the window size (TIOCSWINSZ of ioctl_tty(2)); the kernel sends SIGWINCH to the foreground group."""
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
 
 
 def start(argv: list[str], env: dict[str, str], cwd: str, user: User, stdio: Stdio) -> int:
-    """Starts `argv` as leader of its own session and process group, and returns its PID.
+    """Start `argv` as the leader of a new session and process group; return its PID.
 
-    :raises CallError: EXEC_NOT_FOUND (a shell's 127), EXEC_NOT_EXECUTABLE (126), CWD_INVALID, or the errno of the
-    kernel.
+    :raises CallError: EXEC_NOT_FOUND (a shell's 127), EXEC_NOT_EXECUTABLE (126), CWD_INVALID, or the kernel's errno.
     """
     actions: list[tuple[int, ...] | tuple[int, int, str, int, int]]
     if stdio.tty_path:
-        # setsid comes first, so opening the terminal makes it the controlling one.
+        # Opened after setsid, so that it becomes the controlling terminal.
         actions = [(os.POSIX_SPAWN_OPEN, 0, stdio.tty_path, os.O_RDWR, 0)]
         actions += [(os.POSIX_SPAWN_DUP2, 0, 1), (os.POSIX_SPAWN_DUP2, 0, 2)]
     else:
@@ -141,7 +141,7 @@ def start(argv: list[str], env: dict[str, str], cwd: str, user: User, stdio: Std
                 path, argv, env, file_actions=actions, setsid=True, setsigdef=_DEFAULT_SIGNALS, setsigmask=()
             )
         except OSError as error:
-            find_program(argv[0], search)  # says more, if it is the file itself that cannot be run
+            find_program(argv[0], search)  # raises a more precise error if the file itself cannot be executed
             raise _exec_error(path, error) from None
     finally:
         _become_root(user)
@@ -162,7 +162,7 @@ def _become_root(user: User) -> None:
 
 
 def find_program(name: str, path: str) -> str:
-    """Returns the file that execvp(3) would run, with the rights of the current effective user.
+    """Return the file that execvp(3) would execute, with the rights of the effective user.
 
     :raises CallError: EXEC_NOT_FOUND or EXEC_NOT_EXECUTABLE.
     """
@@ -186,7 +186,7 @@ def find_program(name: str, path: str) -> str:
 
 def _exec_error(path: str, error: OSError) -> CallError:
     if error.errno == errno.ENOENT:
-        return CallError("STATE", f"{path}: its interpreter does not exist (first line of the file)", "EXEC_NOT_FOUND")
+        return CallError("STATE", f"{path}: the interpreter in its first line does not exist", "EXEC_NOT_FOUND")
     if error.errno in (errno.EACCES, errno.ENOEXEC, errno.ETXTBSY, errno.EISDIR):
         return CallError("STATE", f"{path}: cannot be executed: {error.strerror}", "EXEC_NOT_EXECUTABLE")
     if error.errno == errno.E2BIG:

@@ -1,4 +1,4 @@
-"""The calls sys.stats and sys.processes: what the guest says of itself, from proc(5)."""
+"""Serve sys.stats and sys.processes: load, memory, disk and processes of the guest, from proc(5)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Has programs trust the certificate of this sandbox's egress, and gives them their placeholders. sys.trust.
+"""Make programs trust the sandbox's CA, and set the placeholders of secrets in the environment (sys.trust).
 
-The certificate joins the system's bundle, which is what most programs read; those that bring a bundle of their own are
-told by the variables that they document.
+The certificate is added to the system's bundle, which most programs read; programs with a bundle of their own are
+pointed to it by the environment variables that they document.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from guest.call import Call
     from guest.process_ops import ProcessOps
 
-_ANCHOR = "/usr/local/share/ca-certificates/sandboxd.crt"  # update-ca-certificates(8) keeps what is there
+_ANCHOR = "/usr/local/share/ca-certificates/sandboxd.crt"  # update-ca-certificates(8) keeps files in this directory
 _BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 _KEYSTORE = "/etc/ssl/certs/sandboxd.jks"
 _JVM = "/usr/lib/jvm"
@@ -37,7 +37,7 @@ class Trust:
         self._added: dict[str, str] = {}
 
     async def trust(self, call: Call) -> dict[str, object]:
-        """sys.trust: {"certificate": PEM, "env": {...}, "remove_env": [names]}; any may be left out. Returns {}."""
+        """Serve sys.trust {"certificate": PEM, "env": {...}, "remove_env": [names]}, each optional; return {}."""
         certificate = call.req.get("certificate") or ""
         if not isinstance(certificate, str) or len(certificate) > _MAX_PEM:
             raise CallError("INVALID", "certificate must be PEM text")
@@ -46,7 +46,7 @@ class Trust:
             try:
                 self._added = _install(certificate)
             except OSError as error:
-                raise CallError("INTERNAL", f"trusting the sandbox's certificate: {error}") from error
+                raise CallError("INTERNAL", f"installing the sandbox's certificate: {error}") from error
             self._trusted = certificate
         names = call.req.get("remove_env")
         kept = {
@@ -54,13 +54,13 @@ class Trust:
             for name, value in self._processes.env.items()
             if not (isinstance(names, list) and name in names)
         }
-        # What the caller of the create set for himself goes first.
+        # Variables of the create request override those for the certificate.
         self._processes.env = {**self._added, **kept, **env}
         return {}
 
 
 def _install(certificate: str) -> dict[str, str]:
-    """Writes the certificate wherever programs look for it; returns the variables that say so."""
+    """Install the certificate; return the environment variables that point programs to it."""
     text = certificate.strip() + "\n"
     for path in (_ANCHOR, _BUNDLE):
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,4 +1,4 @@
-"""Users of the guest, read from /etc/passwd and /etc/group (passwd(5), group(5)) without the modules that load NSS."""
+"""Look up users in /etc/passwd and /etc/group (passwd(5), group(5)), without loading the NSS modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from guest.wire import CallError
 
 
 class User:
-    """One user: `groups` are the supplementary ones, its own included."""
+    """A user; `groups` are the ids of all its groups, the primary one included."""
 
     __slots__ = ("gid", "groups", "home", "name", "shell", "uid")
 
@@ -26,9 +26,9 @@ _cache_key: tuple[int, ...] = ()
 
 
 def lookup_user(text: str) -> User:
-    """Returns the user with this name or numeric id; a number that is not in /etc/passwd is a user without a name.
+    """Return the user with this name or numeric id; an id need not be in /etc/passwd.
 
-    :raises CallError: USER_UNKNOWN.
+    :raises CallError: USER_UNKNOWN: no user has this name.
     """
     global _cache_key  # noqa: PLW0603  one cache, valid as long as both files are
     key = tuple(os.stat(path).st_mtime_ns for path in ("/etc/passwd", "/etc/group"))

@@ -1,4 +1,4 @@
-"""The call fs.watch: changes below a path, by inotify(7)."""
+"""Serve fs.watch: report changes below a path, by inotify(7)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOVED_FROM, _MOVED_TO, _CREATE, _DELETE, _DELETE_SELF, _MOVE_SELF = 0x40, 0x80,
 _OVERFLOW, _IGNORED, _ISDIR, _DONT_FOLLOW = 0x4000, 0x8000, 0x40000000, 0x02000000
 _MASK = _MODIFY | _ATTRIB | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE | _DELETE_SELF | _MOVE_SELF
 _HEAD = struct.Struct("iIII")
-_RENAME_GRACE_S = 0.05  # how long the second half of a rename may take to arrive
+_RENAME_GRACE_S = 0.05  # wait for IN_MOVED_TO after IN_MOVED_FROM
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -35,17 +35,22 @@ def _checked(result: int, path: str) -> int:
 
 
 class _Watcher:
-    """One inotify descriptor and the paths behind its watch descriptors."""
+    """An inotify descriptor, and the path of each of its watch descriptors."""
 
     def __init__(self, root: str, *, recursive: bool) -> None:
         self._root = root
         self._recursive = recursive
         self._paths: dict[int, str] = {}
-        self._moved: dict[int, tuple[str, bool]] = {}  # cookie -> where from
+        self._moved: dict[int, tuple[str, bool]] = {}  # cookie -> (old path, is a directory)
         self.fd = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), root)
 
     async def add(self, path: str, found: list[dict[str, object]] | None = None) -> None:
-        """Watches `path` and, if recursive, what is below; `found` gets a create event for each entry below it."""
+        """Watch `path` and, if recursive, all directories below.
+
+        :param found: list to which a create event is added for each entry below `path`.
+        :raises CallError: too many directories.
+        :raises OSError: `path` cannot be watched.
+        """
         self._add_one(path)
         if not self._recursive or not stat.S_ISDIR(os.lstat(path).st_mode):
             return
@@ -73,7 +78,7 @@ class _Watcher:
         self._paths[_checked(_libc.inotify_add_watch(self.fd, os.fsencode(path), mask), path)] = path
 
     async def events(self, data: bytes) -> list[dict[str, object]]:
-        """Returns the events in `data`; directories that appeared are watched from now on."""
+        """Return the events in `data` (struct inotify_event); watch new directories if recursive."""
         result: list[dict[str, object]] = []
         at = 0
         while at < len(data):
@@ -126,9 +131,7 @@ class _Watcher:
                 _libc.inotify_rm_watch(self.fd, watch)
 
     def moved_away(self) -> list[dict[str, object]]:
-        """Returns a remove event for each rename whose second half did not come: it left the tree, and is no longer
-        watched.
-        """
+        """Return a remove event for each path that was renamed out of the tree, and stop watching it."""
         gone, self._moved = self._moved, {}
         for path, is_directory in gone.values():
             if is_directory:
@@ -137,7 +140,7 @@ class _Watcher:
 
     @property
     def waits_for_rename(self) -> bool:
-        """Whether the second half of a rename may still come."""
+        """Whether an IN_MOVED_TO may follow an IN_MOVED_FROM."""
         return bool(self._moved)
 
 
@@ -163,7 +166,9 @@ async def _watch(call: Call) -> dict[str, object]:
                 await call.send_json(Frame.EVENT, event)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise CallError("EXHAUSTED", "the guest's kernel allows no more watches", "ENOSPC") from None
+            raise CallError(
+                "EXHAUSTED", "the limit of the guest's kernel for inotify watches is reached", "ENOSPC"
+            ) from None
         raise
     finally:
         reactor.unregister(watcher.fd)
@@ -171,7 +176,7 @@ async def _watch(call: Call) -> dict[str, object]:
 
 
 async def _read_more(watcher: _Watcher) -> list[dict[str, object]]:
-    """Gives the second halves of renames a last chance, then counts the rest as gone."""
+    """Read the rest of the events; count renames that are still incomplete as moves out of the tree."""
     try:
         events = await watcher.events(os.read(watcher.fd, 64 << 10))
     except BlockingIOError:

@@ -1,16 +1,16 @@
-"""The calls between host and guest: one yamux stream is one call, a call is a JSON request and then typed frames.
+"""Frame format of the calls between host and guest: each call is a yamux stream with a JSON request and typed frames.
 
-Used by both sides, standard library only. A frame is a 5-byte head and its payload:
+Both sides use this module; it imports the standard library only. A frame is a 5-byte head and its payload:
 
     0        1               5
     | type u8 | length u32 BE | payload (length bytes) |
 
 The caller's first frame is REQUEST: a JSON object with "op". Then each side sends frames as the operation defines, and
-the guest ends its side with exactly one RESULT (JSON object) or ERROR (JSON {"code", "message", "errno"?}). EOF says
-that a side will send no more data frames. Closing or resetting the stream earlier abandons the call.
+the guest ends its side with exactly one RESULT (JSON object) or ERROR (JSON {"code", "message", "errno"?}). EOF means
+that its sender sends no more data frames. Closing or resetting the stream earlier abandons the call.
 
-Every length is checked before anything is allocated; a frame that breaks a limit ends the link, since a peer that sends
-one is broken or hostile.
+Each length is checked before memory is allocated; a frame over a limit ends the link, since its sender is broken or
+hostile.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ JSON_FRAMES = frozenset({Frame.REQUEST, Frame.RESULT, Frame.ERROR, Frame.EVENT})
 _LIMITS = tuple(MAX_JSON_BYTES if kind in JSON_FRAMES else 0 if kind is Frame.EOF else MAX_DATA_BYTES for kind in Frame)
 
 
-# Made once: json.dumps makes an encoder for each call, which costs an emulated guest a quarter of a millisecond.
+# Created once: json.dumps creates an encoder for each call, which takes 0.25 ms in an emulated guest.
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder().decode
 
@@ -60,7 +60,7 @@ class CallError(Exception):
     """A call failed in the guest.
 
     :param code: INVALID | NOT_FOUND | EXISTS | DENIED | STATE | EXHAUSTED | UNSUPPORTED | INTERNAL
-    :param errno: name of the errno behind it, such as "ENOENT", or a reason such as "EXEC_NOT_FOUND"; may be empty.
+    :param errno: name of an errno such as "ENOENT", or a reason such as "EXEC_NOT_FOUND"; may be empty.
     """
 
     def __init__(self, code: str, message: str, errno: str = "") -> None:
@@ -71,9 +71,9 @@ class CallError(Exception):
 
 
 def parse_head(data: bytes | bytearray | memoryview, offset: int = 0) -> tuple[int, int]:
-    """Returns (type, payload length) of the frame head at `offset`.
+    """Return (type, payload length) of the frame head at `offset`.
 
-    :raises WireError: unknown type, or a length over the type's limit.
+    :raises WireError: the type is unknown, or the length is over the type's limit.
     """
     kind, length = HEAD.unpack_from(data, offset)
     if kind >= len(_LIMITS):
@@ -84,19 +84,28 @@ def parse_head(data: bytes | bytearray | memoryview, offset: int = 0) -> tuple[i
 
 
 def pack(kind: int, payload: bytes | bytearray | memoryview = b"") -> bytes:
-    """Returns one whole frame. :raises WireError: the payload is over the type's limit."""
+    """Return one whole frame.
+
+    :raises WireError: the payload is over the type's limit.
+    """
     if len(payload) > _LIMITS[kind]:
         raise WireError(f"frame of type {kind} with {len(payload)} bytes; at most {_LIMITS[kind]} are allowed")
     return HEAD.pack(kind, len(payload)) + payload
 
 
 def pack_json(kind: int, value: dict[str, object]) -> bytes:
-    """Returns one whole JSON frame. Text that is not UTF-8 travels as surrogate escapes (ASCII-only JSON)."""
+    """Return one whole JSON frame, in ASCII; bytes that are not UTF-8 are surrogate escapes (PEP 383).
+
+    :raises WireError: the JSON is over the limit.
+    """
     return pack(kind, _encode(value).encode("ascii"))
 
 
 def parse_json(payload: bytes | bytearray | memoryview) -> dict[str, object]:
-    """Returns the JSON object in `payload`. :raises WireError: it is not one."""
+    """Return the JSON object in `payload`.
+
+    :raises WireError: the payload is not a JSON object.
+    """
     try:
         value = _decode(str(payload, "utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
@@ -107,10 +116,10 @@ def parse_json(payload: bytes | bytearray | memoryview) -> dict[str, object]:
 
 
 class FrameReader:
-    """Cuts the bytes of one yamux stream into frames.
+    """Parses the bytes of one yamux stream into frames.
 
-    Data frames are handed out in whatever pieces have arrived, so that nothing larger than a stream's window is ever
-    held; JSON frames are handed out whole, collected outside of the window up to their limit.
+    Data frames are returned in the pieces in which they arrive, so that at most a stream's window is buffered; JSON
+    frames are returned whole, and buffered outside of the window up to their limit.
     """
 
     __slots__ = ("_json", "_kind", "_left", "_stream")
@@ -122,9 +131,9 @@ class FrameReader:
         self._json = bytearray()
 
     def next(self, max_bytes: int = MAX_DATA_BYTES) -> tuple[int, bytes] | None:
-        """Returns (type, payload), or None if more bytes are needed. At most `max_bytes` of a data frame at once.
+        """Return (type, payload), or None if more bytes are needed. At most `max_bytes` of a data frame at once.
 
-        :raises WireError: the peer broke the format.
+        :raises WireError: the peer broke the frame format.
         """
         inbox = self._stream.inbox
         while True:
@@ -143,7 +152,7 @@ class FrameReader:
             else:
                 self._kind = -1
                 if not size and kind != Frame.EOF:
-                    continue  # an empty data frame says nothing
+                    continue  # an empty data frame has no meaning
             payload = bytes(memoryview(inbox)[:size])
             self._stream.consume(size)
             return kind, payload
@@ -161,11 +170,11 @@ class FrameReader:
         return kind, payload
 
 
-# A link may be dropped and dialled again at any byte, so a session starts with a handshake that neither side can
-# mistake for the rest of an older session: the host sends SYNC_REQUEST and a random nonce until the guest answers
-# SYNC_REPLY and the same nonce. Whatever comes before is thrown away. The zeros end a frame of the older session that
-# the guest may be in the middle of (a header of zeros is a protocol error, which makes the guest look for the handshake
-# again).
+# A link can be lost and connected again at any byte. So a session begins with a handshake that cannot be mistaken for
+# bytes of an earlier session: the host sends SYNC_REQUEST and a random nonce until the guest answers SYNC_REPLY and the
+# same nonce; both discard the bytes before it. Before SYNC_REQUEST the host sends SYNC_FLUSH_BYTES zeros: they complete
+# a frame of the earlier session that the guest may be receiving, and a header of zeros is a protocol error, after which
+# the guest looks for the handshake again.
 SYNC_REQUEST = b"\xffsandboxd-hello\xff"
 SYNC_REPLY = b"\xffsandboxd-ready\xff"
 NONCE_BYTES = 16
@@ -174,9 +183,9 @@ SYNC_FLUSH_BYTES = MAX_DATA_BYTES + 12
 
 
 def find_sync(data: bytearray, word: bytes) -> bytes | None:
-    """Returns the nonce of the last handshake word in `data` and removes all up to its end; None if there is none yet.
+    """Return the nonce after the last `word` in `data`, and remove all up to its end; None if it is not complete.
 
-    Without one, all but what may be its beginning is removed, so `data` stays small.
+    Without a match, only bytes that may be the beginning of one are kept, so that `data` stays small.
     """
     at = data.rfind(word)
     if at < 0 or len(data) < at + SYNC_BYTES:

@@ -1,8 +1,8 @@
-"""Yamux, the stream multiplexer on the link between host and guest, without any input or output of its own.
+"""Yamux, the stream multiplexer on the link between host and guest, without I/O (sans-I/O).
 
-Both sides run this code: bytes that arrive go into `Session.feed`, bytes to send come out of the `write` callback. The
-format is HashiCorp's yamux specification (spec.md of hashicorp/yamux, version 0). Every stream has its own window, so a
-reader that stops reading stops only its own writer, and what a stream can hold is bounded by that window.
+Both sides run this code: pass received bytes to `Session.feed`; the callback `write` gets the bytes to send. The format
+is HashiCorp's yamux specification (spec.md of hashicorp/yamux, version 0). Each stream has its own window, so that a
+slow reader stops only its own writer, and the memory of a stream is bounded by the window.
 
     0         1       2         4             8            12
     | version | type  | flags   | stream id   | length      | payload of DATA frames
@@ -25,18 +25,18 @@ Buffer = bytes | bytearray | memoryview
 
 
 class YamuxError(Exception):
-    """The peer broke the protocol: the session is of no more use."""
+    """The peer broke the protocol: the session cannot be used any more."""
 
 
 def _nothing() -> None:
-    """Default of the callbacks."""
+    """Do nothing: the default callback."""
 
 
 class Stream:
     """One stream of a session. Not thread-safe, like the session.
 
-    `on_readable` is called when `inbox`, `remote_closed` or `was_reset` changed; `on_writable` when `send_credit` grew
-    or the stream was reset. Bytes in `inbox` count against the window until `consume` says that they are taken.
+    `on_readable` is called when `inbox`, `remote_closed` or `was_reset` has changed; `on_writable` when `send_credit`
+    has grown or the stream was reset. Bytes in `inbox` use up the window until `consume` removes them.
     """
 
     __slots__ = (
@@ -59,9 +59,10 @@ class Stream:
         self._consumed = 0
 
     def send(self, data: Buffer, *, last: bool = False) -> None:
-        """Sends all of `data`; its length must be within `send_credit` (wait for `on_writable` otherwise).
+        """Send all of `data`.
 
-        :param last: nothing follows: as `close`, in the same frame.
+        :param last: close this side of the stream in the same frame.
+        :raises ValueError: `data` is longer than `send_credit` (wait for `on_writable`), or the stream is closed.
         """
         size = len(data)
         flags = self._take_credit(size) | (FIN if last else 0)
@@ -71,8 +72,9 @@ class Stream:
             self.session.forget_if_done(self)
 
     def send_in_place(self, buffer: bytearray, size: int) -> None:
-        """Sends `buffer[HEADER_BYTES:HEADER_BYTES + size]`; the header is put into the room before it, nothing is
-        copied.
+        """Send `buffer[HEADER_BYTES:HEADER_BYTES + size]` without a copy; the header is written before it.
+
+        :raises ValueError: as `send`.
         """
         HEADER.pack_into(buffer, 0, 0, DATA, self._take_credit(size), self.id, size)
         self.session.write(memoryview(buffer)[: HEADER_BYTES + size])
@@ -84,7 +86,7 @@ class Stream:
         return self.session.first_flags(self.id)
 
     def consume(self, size: int) -> None:
-        """Removes the first `size` bytes of `inbox`, and tells the peer once that half of the window is free again."""
+        """Remove the first `size` bytes of `inbox`; grant the peer new credit once half of the window was consumed."""
         del self.inbox[:size]
         self._consumed += size
         if self._consumed >= self._window // 2 and not self.remote_closed and not self.was_reset:
@@ -92,9 +94,7 @@ class Stream:
             self._consumed = 0
 
     def widen(self, window: int) -> None:
-        """Lets the peer send up to `window` bytes ahead; must not shrink. The first frame of a stream may be this
-        one.
-        """
+        """Enlarge the receive window to `window` bytes, at most MAX_WINDOW. May be the first frame of a stream."""
         extra = min(window, MAX_WINDOW) - self._window
         if extra > 0 and not self.remote_closed and not self.was_reset:
             self._window += extra
@@ -105,7 +105,7 @@ class Stream:
         self.session.write(HEADER.pack(0, WINDOW_UPDATE, self.session.first_flags(self.id), self.id, size))
 
     def close(self) -> None:
-        """Ends this side's bytes (FIN). The peer may go on sending. Idempotent."""
+        """Close this side of the stream (FIN); the peer may go on sending. Idempotent."""
         if not self.local_closed and not self.was_reset:
             self.local_closed = True
             flags = FIN | self.session.first_flags(self.id)
@@ -113,14 +113,14 @@ class Stream:
             self.session.forget_if_done(self)
 
     def reset(self) -> None:
-        """Abandons the stream in both directions (RST). Idempotent."""
+        """Abandon the stream in both directions (RST). Idempotent."""
         if not self.was_reset and not (self.local_closed and self.remote_closed):
             flags = RST | self.session.first_flags(self.id)
             self.session.write(HEADER.pack(0, WINDOW_UPDATE, flags, self.id, 0))
             self.abandon()
 
     def abandon(self) -> None:
-        """Marks the stream as reset without telling the peer: its session is gone, or the peer said so itself."""
+        """Mark the stream as reset without sending RST: the session has ended, or the RST came from the peer."""
         self.was_reset = True
         self.inbox.clear()
         self.session.forget_if_done(self)
@@ -128,7 +128,10 @@ class Stream:
         self.on_writable()
 
     def receive(self, data: memoryview) -> None:
-        """Takes payload from the session. :raises YamuxError: the peer overran the window."""
+        """Append payload to `inbox`. For the session only.
+
+        :raises YamuxError: the peer sent more than the window.
+        """
         self._recv_credit -= len(data)
         if self._recv_credit < 0:
             raise YamuxError(f"stream {self.id}: the peer sent more than its window")
@@ -140,8 +143,9 @@ class Stream:
 class Session:
     """One yamux session over one reliable byte stream.
 
-    :param write: takes each outgoing frame, in order; must send or copy it before it returns.
-    :param on_stream: called with each stream that the peer opens; None refuses them (a YamuxError).
+    :param client: whether this side initiated the link (the host).
+    :param write: called with each frame to send, in order; must send or copy it before it returns.
+    :param on_stream: called with each stream that the peer opens; None: the peer may open none (a YamuxError).
     """
 
     def __init__(
@@ -165,7 +169,10 @@ class Session:
         self._ending = 0  # FIN or RST of the frame whose payload is arriving
 
     def open(self) -> Stream:
-        """Returns a new stream; its first frame will carry SYN. :raises YamuxError: too many streams, or going away."""
+        """Return a new stream; its first frame will carry SYN.
+
+        :raises YamuxError: too many streams are open, or the peer has sent GO_AWAY.
+        """
         if self.peer_going_away or len(self.streams) >= self._max_streams or self._next_id > 0xFFFF_FFFD:
             raise YamuxError("no more streams on this session")
         stream = Stream(self, self._next_id)
@@ -175,9 +182,9 @@ class Session:
         return stream
 
     def first_flags(self, stream_id: int) -> int:
-        """Returns SYN or ACK if the next frame of this stream is its first from this side, otherwise 0.
+        """Return SYN or ACK if the next frame of this stream is the first from this side, else 0.
 
-        Streams reach the peer in the order of their ids: older ones that have sent nothing yet are opened first.
+        Sends SYN for streams with lower ids first: the peer expects streams in the order of their ids.
         """
         flags = self._greetings.pop(stream_id, 0)
         if flags == SYN:
@@ -187,27 +194,30 @@ class Session:
         return flags
 
     def forget_if_done(self, stream: Stream) -> None:
-        """Drops a stream that ended in both directions; its unread bytes stay with whoever holds it."""
+        """Remove a stream that is closed in both directions; its `inbox` stays readable."""
         if stream.was_reset or (stream.local_closed and stream.remote_closed):
             self.streams.pop(stream.id, None)
             self._greetings.pop(stream.id, None)
 
     def ping(self, opaque: int) -> None:
-        """Asks the peer for a sign of life; `on_pong` gets the same number back."""
+        """Send a ping; `on_pong` is called with the same number when the answer comes."""
         self.write(HEADER.pack(0, PING, SYN, 0, opaque))
 
     def go_away(self, code: int = GO_AWAY_NORMAL) -> None:
-        """Tells the peer to open no more streams."""
+        """Tell the peer to open no more streams (GO_AWAY)."""
         self.write(HEADER.pack(0, GO_AWAY, 0, 0, code))
 
     def abandon(self) -> None:
-        """Marks every stream as reset, for when the link is gone."""
+        """Mark all streams as reset, after the link was lost."""
         self.abandoned = True
         for stream in list(self.streams.values()):
             stream.abandon()
 
     def feed(self, data: Buffer) -> None:
-        """Takes bytes from the link in any cut. :raises YamuxError: the peer broke the protocol; drop the link."""
+        """Process bytes from the link, which may be cut anywhere.
+
+        :raises YamuxError: the peer broke the protocol; close the link.
+        """
         view = memoryview(data)
         position, end = 0, len(view)
         while position < end:

@@ -165,7 +165,7 @@ def test_the_writer_waits_for_the_slowest_reader_until_it_leaves() -> None:
     reader, _ = log.open_reader(replay=True)
     for _ in range(300):
         append(log, bytes(1024))
-    waiting = reactor.spawn(log.room())
+    waiting = reactor.spawn(log.wait_for_room())
     turns()
     assert not waiting.done
     log.close_reader(reader)
