@@ -1,7 +1,6 @@
-"""Generates the package `sandboxd` from proto/ whenever a wheel or an editable install is built; none of it is
-committed.
+"""Build hook: generate the package `sandboxd` from proto/ for wheels and editable installs. It is not committed.
 
-`python hatch_build.py` does the same in a checkout: that is `just proto`.
+`python hatch_build.py` generates it in a checkout; `just proto` runs that.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ ROOT = Path(__file__).parent
 
 
 def generate(root: Path) -> None:
-    """Writes sandboxd/v1/*_pb2.py, *_pb2_grpc.py and stubs for the type checker where their generator is installed."""
+    """Write sandboxd/v1/*_pb2.py and *_pb2_grpc.py, and type stubs if mypy-protobuf is installed."""
     from importlib.resources import files
     from importlib.util import find_spec
 
@@ -22,7 +21,7 @@ def generate(root: Path) -> None:
     sources = sorted(str(path.relative_to(root / "proto")) for path in (root / "proto").rglob("*.proto"))
     out = [f"--python_out={root}", f"--grpc_python_out={root}"]
     if find_spec("mypy_protobuf") is not None:
-        # The plugins lie beside the interpreter, which need not be in PATH.
+        # The plugins are in the interpreter's directory, which need not be in PATH.
         scripts = Path(sys.executable).parent
         out += [f"--plugin={name}={scripts / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
         out += [f"--mypy_out=quiet:{root}", f"--mypy_grpc_out=quiet:{root}"]
@@ -42,12 +41,12 @@ if __name__ == "__main__":
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-except ImportError:  # imported by a tool, not by a build
+except ImportError:  # run without hatchling, by `just proto`
     pass
 else:
 
     class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]
-        """Called by hatchling before it collects files."""
+        """Generates the package before hatchling collects files."""
 
         def initialize(self, version: str, build_data: dict[str, object]) -> None:
             generate(ROOT)

@@ -1,1 +1,1 @@
-"""The image builder: Debian packages in, a directory with kernel, initramfs, root file system and manifest out."""
+"""Build images from Debian packages: a kernel, an initramfs, a root file system and a manifest."""

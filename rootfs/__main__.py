@@ -1,4 +1,4 @@
-"""Command line: `python3 -m rootfs build NAME`."""
+"""Command line of the image builder: `python3 -m rootfs build NAME`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CACHE_DIR = "/var/cache/sandboxd/rootfs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status. The last line on standard output is the result, as JSON."""
+    """Run the command line; return the exit status. The last line on standard output is the result, as JSON."""
     options = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
-    """Ends the build as Ctrl-C does, so that temporary directories are removed."""
+    """End the build as Ctrl-C does, so that temporary directories are removed (handler of SIGTERM)."""
     raise KeyboardInterrupt
 
 

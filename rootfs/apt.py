@@ -1,4 +1,4 @@
-"""Asks the package mirror, through apt in a private directory: the machine's own package state is never touched."""
+"""Query the package mirror with apt in a private directory; the package state of the machine is not changed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rootfs.errors import BuildError
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _TARGETS = "$(RELEASE)|$(COMPONENT)|$(REPO_URI)|$(ORIGIN)"
 _INSTALL_LINE = re.compile(r"^Inst (\S+) (?:\[\S+\] )?\((\S+) ", re.MULTILINE)
-# The administrator's choices that decide whether and how the mirror is reached.
+# Settings of the machine's apt for access to the mirror (proxies, certificates), which the builder keeps.
 _KEPT_SETTINGS = re.compile(r'^Acquire::(?:https?|Check|Retries|ForceIPv)[^ ]* "[^"]+";$', re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """Where Debian's packages come from."""
+    """URLs of a Debian archive and its security archive, and the keyring for both."""
 
     archive: str
     security: str
     keyring: Path = _KEYRING
 
     def sources(self, suite: str) -> list[str]:
-        """Returns the lines of sources.list(5) for a suite with its updates."""
+        """Return the lines of sources.list(5) for a suite with its updates and security updates."""
         kept = f"deb [signed-by={self.keyring}]"
         return [
             f"{kept} {self.archive} {suite} main",
@@ -37,10 +37,10 @@ class Mirror:
 
 
 def find_mirror(override: str | None) -> Mirror:
-    """Returns the mirror given by the operator, or else the one that this machine's own apt uses.
+    """Return the mirror given by the operator, or else that of this machine's apt.
 
     :param override: URL of a Debian archive; its security archive is expected beside it.
-    :raises BuildError: this machine has no Debian source, or no keyring to check packages with.
+    :raises BuildError: this machine's apt has no Debian archive, or the keyring is not installed.
     """
     if not _KEYRING.is_file():
         raise BuildError(f"{_KEYRING} is missing: apt-get install debian-archive-keyring")
@@ -51,11 +51,11 @@ def find_mirror(override: str | None) -> Mirror:
 
 
 def parse_targets(text: str) -> Mirror:
-    """Returns the mirror out of lines `release|component|uri|origin`, as `apt-get indextargets` prints them.
+    """Return the mirror in the output of `apt-get indextargets`: lines of `release|component|uri|origin`.
 
-    The origin is known only after an `apt-get update`; without it, a line counts by its release and component.
+    The origin is empty before the first `apt-get update`; such lines are selected by release and component alone.
 
-    :raises BuildError: no line is a Debian release.
+    :raises BuildError: no line is of a Debian release.
     """
     archive = security = ""
     for line in text.splitlines():
@@ -72,16 +72,13 @@ def parse_targets(text: str) -> Mirror:
 
 
 def parse_fields(paragraph: str) -> dict[str, str]:
-    """Returns the fields of one paragraph of a control file (deb822(5)), each without its continuation lines."""
+    """Return the fields of one paragraph of a control file (deb822(5)), without continuation lines."""
     lines = (line for line in paragraph.splitlines() if ": " in line and not line.startswith(" "))
     return dict(line.split(": ", 1) for line in lines)
 
 
 class Apt:
-    """Package lists of one suite of one mirror, kept between builds.
-
-    :param cache: the directory to keep them in.
-    """
+    """Package lists of a suite of a mirror, kept in `cache` between builds."""
 
     def __init__(self, cache: Path, mirror: Mirror, suite: str) -> None:
         self.sources = mirror.sources(suite)
@@ -95,27 +92,27 @@ class Apt:
         self._config.write_text(self._render())
 
     def update(self) -> None:
-        """Fetches the package lists that changed.
+        """Download the package lists that have changed.
 
         :raises BuildError: the mirror cannot be reached, or its signature does not match.
         """
         self._apt("update", "--error-on=any")
 
     def has_lists(self) -> bool:
-        """Whether an earlier `update` succeeded, so that packages can be resolved without a network."""
+        """Return whether an earlier `update` succeeded, so that packages can be resolved without a network."""
         return any((self._folder / "lists").glob("*_Packages*"))
 
     def resolve(self, packages: Sequence[str], *, essential: bool = False) -> dict[str, str]:
-        """Returns name -> version of everything that installing `packages` on an empty system brings.
+        """Return name -> version of all packages that an installation of `packages` on an empty system includes.
 
-        :param essential: with the packages that every Debian system has.
-        :raises BuildError: a package does not exist in the suite or cannot be installed.
+        :param essential: include the packages that are essential on every Debian system.
+        :raises BuildError: the suite lacks a package, or it cannot be installed.
         """
         wanted = ["?essential", *packages] if essential else list(packages)
         return dict(_INSTALL_LINE.findall(self._apt("--simulate", "install", *wanted)))
 
     def candidates(self, *packages: str) -> dict[str, dict[str, str]]:
-        """Returns the control fields (deb-control(5)) of the version of each package that would be installed.
+        """Return name -> control fields (deb-control(5)) of the version that would be installed, of each package.
 
         :raises BuildError: a package does not exist in the suite.
         """
@@ -124,9 +121,9 @@ class Apt:
         return {fields["Package"]: fields for fields in found}
 
     def download(self, package: str, version: str) -> Path:
-        """Returns the path of a package file, checked by apt against the signed lists; kept until a newer one comes.
+        """Download a package file, which apt checks against the signed lists; return its path. Removes older versions.
 
-        :raises BuildError: it cannot be fetched.
+        :raises BuildError: the package cannot be downloaded.
         """
         folder = self._folder / "downloads"
         pattern = f"{package}_{version.replace(':', '%3a')}_*.deb"
@@ -158,7 +155,7 @@ class Apt:
             "Acquire::Languages": "none",
             "APT::Architecture": "amd64",
             "APT::Install-Recommends": "false",
-            "pkgCacheGen::ForceEssential": ",",  # else apt counts itself as essential, and minimal images do without
-            "APT::Sandbox::User": "root",  # the cache directory is root's own
+            "pkgCacheGen::ForceEssential": ",",  # else apt treats itself as essential, which minimal images do not have
+            "APT::Sandbox::User": "root",  # the cache directory is not accessible to the user _apt
         }
         return "".join(f'{name} "{value}";\n' for name, value in own.items()) + "\n".join(self.settings) + "\n"

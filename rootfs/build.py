@@ -1,4 +1,4 @@
-"""Builds an image: resolve the inputs, look for an image of the same inputs, or else make one and publish it."""
+"""Build an image: resolve the inputs, reuse an image of the same inputs or else make one, and publish it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TOOLS = ("erofs-utils", "mmdebstrap")
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Everything that decides what an image holds."""
+    """All inputs of a build: packages, kernel, recipe, code and tools."""
 
     versions: Mapping[str, str]
     kernel: KernelSource
@@ -38,13 +38,13 @@ class Inputs:
 
     @property
     def digest(self) -> str:
-        """The images of two equal inputs are equal."""
+        """Digest of the inputs; builds with equal digests give equal images."""
         return digest.of_value(self.summary)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the last line on standard output says."""
+    """Result of a build, printed as JSON on the last line of standard output."""
 
     name: str
     digest: str
@@ -53,7 +53,7 @@ class Result:
 
 
 class Builder:
-    """Builds images of one mirror into one images directory, with one cache."""
+    """Builder of images from one mirror into one images directory, with one cache."""
 
     def __init__(self, images_dir: Path, cache_dir: Path, mirror: Mirror, guest_dir: Path = GUEST_DIR) -> None:
         self._store = Store(images_dir)
@@ -62,9 +62,9 @@ class Builder:
         self._guest_dir = guest_dir
 
     def build(self, flavour: Flavour) -> Result:
-        """Ensures that the flavour's image is published and up to date.
+        """Publish an up-to-date image of the flavour.
 
-        :raises BuildError: it is not; what was published before is untouched.
+        :raises BuildError: the build failed; the image published before is unchanged.
         """
         require("mmdebstrap", "mkfs.erofs", "dpkg-deb", "tar", "zstd", "setpriv", "unshare")
         with locked(self._cache), locked(self._store.folder):
@@ -81,9 +81,9 @@ class Builder:
                 return _result(self._store.publish(flavour.name, image, inputs.digest), cached=False)
 
     def check(self, flavour: Flavour) -> Result:
-        """Builds the image, then once more without any cache, and compares.
+        """Build the image, build it once more without caches, and compare the two.
 
-        :raises BuildError: the two differ; names the files that do.
+        :raises BuildError: files of the two images differ; the message names them.
         """
         first = self.build(flavour)
         with locked(self._cache), tempfile.TemporaryDirectory(prefix=DRAFT_PREFIX, dir=self._cache) as folder:
@@ -102,9 +102,10 @@ class Builder:
         current = self._store.current(flavour.name)
         if current is None:
             raise BuildError(
-                f"no mirror, and no image {flavour.name} from an earlier build: connect, or give --mirror URL"
+                f"no mirror can be reached, and there is no image {flavour.name} of an earlier build: connect, "
+                "or give --mirror URL"
             )
-        say(f"image {flavour.name}: kept as it is; it may be older than the guest code and Debian's updates")
+        say(f"image {flavour.name}: kept; it may be older than the guest code and Debian's updates")
         return _result(current, cached=True)
 
     def _resolve(self, flavour: Flavour, apt: Apt) -> Inputs:
@@ -124,7 +125,7 @@ class Builder:
         return Inputs(versions, source, summary)
 
     def _make(self, flavour: Flavour, inputs: Inputs, apt: Apt, draft: Path) -> Path:
-        """Fills `draft`; returns the image's directory inside it."""
+        """Make the image in `draft`; return its directory."""
         tools = inputs.summary["tools"]
         assert isinstance(tools, dict)
         boot = kernel.prepare(inputs.kernel, apt, self._cache)
@@ -147,26 +148,26 @@ class Builder:
 
 
 def guest_files(folder: Path) -> dict[str, Path]:
-    """Returns path below the guest package's folder -> file, of all its modules.
+    """Return path in the guest package -> file, of all its modules.
 
-    :raises BuildError: the package is not there.
+    :raises BuildError: the folder is not the guest package.
     """
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.py"))}
     if "init.py" not in files:
-        raise BuildError(f"{folder} holds no init.py: run the builder from a complete checkout or installation")
+        raise BuildError(f"{folder} has no init.py: run the builder from a complete checkout or installation")
     return files
 
 
 def _update(apt: Apt) -> bool:
-    """Refreshes the package lists; False if neither the mirror nor an earlier list can be had."""
+    """Update the package lists; return False if the mirror cannot be reached and there are no earlier lists."""
     try:
-        with step("package lists: asking the mirror"):
+        with step("package lists: updating"):
             apt.update()
     except BuildError as e:
-        say(f"the package lists cannot be refreshed. {e}")
+        say(f"the package lists cannot be updated. {e}")
         if not apt.has_lists():
             return False
-        say("going on with the package lists of an earlier build")
+        say("continuing with the package lists of an earlier build")
     return True
 
 

@@ -1,4 +1,4 @@
-"""The one way this package runs other programs."""
+"""Run other programs, with a fixed environment and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rootfs.errors import BuildError
 
-# Which Debian package holds a program, for the error message.
+# Program -> Debian package, for error messages.
 PACKAGES = {
     "apt-get": "apt",
     "apt-config": "apt",
@@ -24,27 +24,27 @@ PACKAGES = {
     "unshare": "util-linux",
     "zstd": "zstd",
 }
-# Dies with the builder even when that is killed by SIGKILL, and takes its mounts along: nothing to clean up afterwards.
+# Killed with the builder, even by SIGKILL, and its mounts are in a namespace: nothing is left to clean up.
 _ISOLATED = ("setpriv", "--pdeathsig", "KILL", "--",
              "unshare", "--mount", "--pid", "--fork", "--kill-child", "--")  # fmt: skip
 _TAIL_LINES = 20
 
 
 def require(*programs: str) -> None:
-    """Ensures that the programs are installed.
+    """Check that programs are installed.
 
-    :raises BuildError: names the Debian packages to install.
+    :raises BuildError: one is not; the message names the Debian packages to install.
     """
     missing = sorted({PACKAGES.get(name, name) for name in programs if shutil.which(name, path=_path()) is None})
     if missing:
-        raise BuildError(f"Debian packages that the builder needs are missing: apt-get install {' '.join(missing)}")
+        raise BuildError(f"the builder needs more Debian packages: apt-get install {' '.join(missing)}")
 
 
 def run(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
-    """Returns the standard output of a program that ended with status 0.
+    """Run a program; return its standard output.
 
-    :param env: added to a small, fixed environment, so that results do not depend on the caller's locale or umask.
-    :raises BuildError: it cannot be started or failed; holds the command line and the end of its output.
+    :param env: added to a small, fixed environment: results do not depend on the caller's locale or umask.
+    :raises BuildError: the program cannot be started, or its status is not 0; the message has its last output.
     """
     require(str(argv[0]))
     done = subprocess.run(
@@ -63,7 +63,7 @@ def run(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd
 
 
 def run_isolated(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> str:
-    """Like `run`, in mount and PID namespaces of its own, so that no mount or process outlives it.
+    """Run a program as `run` does, in new mount and PID namespaces: no mount or process outlives it.
 
     :raises BuildError: as `run`.
     """
@@ -72,7 +72,7 @@ def run_isolated(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = 
 
 
 def _environment() -> dict[str, str]:
-    """The caller's proxy and temporary-directory settings, everything else fixed."""
+    """Return the fixed environment, with the caller's settings of proxies, the npm registry and TMPDIR."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -90,7 +90,7 @@ def _describe(argv: Sequence[str | Path], done: subprocess.CompletedProcess[str]
     tail = "\n".join(f"    {line}" for line in output.splitlines()[-_TAIL_LINES:])
     hint = ""
     if "No space left on device" in output:
-        hint = "The disk is full: free space, or choose others with --images-dir and --cache-dir.\n"
+        hint = "The disk is full: free space, or choose other disks with --images-dir and --cache-dir.\n"
     elif "Temporary failure resolving" in output or "Could not connect" in output:
         hint = "The package mirror cannot be reached: check the network and /etc/apt, or give another with --mirror.\n"
     return f"{hint}command failed with status {done.returncode}: {shlex.join(map(str, argv))}\n{tail}"

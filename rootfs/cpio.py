@@ -1,4 +1,4 @@
-"""Writes cpio archives in the "newc" form that the kernel unpacks as its initramfs.
+"""Write cpio archives in the "newc" format, which the kernel unpacks as its initramfs.
 
 Format: Linux, Documentation/driver-api/early-userspace/buffer-format.rst.
 """
@@ -10,30 +10,30 @@ import stat
 
 
 class CpioWriter:
-    """Collects files in memory; the same calls give the same bytes (inode numbers count up, times are 0)."""
+    """Archive in memory. Reproducible: inode numbers count up, and times are 0."""
 
     def __init__(self) -> None:
         self._out = io.BytesIO()
         self._inode = 0
 
     def folder(self, path: str) -> None:
-        """Adds a directory, mode 0755."""
+        """Add a directory, mode 0755."""
         self._add(path, stat.S_IFDIR | 0o755, b"")
 
     def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        """Adds a regular file."""
+        """Add a regular file."""
         self._add(path, stat.S_IFREG | mode, data)
 
     def symlink(self, path: str, target: str) -> None:
-        """Adds a symbolic link."""
+        """Add a symbolic link."""
         self._add(path, stat.S_IFLNK | 0o777, target.encode())
 
     def character_device(self, path: str, major: int, minor: int) -> None:
-        """Adds a character device node, mode 0600."""
+        """Add a character device node, mode 0600."""
         self._add(path, stat.S_IFCHR | 0o600, b"", (major, minor))
 
     def finish(self) -> bytes:
-        """Returns the whole archive, with its trailer, padded to 512 bytes."""
+        """Return the archive with its trailer, padded to 512 bytes."""
         self._add("TRAILER!!!", 0, b"")
         self._pad(512)
         return self._out.getvalue()

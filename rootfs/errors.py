@@ -1,4 +1,4 @@
-"""What the builder raises on purpose."""
+"""The error that the image builder raises on purpose."""
 
 from __future__ import annotations
 

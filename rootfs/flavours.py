@@ -1,4 +1,4 @@
-"""What each flavour of image holds."""
+"""The recipes of images, called flavours."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _NO_CHARACTER_SETS = (
     "path-include=/usr/lib/x86_64-linux-gnu/gconv/gconv-modules*",
 )
 
-# A .pyc whose source carries another time stamp is compiled anew at every start, and all files of the image get one
-# time stamp: so they are made again here, of the kind that never looks at its source (measured under emulation: a
-# guest's imports take 0.3 s from .pyc files, 1.4 s without).
+# All files of the image get one time stamp, and Python ignores a .pyc file whose source has another time stamp than it
+# records. So they are compiled again, in the mode that does not check the source. Measured under emulation: a guest's
+# imports take 0.3 s with .pyc files, 1.4 s without.
 COMPILE = "-m compileall -q -f --invalidation-mode unchecked-hash"
 _PYTHON = 'chroot "$1" env -i PYTHONHASHSEED=0 /usr/bin/python3 -S'
 _COMPILE_LIBRARY = f"{_PYTHON} {COMPILE} /usr/lib/python3.13 /usr/lib/python3 /etc/python3.13"
 
-# A sandbox is thrown away: the whole system is the user's, so `pip install` need not insist on a virtual environment.
+# Lets `pip install` work without a virtual environment: a sandbox's system belongs to its user and is temporary.
 _FREE_PIP = r"""printf '[global]\nbreak-system-packages = true\n' >"$1/etc/pip.conf" """
 
 _TOOLS = ("bash", "ca-certificates", "coreutils", "curl", "iproute2", "mount", "python3", "sudo")
@@ -38,7 +38,7 @@ _TOOLS = ("bash", "ca-certificates", "coreutils", "curl", "iproute2", "mount", "
 
 @dataclass(frozen=True, slots=True)
 class NpmTool:
-    """A program that upstream publishes as an npm package; `integrity` is what the registry states for that version."""
+    """A program published as an npm package; `integrity` is the registry's digest of that version."""
 
     package: str
     version: str
@@ -49,7 +49,7 @@ class NpmTool:
 
 @dataclass(frozen=True, slots=True)
 class Flavour:
-    """A recipe: Debian packages (without their recommendations) and how they are unpacked."""
+    """A recipe: Debian packages (installed without recommended ones), options and hooks."""
 
     name: str
     packages: tuple[str, ...]

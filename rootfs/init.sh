@@ -1,7 +1,7 @@
 #!/bin/busybox sh
-# First program of the guest: load the modules, mount the root disk, hand over to the guest's init.
-# Every line costs a fork under emulation, so there are few. If this script ends, the kernel panics and the VMM with it:
-# the reason is the last line on the console.
+# First program of the guest: load the modules, mount the root disk, and start the guest's init.
+# Short, since each command is a fork, which is slow under emulation. If this script ends, the kernel panics and the VMM
+# ends; the reason is the last line on the console.
 
 fail() {
     echo "sandboxd initramfs: $*" >/dev/console
@@ -21,7 +21,7 @@ for module in $modules; do
     insmod "/modules/$module.ko" || fail "cannot load module $module"
 done
 
-# The disks come in the order of the bus, so the root disk is known by its serial. Its driver may still be at work.
+# The root disk is found by its serial, as the order of disks may vary. Its driver may still be probing it.
 find_root() {
     for disk in /sys/block/vd*; do
         serial=

@@ -1,4 +1,4 @@
-"""The initramfs: one static program, one script, the modules that the script loads."""
+"""Build the initramfs: busybox, a script, and the kernel modules that the script loads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from rootfs.cpio import CpioWriter
 from rootfs.modules import ModuleTree
 
-# What every boot needs: the disks, the link, the network card, the random source, the two file systems.
+# Needed by every boot: disks, link, network card, entropy source, and the two file systems of the root.
 BASE_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "erofs", "overlay", "virtio_net", "virtio_rng")
-# Only where the link is AF_VSOCK.
+# Needed only if the link is AF_VSOCK.
 VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
 
 _SCRIPT = Path(__file__).with_name("init.sh")
@@ -17,7 +17,7 @@ _APPLETS = ("insmod", "mount", "sleep", "switch_root", "umount")
 
 
 def build(busybox: bytes, modules: ModuleTree) -> bytes:
-    """Returns the archive, uncompressed: a few MiB that the guest need not unpack.
+    """Return the cpio archive. It is not compressed: decompressing a few MiB in an emulated guest is slow.
 
     :raises BuildError: the kernel lacks a module.
     """

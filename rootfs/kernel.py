@@ -1,4 +1,4 @@
-"""The kernel step: an ELF kernel and the initramfs that fits it, out of Debian's packages."""
+"""Kernel step of a build: extract an ELF kernel from Debian's package, and make its initramfs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AR_MAGIC = b"!<arch>\n"
 
 @dataclass(frozen=True, slots=True)
 class KernelSource:
-    """Which packages the kernel comes from, as the mirror offers them now."""
+    """Name and versions of the packages of kernel and busybox, as the mirror has them now."""
 
     package: str
     version: str
@@ -31,7 +31,7 @@ class KernelSource:
 
 @dataclass(frozen=True, slots=True)
 class KernelFiles:
-    """The results, in the cache; `epoch` is when the kernel was built, in seconds since 1970."""
+    """Kernel and initramfs in the cache; `epoch` is the build time of the package, in seconds since 1970."""
 
     vmlinux: Path
     initramfs: Path
@@ -40,7 +40,7 @@ class KernelFiles:
 
 
 def resolve(apt: Apt) -> KernelSource:
-    """Returns what the suite offers now.
+    """Return the packages of the suite's present kernel.
 
     :raises BuildError: the suite has no such kernel.
     """
@@ -48,14 +48,14 @@ def resolve(apt: Apt) -> KernelSource:
     depends = found[_META_PACKAGE]["Depends"]
     match = re.fullmatch(r"(linux-image-\S+) \(= (\S+)\)", depends)
     if match is None:
-        raise BuildError(f"{_META_PACKAGE} should stand for exactly one kernel, but depends on {depends!r}")
+        raise BuildError(f"{_META_PACKAGE} should depend on exactly one kernel package, not on {depends!r}")
     return KernelSource(match[1], match[2], found["busybox-static"]["Version"])
 
 
 def prepare(source: KernelSource, apt: Apt, cache: Path) -> KernelFiles:
-    """Returns kernel and initramfs; made if `cache` does not hold them yet.
+    """Return kernel and initramfs from `cache`, or make them.
 
-    :raises BuildError: packages cannot be fetched, or are not what this code expects.
+    :raises BuildError: the packages cannot be downloaded, or have an unexpected layout.
     """
     package = apt.download(source.package, source.version)
     busybox = apt.download("busybox-static", source.busybox_version)
@@ -66,15 +66,15 @@ def prepare(source: KernelSource, apt: Apt, cache: Path) -> KernelFiles:
     final = cache / f"kernel-{key[:16]}"
     release = source.package.removeprefix("linux-image-")
     if not final.exists():
-        with step(f"kernel {release}: unpacking, and making its initramfs"):
+        with step(f"kernel {release}: extracting it and building its initramfs"):
             _make(package, busybox, final, cache)
     return KernelFiles(final / "vmlinux", final / "initramfs", release, build_time(package))
 
 
 def build_time(package: Path) -> int:
-    """Returns when a .deb was built: the time stamp of its first member (deb(5), ar's header).
+    """Return the build time of a .deb in seconds since 1970: the time stamp of its first member (deb(5)).
 
-    :raises BuildError: not a .deb.
+    :raises BuildError: the file is not a .deb.
     """
     with package.open("rb") as file:
         head = file.read(len(_AR_MAGIC) + 60)

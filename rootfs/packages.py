@@ -1,4 +1,4 @@
-"""The package step: Debian packages, installed into a tree and kept as a tarball until one of them changes."""
+"""Package step of a build: install Debian packages into a tree, kept as a tarball until one of them changes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rootfs.flavours import SUITE, Flavour
 from rootfs.progress import say, step
 from rootfs.store import DRAFT_PREFIX
 
-# For what package scripts write down; the image's own time stamps are set when its file system is made.
+# SOURCE_DATE_EPOCH for package scripts. The image's time stamps are set when its file system is made.
 _EPOCH = "1754697600"
 
 
 def base_tarball(flavour: Flavour, versions: Mapping[str, str], apt: Apt, tool_version: str, cache: Path) -> Path:
-    """Returns a tarball of the installed packages; made if `cache` does not hold it yet.
+    """Return the tarball of the installed packages from `cache`, or make it.
 
-    :param versions: what the mirror offers now; the result holds exactly these.
-    :raises BuildError: packages cannot be fetched or installed.
+    :param versions: name -> version of all packages, as the mirror has them now.
+    :raises BuildError: packages cannot be downloaded or installed.
     """
     key = digest.of_value(
         {
@@ -38,7 +38,7 @@ def base_tarball(flavour: Flavour, versions: Mapping[str, str], apt: Apt, tool_v
         say(f"packages of {flavour.name}: {len(versions)}, unchanged")
         return final
     with (
-        step(f"packages of {flavour.name}: fetching and installing {len(versions)}"),
+        step(f"packages of {flavour.name}: downloading and installing {len(versions)}"),
         tempfile.TemporaryDirectory(prefix=DRAFT_PREFIX, dir=cache) as folder,
     ):
         draft = Path(folder) / "base.tar"
@@ -49,9 +49,9 @@ def base_tarball(flavour: Flavour, versions: Mapping[str, str], apt: Apt, tool_v
 
 
 def check_installed(tree: Path, versions: Mapping[str, str]) -> dict[str, str]:
-    """Returns name -> version of what is installed in a tree.
+    """Return name -> version of the packages in a tree.
 
-    :raises BuildError: it is not `versions`, because the mirror changed in between.
+    :raises BuildError: they differ from `versions`, since the mirror has changed during the build.
     """
     installed = parse_status((tree / "var/lib/dpkg/status").read_text())
     if installed != dict(versions):
@@ -61,7 +61,7 @@ def check_installed(tree: Path, versions: Mapping[str, str]) -> dict[str, str]:
 
 
 def parse_status(text: str) -> dict[str, str]:
-    """Returns name -> version of the installed packages in dpkg's status file."""
+    """Return name -> version of the installed packages in dpkg's status file."""
     installed: dict[str, str] = {}
     for paragraph in text.split("\n\n"):
         fields = parse_fields(paragraph)
@@ -88,7 +88,7 @@ def _mmdebstrap(flavour: Flavour, apt: Apt, tarball: Path) -> list[str | Path]:
 
 
 def _remove_older(kept: Path, name: str) -> None:
-    """Keeps the newest tarball of a flavour and the one before it."""
+    """Keep the newest tarball of a flavour and the one before it."""
     others = sorted((p for p in kept.parent.glob(f"{name}-*.tar") if p != kept), key=lambda p: p.stat().st_mtime)
     for path in others[:-1]:
         path.unlink()

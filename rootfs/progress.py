@@ -1,4 +1,4 @@
-"""Progress for people: one line per step on standard error, with the seconds since the start."""
+"""Print progress to standard error: a line per step, with the seconds since the start."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _started = time.monotonic()
 
 
 def say(text: str) -> None:
-    """Prints one line, stamped with the seconds since this process began."""
+    """Print a line with the seconds since the start of this process."""
     print(f"[{time.monotonic() - _started:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Announces a step, and how long it took once it succeeds."""
+    """Print the name of a step, and its duration once it has succeeded."""
     say(name)
     before = time.monotonic()
     yield

@@ -1,9 +1,9 @@
-"""Where finished images are kept: content-addressed directories, and one symbolic link per name.
+"""Store finished images: a directory per input digest, and a symbolic link per name.
 
     <images_dir>/minimal -> .store/minimal-0123456789ab
     <images_dir>/.store/minimal-0123456789ab/{manifest.json,vmlinux,initramfs,root.erofs}
 
-A reader that opens <images_dir>/<name> sees a whole image, old or new: links are swapped by rename(2).
+Links are replaced by rename(2): a reader of <images_dir>/<name> sees a complete image, the old or the new one.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _DIGEST_LENGTH = 12
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes this builder the only one at work in `folder` (created if missing); waits for another one to end.
+    """Lock `folder` (created if missing) against other builders, waiting for one that is running.
 
-    Drafts of builders that were killed are removed.
+    Removes the drafts of builders that were killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -44,33 +44,33 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class Store:
-    """The images below one directory; use it while `locked(store.folder)`."""
+    """The images below a directory. Callers must hold `locked(store.folder)`."""
 
     def __init__(self, images_dir: Path) -> None:
         self.images_dir = images_dir
         self.folder = images_dir / ".store"
 
     def find(self, name: str, input_digest: str) -> Path | None:
-        """Returns the image made from exactly these inputs, if it is whole."""
+        """Return the directory of the image with this input digest, or None if it is missing or incomplete."""
         entry = self._entry(name, input_digest)
         manifest = read_manifest(entry)
         return entry if manifest is not None and manifest.get("input_digest") == input_digest else None
 
     def current(self, name: str) -> Path | None:
-        """Returns the image that a name leads to now."""
+        """Return the directory of the published image `name`, or None."""
         entry = (self.images_dir / name).resolve()
         return entry if read_manifest(entry) is not None else None
 
     @contextmanager
     def draft(self) -> Iterator[Path]:
-        """Gives an empty directory for a new image; removed at the end unless `publish` moved it away."""
+        """Yield an empty directory for a new image; remove at the end what `publish` has not moved."""
         with tempfile.TemporaryDirectory(prefix=DRAFT_PREFIX, dir=self.folder, ignore_cleanup_errors=True) as folder:
             yield Path(folder)
 
     def publish(self, name: str, image: Path, input_digest: str) -> Path:
-        """Makes `name` lead to the image, moved from a draft if need be. Returns its directory.
+        """Publish an image, moved from a draft if it is in one, under `name`; return its directory.
 
-        :raises BuildError: the name is taken by something else.
+        :raises BuildError: the path of the name is not a link to an image.
         """
         link = self.images_dir / name
         if link.exists() and not link.is_symlink():
@@ -92,10 +92,10 @@ class Store:
         return entry
 
     def _prune(self, name: str, keep: set[Path | None]) -> None:
-        """Removes the images that a name led to earlier, but for those in `keep`.
+        """Remove earlier images of a name except those in `keep`.
 
-        The one before stays, because virtual machines may have been started from it; of older ones, a VMM that still
-        runs holds the files open.
+        The previous image is kept, as virtual machines may be starting from it; VMMs that run from older images have
+        their files open.
         """
         for entry in self.folder.glob(f"{name}-{'[0-9a-f]' * _DIGEST_LENGTH}"):
             if entry not in keep:
@@ -106,7 +106,7 @@ class Store:
 
 
 def read_manifest(image: Path) -> dict[str, object] | None:
-    """Returns an image's manifest, or None if there is no image or it lacks a file."""
+    """Return an image's manifest, or None if the image is missing or incomplete."""
     try:
         manifest = json.loads((image / MANIFEST).read_text())
         for part in ("kernel", "initramfs", "root"):
@@ -118,7 +118,7 @@ def read_manifest(image: Path) -> dict[str, object] | None:
 
 
 def _settle(folder: Path) -> None:
-    """Writes a directory's files to the disk, so that a published image survives a power cut whole."""
+    """Flush a directory and its files to the disk, so that a published image survives a power failure."""
     folder.chmod(0o755)
     for path in (*folder.iterdir(), folder):
         fd = os.open(path, os.O_RDONLY)

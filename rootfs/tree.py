@@ -1,4 +1,4 @@
-"""The root tree: unpacked packages become the guest's root file system."""
+"""Make the guest's root tree from unpacked packages: user, configuration, guest code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ USER_ID = 1000
 _HOME = "home/sandbox"
 _GUEST = "usr/lib/sandboxd"
 
-# What package scripts leave behind that differs from build to build, belongs to the build machine, or serves no one.
+# Files of package scripts that differ between builds, come from the build machine, or are not needed.
 _LEFTOVERS = (
     "boot/*",
     "dev/*",
@@ -38,7 +38,7 @@ _MOUNT_POINTS = ("dev", "mnt", "newroot", "overlay", "proc", "run", "sys", "tmp"
 _FILES = {
     "etc/hostname": "sandbox\n",
     "etc/hosts": "127.0.0.1\tlocalhost sandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n",
-    # No name server until one is configured: look-ups fail at once instead of timing out.
+    # No name server before the configuration: look-ups fail at once instead of timing out.
     "etc/resolv.conf": "",
     "etc/fstab": "",
     "etc/motd": "",
@@ -61,9 +61,9 @@ _FILES = {
 
 
 def unpack(tarball: Path, tree: Path) -> None:
-    """Unpacks the package step's tarball with owners, modes and extended attributes.
+    """Unpack the package step's tarball with owners, modes and extended attributes.
 
-    :raises BuildError: not root, or the disk is full.
+    :raises BuildError: tar failed: no root rights, or the disk is full.
     """
     tree.mkdir()
     run(["tar", "--extract", "--file", tarball, "--directory", tree, "--numeric-owner", "--same-permissions",
@@ -71,9 +71,9 @@ def unpack(tarball: Path, tree: Path) -> None:
 
 
 def finish(tree: Path, guest_files: dict[str, Path]) -> None:
-    """Turns unpacked packages into the root tree: user, configuration, guest code; and nothing of the build.
+    """Add user, configuration and guest code to unpacked packages, and remove traces of the build.
 
-    :param guest_files: path below the guest package's folder -> source file.
+    :param guest_files: path in the guest package -> source file.
     :raises BuildError: the guest's code does not compile under the image's Python.
     """
     clean(tree)
@@ -89,7 +89,7 @@ def finish(tree: Path, guest_files: dict[str, Path]) -> None:
 
 
 def clean(tree: Path) -> None:
-    """Removes what the image must not hold, and makes the empty mount points."""
+    """Remove _LEFTOVERS, and make the empty mount points."""
     for pattern in _LEFTOVERS:
         for path in tree.glob(pattern):
             _remove(path)
@@ -99,16 +99,16 @@ def clean(tree: Path) -> None:
 
 
 def add_user(tree: Path) -> None:
-    """Adds user and group `sandbox`: no password, home in /home/sandbox, which /home/app also leads to."""
+    """Add user and group `sandbox`, without a password; the home is /home/sandbox, with the link /home/app."""
     _append(tree / "etc/passwd", f"sandbox:x:{USER_ID}:{USER_ID}:sandbox:/{_HOME}:/bin/bash")
     _append(tree / "etc/group", f"sandbox:x:{USER_ID}:")
     _append(tree / "etc/shadow", "sandbox:*:20000:0:99999:7:::")
     _append(tree / "etc/gshadow", "sandbox:!::")
-    for name in ("shadow", "gshadow"):  # made here where no package has made them: not for everybody to read
+    for name in ("shadow", "gshadow"):  # not world-readable, also where no package has created them
         (tree / "etc" / name).chmod(0o640)
     (tree / _HOME).mkdir(parents=True)
     (tree / "home/app").symlink_to("sandbox")
-    # Where the SDKs' own examples put programs.
+    # The Deno SDKs' examples put programs there.
     (tree / "app").mkdir()
     os.chown(tree / "app", USER_ID, USER_ID)
 

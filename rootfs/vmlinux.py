@@ -1,7 +1,7 @@
-"""Takes the uncompressed kernel (an ELF file) out of a bzImage.
+"""Extract the uncompressed kernel (an ELF file) from a bzImage.
 
-The VMMs load an ELF kernel directly (PVH entry point): no real-mode stub and no decompression inside the guest, which
-costs most where the guest's code is emulated. Header offsets: Linux, Documentation/arch/x86/boot.rst.
+The VMMs load an ELF kernel directly (PVH entry point). So no real-mode code and no decompression run in the guest:
+both are slow under emulation. Header offsets: Linux, Documentation/arch/x86/boot.rst.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _PROGRAMS = {b"\x28\xb5\x2f\xfd": "zstd", b"\x02\x21\x4c\x18": "lz4"}
 
 
 def extract(image: bytes) -> bytes:
-    """Returns the ELF kernel inside `image`; an image that is an ELF file already is returned as it is.
+    """Return the ELF kernel in a bzImage; an ELF file is returned unchanged.
 
-    :raises BuildError: not a bzImage, cut short, or packed in a way that is not known here.
+    :raises BuildError: the image is not a bzImage, is truncated, or has an unknown compression.
     """
     if image.startswith(b"\x7fELF"):
         return image
     payload = _payload(image)
-    # Except for gzip, the kernel's build appends the unpacked size to the payload: not part of the stream.
+    # Except for gzip, the kernel's build appends the uncompressed size to the payload, after the compressed stream.
     kernel = _unpack(payload)
     if not kernel.startswith(b"\x7fELF"):
         raise BuildError("the kernel's payload is not an ELF file; use a kernel of Debian's linux-image packages")
@@ -46,7 +46,7 @@ def _payload(image: bytes) -> bytes:
     start = (1 + (image[_SETUP_SECTS_AT] or 4)) * _SECTOR + offset
     payload = image[start : start + length]
     if length == 0 or len(payload) != length:
-        raise BuildError("the bzImage is cut short: its payload lies beyond the end of the file")
+        raise BuildError("the bzImage is truncated: its payload ends after the end of the file")
     return payload
 
 
@@ -62,7 +62,7 @@ def _unpack(payload: bytes) -> bytes:
         raise BuildError(f"the kernel's payload is damaged: {e}") from e
     program = _PROGRAMS.get(payload[:4])
     if program is None:
-        raise BuildError(f"the kernel is packed in an unknown way (payload begins with {payload[:4].hex()})")
+        raise BuildError(f"unknown compression of the kernel (its payload begins with {payload[:4].hex()})")
     return _unpack_with(program, payload[:-4])
 
 
@@ -70,5 +70,5 @@ def _unpack_with(program: str, payload: bytes) -> bytes:
     require(program)
     done = subprocess.run([program, "-dc"], input=payload, capture_output=True, check=False)
     if done.returncode != 0:
-        raise BuildError(f"{program} cannot unpack the kernel: {done.stderr.decode(errors='replace').strip()}")
+        raise BuildError(f"{program} cannot decompress the kernel: {done.stderr.decode(errors='replace').strip()}")
     return done.stdout

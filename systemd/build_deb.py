@@ -1,8 +1,8 @@
-"""`just deb`: the Debian package, with the Python libraries that uv.lock names in a virtual environment of its own.
+"""Build the Debian package (`just deb`), with the Python libraries of uv.lock in a virtual environment.
 
     python systemd/build_deb.py DIRECTORY
 
-Files are dated by SOURCE_DATE_EPOCH or the last commit, and owned by root.
+Time stamps are SOURCE_DATE_EPOCH or the time of the last commit; files are owned by root.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROGRAMS = {
     "sandboxd": "agent.daemon.__main__", "sandboxctl": "agent.cli.app", "sandboxd-gateway": "agent.gateway.__main__",
     "sandboxd-egress": "agent.egress.__main__",
 }  # fmt: skip
-# -P: what lies in the directory that it is called in is not a module of ours.
+# -P: modules are not loaded from the directory of the caller.
 SCRIPT = """#!/{home}/bin/python3 -P
 import sys
 
@@ -36,14 +36,17 @@ SCRIPTS = ("postinst", "prerm", "postrm")
 
 
 def run(*argv: str | Path, **env: str) -> str:
-    """Returns what a command printed. :raises subprocess.CalledProcessError:"""
+    """Run a command in the checkout; return its standard output.
+
+    :raises subprocess.CalledProcessError: its status is not 0.
+    """
     return subprocess.run(
         [str(word) for word in argv], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **env}
     ).stdout
 
 
 def install_code(tree: Path, python: str) -> None:
-    """Makes the virtual environment, with bytecode, since nobody writes there later."""
+    """Install the virtual environment and the commands; compile bytecode, as the package's files are read-only."""
     home = tree / HOME
     run(python, "-m", "venv", "--without-pip", "--symlinks", home)
     requirements = run("uv", "export", "--frozen", "--no-dev", "--no-emit-project", "--quiet")
@@ -68,7 +71,7 @@ def install_code(tree: Path, python: str) -> None:
 
 
 def install_units(tree: Path) -> None:
-    """Puts the units and their company into their places."""
+    """Install units, sysusers, tmpfiles, the settings file and the documentation."""
     units = tree / "usr/lib/systemd/system"
     units.mkdir(parents=True)
     for pattern in ("*.service", "*.socket", "*.slice"):
@@ -86,7 +89,7 @@ def install_units(tree: Path) -> None:
 
 
 def write_control(tree: Path, version: str, python: str) -> None:
-    """Writes what dpkg needs to know."""
+    """Write the control files of the package (deb(5))."""
     major, minor = run(python, "-c", "import sys; print(*sys.version_info[:2])").split()
     size = sum(path.lstat().st_size for path in tree.rglob("*") if path.is_file())
     control = tree / "DEBIAN"
@@ -112,7 +115,7 @@ def debian_version(version: str) -> str:
 
 
 def main() -> int:
-    """Builds the package into a directory, and prints its path."""
+    """Build the package into a directory and print its path."""
     parser = argparse.ArgumentParser(prog="just deb", description=__doc__)
     parser.add_argument("directory", type=Path)
     directory: Path = parser.parse_args().directory

@@ -85,7 +85,7 @@ def test_a_changed_recipe_changes_the_digest(builder: build.Builder) -> None:
 def test_guest_code_must_be_whole(guest: Path) -> None:
     assert list(build.guest_files(guest)) == ["init.py"]
     (guest / "init.py").unlink()
-    with pytest.raises(BuildError, match=r"holds no init\.py"):
+    with pytest.raises(BuildError, match=r"has no init\.py"):
         build.guest_files(guest)
 
 

@@ -65,10 +65,10 @@ def test_an_elf_kernel_stays_as_it_is() -> None:
     [
         (b"", "not a Linux bzImage"),
         (bytes(4096), "not a Linux bzImage"),
-        (bzimage(gzip.compress(ELF))[:1650], "cut short"),
-        (bzimage(b""), "cut short"),
+        (bzimage(gzip.compress(ELF))[:1650], "truncated"),
+        (bzimage(b""), "truncated"),
         (bzimage(b"\x1f\x8b" + bytes(200)), "damaged"),
-        (bzimage(b"????" + bytes(200)), "unknown way"),
+        (bzimage(b"????" + bytes(200)), "unknown compression"),
         (bzimage(gzip.compress(b"no kernel")), "not an ELF file"),
     ],
 )
