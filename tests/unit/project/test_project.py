@@ -104,7 +104,7 @@ def test_packages_that_provide_google_modules_are_declared() -> None:
 def test_changelog_fragments_are_sentences(path: Path) -> None:
     """Names and types are checked by towncrier in `just lint`; an empty fragment passes there."""
     text = path.read_text()
-    assert re.fullmatch(r"[^\s#*-][^\n]{20,400}\.\n", text), "one line of one or two sentences, without list marks"
+    assert re.fullmatch(r"[^\s#*-](?:[^\n]|\n(?=\S)){20,400}\.\n", text), "a paragraph of one or two sentences, no list"
 
 
 def test_a_development_version_is_older_than_its_release_for_dpkg() -> None:
