@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent.common.config.reload import merged
+from agent.common.config.loading import merge_reloaded
 from agent.common.config.settings import Settings
 from agent.common.quantities import parse_duration, parse_size
 
@@ -90,5 +90,5 @@ def test_settings_that_a_reload_applies_are_marked(name: str) -> None:
     section, key = name.split(".")
     values = getattr(SETTINGS, section)
     other = dataclasses.replace(SETTINGS, **{section: dataclasses.replace(values, **{key: object()})})
-    changed = merged(SETTINGS, other)[1]
+    changed = merge_reloaded(SETTINGS, other)[1]
     assert ("**reload**" in ROWS[name][1]) == (changed == [name])
