@@ -64,7 +64,16 @@ def test_every_test_that_the_threat_model_names_exists() -> None:
 
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "agent/**/README.md", "guest/README.md", "rootfs/README.md", "tests/README.md")
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "agent/**/README.md",
+        "guest/README.md",
+        "rootfs/README.md",
+        "tests/README.md",
+        "tests/protos/README.md",
+        "changelog.d/README.md",
+    )
     for path in ROOT.glob(pattern)
     if path.name != "CHANGELOG.md"
 )
