@@ -93,8 +93,8 @@ def _tops() -> set[str]:
 def _missing_paths(text: str, folder: Path, tops: set[str]) -> list[str]:
     """Return the quoted paths and modules in a document that do not exist.
 
-    A path is taken from the root, from the document's own folder, or from a folder named before it on the same line.
-    Absolute paths, placeholders and file names without a folder are not looked at.
+    A path is taken from the root, from the document's own folder, or from a folder named before it on the same
+    line or the folder above that one. Absolute paths, placeholders and file names without a folder are not looked at.
     """
     missing = []
     for line in _FENCED.sub("", text).splitlines():
@@ -108,7 +108,7 @@ def _missing_paths(text: str, folder: Path, tops: set[str]) -> list[str]:
                 if found is None:
                     missing.append(token)
                 elif found.is_dir():
-                    bases.append(found)
+                    bases += [found, found.parent]
     return missing
 
 
