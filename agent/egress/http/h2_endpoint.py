@@ -19,7 +19,7 @@ from agent.egress.transport.byte_streams import Stream
 
 MAX_HEADER_LIST_BYTES = 64 << 10
 _MAX_STREAMS = 100
-# The latter bounds the memory per connection and direction.
+# The connection's window bounds the memory per connection and direction.
 _WINDOW_BYTES = 256 << 10
 _CONNECTION_WINDOW_BYTES = 512 << 10
 _Code = h2.settings.SettingCodes
@@ -34,9 +34,8 @@ _SETTINGS = {
 class OutgoingStream:
     """Data, trailers and end that are queued for one stream."""
 
-    pieces: list[tuple[bytes, int]] = field(
-        default_factory=list
-    )  # data, and its flow-controlled length on the other side
+    # Data, and its flow-controlled length on the other side.
+    pieces: list[tuple[bytes, int]] = field(default_factory=list)
     trailers: Headers | None = None
     ended: bool = False
 

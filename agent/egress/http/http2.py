@@ -172,9 +172,8 @@ class Http2Relay:
                 queued.pieces.append((rest, 0))
             queued.ended = True
         elif isinstance(event, h2.events.StreamReset):
-            if (
-                source is self._server and queued.ended
-            ):  # the response is complete without the rest of the request (RFC 9113, 8.1)
+            # The response may be complete without the rest of the request (RFC 9113, 8.1).
+            if source is self._server and queued.ended:
                 exchange.request_ended = True
                 source.queued.pop(exchange.server_id, None)
                 return

@@ -87,10 +87,8 @@ class Interceptor:
             return
         try:
             chosen = upstream.protocol or (_HTTP1 if not offered or _HTTP1 in offered else "")
-            if not chosen:
-                raise Denied(
-                    Reason.PROTOCOL_NOT_ALLOWED, target.name
-                )  # the client only offers h2, and the server lacks it
+            if not chosen:  # the client only offers h2, and the server lacks it
+                raise Denied(Reason.PROTOCOL_NOT_ALLOWED, target.name)
             context = sandbox.ca.context(target.name, (chosen,) if offered else ())
             stream = await handshake(client, context, server_side=True)
         except BaseException:

@@ -17,7 +17,7 @@ from agent.daemon.network.egress.supervisor import EgressConnection, EgressProce
 from agent.egress.control_protocol import ControlLink, LinkClosed
 
 _ANSWER_TIMEOUT_S = 10.0
-_BACKOFF = Backoff(0.05, 5.0, settle_s=30.0)  # above the 20 s after which a silent process is given up
+_BACKOFF = Backoff(0.05, 5.0, settle_s=30.0)  # settles after more than the 20 s timeout of a hello
 
 
 class EgressClient:
@@ -45,7 +45,7 @@ class EgressClient:
         self._seq = 0
         self._supervisor = supervisor
         self._loop: BackgroundLoop | None = None
-        self.sandboxes: dict[str, str] = {}  # of the process when it was connected to: id to digest
+        self.sandboxes: dict[str, str] = {}  # that the process served when it was connected to: id to digest
 
     async def start(self) -> None:
         """Connect to the process, starting it if it is the agent's own, and keep the link connected.
