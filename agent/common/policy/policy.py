@@ -12,8 +12,8 @@ from agent.common.policy.rules import Rule, parse_rule
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Per sandbox; 0: none."""
+class TrafficLimits:
+    """Limits of one sandbox's traffic; 0 means unlimited."""
 
     connections: int = 1024  # open at once through the proxy
     connections_per_s: int = 0
@@ -38,7 +38,7 @@ class Policy:
     deny: tuple[Rule, ...] = ()
     permitted: tuple[Network, ...] = ()
     inspect: bool = False
-    limits: Limits = Limits()
+    limits: TrafficLimits = TrafficLimits()
 
     @property
     def open(self) -> bool:
@@ -119,5 +119,5 @@ class Policy:
             deny=rules("deny"),
             permitted=tuple(parse_network(text) for text in value["permitted"]),
             inspect=bool(value["inspect"]),
-            limits=Limits(*value["limits"]),
+            limits=TrafficLimits(*value["limits"]),
         )

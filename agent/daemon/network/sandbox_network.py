@@ -17,7 +17,7 @@ from agent.common.config.paths import Paths
 from agent.common.config.settings import Settings
 from agent.common.errors import AgentError, HostError
 from agent.common.policy.addresses import parse_network
-from agent.common.policy.policy import Limits, Policy
+from agent.common.policy.policy import Policy, TrafficLimits
 from agent.common.policy.reasons import Reason
 from agent.common.policy.rules import parse_rules
 from agent.common.policy.secret import Secret
@@ -43,7 +43,7 @@ def policy_of(settings: EgressSettings, record: Record) -> Policy:
         deny=parse_rules(settings.deny, "egress.deny"),
         permitted=tuple(parse_network(text) for text in settings.permit_private),
         inspect=net.inspect,
-        limits=Limits(settings.connections, settings.connections_per_s, settings.bytes_per_s),
+        limits=TrafficLimits(settings.connections, settings.connections_per_s, settings.bytes_per_s),
     )
 
 
