@@ -8,16 +8,18 @@ import string
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from agent.common.policy.rules import Rule
+
 ID_PREFIX = "sbx-"
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 _ID_PATTERN = re.compile(rf"{ID_PREFIX}[a-z0-9]{{16}}")
 
+TAP_NAME = "tap0"  # of the host's end of the guest's network card, in the sandbox's namespace
 GUEST_MAC = "02:73:62:78:00:01"
 GUEST_IPV4 = "10.0.99.2/30"
 GATEWAY_IPV4 = "10.0.99.1/30"
 GUEST_IPV6 = "fd73:6278::2/64"
 GATEWAY_IPV6 = "fd73:6278::1/64"
-VSOCK_PORT = 1024
 DEFAULT_USER = "sandbox"  # in every image; the user of processes for which none is given
 
 
@@ -75,14 +77,14 @@ class SecretSpec:
     """A secret without its value: only the stored secrets and the egress process have that.
 
     :param name: of the environment variable with the placeholder.
-    :param hosts: rules (`agent.common.policy.rules`) for the hosts to which the value is sent.
+    :param hosts: rules for the hosts to which the value is sent.
     :param placeholder: text that the guest has in place of the value; constant for the sandbox's lifetime.
     :param in_body: replace the placeholder in request bodies, too, and not only in headers.
     :param redact: replace the value by the placeholder in responses.
     """
 
     name: str
-    hosts: tuple[str, ...]
+    hosts: tuple[Rule, ...]
     placeholder: str
     in_body: bool = False
     redact: bool = True
@@ -92,12 +94,12 @@ class SecretSpec:
 class NetSpec:
     """Network access of a sandbox.
 
-    :param allow: rules (`agent.common.policy.rules`) for allowed destinations; None: the internet; (): nothing.
+    :param allow: rules for allowed destinations; None: the internet; (): nothing.
     :param tenant: whose limits (settings `egress.tenants`) apply.
     :param inspect: open TLS connections with the sandbox's own CA to see the requests inside.
     """
 
-    allow: tuple[str, ...] | None = None
+    allow: tuple[Rule, ...] | None = None
     tenant: str = ""
     inspect: bool = False
 

@@ -7,24 +7,29 @@ name in an error message (PEP 383) and are in records that exist.
 from __future__ import annotations
 
 import json
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
 T = TypeVar("T")
 
 
-def decode(text: str | bytes, kind: type[T]) -> T:
+def decode(text: str | bytes, kind: type[T], dec_hook: Callable[[type, Any], object] | None = None) -> T:
     """Return the value of type `kind` that `text` describes. Unknown fields are ignored, missing ones get defaults.
 
+    :param dec_hook: converts (type, JSON value) for types that msgspec does not know; raises ValueError.
     :raises ValueError: not JSON, a field without default is missing, or one has another type.
     """
     try:
-        return msgspec.convert(json.loads(text), kind)
+        return msgspec.convert(json.loads(text), kind, dec_hook=dec_hook)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-def encode(value: object) -> str:
-    """Return `value`, a dataclass or a msgspec Struct, as JSON in ASCII without spaces."""
-    return json.dumps(msgspec.to_builtins(value), separators=(",", ":"))
+def encode(value: object, enc_hook: Callable[[Any], object] | None = None) -> str:
+    """Return `value`, a dataclass or a msgspec Struct, as JSON in ASCII without spaces.
+
+    :param enc_hook: converts values of types that msgspec does not know.
+    """
+    return json.dumps(msgspec.to_builtins(value, enc_hook=enc_hook), separators=(",", ":"))

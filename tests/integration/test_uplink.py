@@ -14,7 +14,7 @@ from agent.common.config.egress import EgressSettings
 from agent.common.policy.policy import Policy
 from agent.common.policy.rules import parse_rules
 from agent.daemon.network.kernel import namespaces
-from agent.daemon.network.kernel.network import Networks
+from agent.daemon.network.kernel.network import KernelNetwork
 
 pytestmark = pytest.mark.vm  # root and namespaces, as for those
 
@@ -42,13 +42,13 @@ def held(uplink: str) -> tuple[bool, bool]:
 async def test_what_a_dead_agent_left_in_the_uplink_goes_once_nobody_needs_it(uplink: str, tmp_path: Path) -> None:
     settings, marker = EgressSettings(uplink=uplink), tmp_path / "uplink"
     async with namespaces.namespace(ID):
-        first = Networks(settings, marker)
+        first = KernelNetwork(settings, marker)
         for sock in await first.setup(ID, Policy(), secrets=False):
             sock.close()
         slot = first.slot(ID)
         await first.aclose()  # as a death: it removes nothing
         assert (held(uplink), marker.exists()) == ((True, True), True)
-        second = Networks(settings, marker)
+        second = KernelNetwork(settings, marker)
         second.restore(ID, slot)
         await second.tear_down_unused()
         assert held(uplink) == (True, True)  # it is needed
@@ -57,7 +57,7 @@ async def test_what_a_dead_agent_left_in_the_uplink_goes_once_nobody_needs_it(up
         await second.update(ID, Policy(), secrets=False)
         assert held(uplink) == (True, True)
         await second.aclose()
-    third = Networks(settings, marker)  # and the sandbox is gone with the agent
+    third = KernelNetwork(settings, marker)  # and the sandbox is gone with the agent
     await third.tear_down_unused()
     assert (held(uplink)[0], marker.exists()) == (False, False)
     await third.aclose()
@@ -65,7 +65,7 @@ async def test_what_a_dead_agent_left_in_the_uplink_goes_once_nobody_needs_it(up
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.001, 0.003, 0.006, 0.01, 0.02])
 async def test_a_cancelled_setup_leaves_nothing(uplink: str, tmp_path: Path, delay_s: float) -> None:
-    networks = Networks(EgressSettings(uplink=uplink), tmp_path / "uplink")
+    networks = KernelNetwork(EgressSettings(uplink=uplink), tmp_path / "uplink")
     before = len(os.listdir("/proc/self/fd"))
     async with namespaces.namespace(ID):
         task = asyncio.create_task(networks.setup(ID, Policy(), secrets=False))

@@ -68,7 +68,8 @@ async def _probe(settings: Settings) -> Check:
     from agent.daemon.vmm.select import choose_driver
 
     try:
-        driver = await choose_driver(settings, ImageStore(settings.images.images_dir))
+        images = ImageStore(settings.images.images_dir)
+        driver = await choose_driver(settings, images.boot_files(settings.images.default_image))
         info = await driver.probe()
     except AgentError as error:
         return Check("vmm", Status.MISSING, error.message, "set vmm.driver and vmm.accelerator to auto")

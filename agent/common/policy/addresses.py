@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
+IpRange = IPv4Network | IPv6Network
 
 BLOCKED_IPV4: tuple[IPv4Network, ...] = tuple(
     IPv4Network(text)
@@ -37,7 +37,7 @@ def embedded_ipv4(address: IPv6Address) -> IPv4Address | None:
     return None
 
 
-def is_blocked(address: Address, permitted: Iterable[Network] = ()) -> bool:
+def is_blocked(address: Address, permitted: Iterable[IpRange] = ()) -> bool:
     """Whether no sandbox may reach `address`; `permitted` are the ranges that the operator lets through."""
     for network in permitted:
         if address.version == network.version and address in network:
@@ -67,6 +67,6 @@ def parse_server(text: str, default_port: int = 53) -> tuple[str, int]:
     return str(ip_address(host)), int(port or default_port)
 
 
-def parse_network(text: str) -> Network:
+def parse_network(text: str) -> IpRange:
     """Returns the network of "10.0.0.0/8", "fd00::/8" or of one address. :raises ValueError:"""
     return ip_network(text.strip().removeprefix("[").removesuffix("]"), strict=False)

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Any
 
-from agent.common.policy.addresses import Address, Network, embedded_ipv4, is_blocked, parse_network
+from agent.common.policy.addresses import Address, IpRange, embedded_ipv4, is_blocked, parse_network
 from agent.common.policy.reasons import Reason
 from agent.common.policy.rules import Rule, parse_rule
 
 
 @dataclass(frozen=True, slots=True)
-class TrafficLimits:
-    """Limits of one sandbox's traffic; 0 means unlimited."""
+class EgressLimits:
+    """Per sandbox; 0: none."""
 
     connections: int = 1024  # open at once through the proxy
     connections_per_s: int = 0
@@ -36,9 +36,9 @@ class Policy:
     always: tuple[Rule, ...] = ()
     ceiling: tuple[Rule, ...] | None = None
     deny: tuple[Rule, ...] = ()
-    permitted: tuple[Network, ...] = ()
+    permitted: tuple[IpRange, ...] = ()
     inspect: bool = False
-    limits: TrafficLimits = TrafficLimits()
+    limits: EgressLimits = EgressLimits()
 
     @property
     def open(self) -> bool:
@@ -119,5 +119,5 @@ class Policy:
             deny=rules("deny"),
             permitted=tuple(parse_network(text) for text in value["permitted"]),
             inspect=bool(value["inspect"]),
-            limits=TrafficLimits(*value["limits"]),
+            limits=EgressLimits(*value["limits"]),
         )

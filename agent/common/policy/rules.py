@@ -1,4 +1,4 @@
-"""One entry of an allow or deny list: parsed from text, and back.
+"""Rule of an allow or deny list: parsed from text and rendered as text.
 
 example.com          this host, any port          1.2.3.4       this address, any port
 example.com:443      this host, this port         1.2.3.4:443   this address and port
@@ -9,42 +9,64 @@ example.com:443      this host, this port         1.2.3.4:443   this address and
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from ipaddress import ip_network
+from typing import Final
 
 from agent.common.errors import InvalidSpec
-from agent.common.policy.addresses import Address, Network
+from agent.common.policy.addresses import Address, IpRange
 from agent.common.policy.hosts import normalise
 
 MAX_RULES = 1024
 MAX_RULE_CHARACTERS = 300
 
 
-@dataclass(frozen=True, slots=True)
 class Rule:
-    """A name, or all names under one, or a range of addresses; each on one port or on all (None)."""
+    """A host name, all names below a domain, or an address range; each on one port or on every port. Immutable.
 
-    name: str = ""
-    wildcard: bool = False  # `name` is then what the names are below
-    network: Network | None = None
-    port: int | None = None
+    A plain class, since msgspec would store a dataclass field by field; records have the text of a rule.
+
+    :param name: normalised host name; the domain of a wildcard; "" in a rule for addresses.
+    :param port: None: every port.
+    """
+
+    __slots__ = ("name", "network", "port", "wildcard")
+
+    def __init__(
+        self, *, name: str = "", wildcard: bool = False, network: IpRange | None = None, port: int | None = None
+    ) -> None:
+        self.name: Final = name
+        self.wildcard: Final = wildcard
+        self.network: Final = network
+        self.port: Final = port
+
+    def _key(self) -> tuple[object, ...]:
+        return self.name, self.wildcard, self.network, self.port
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Rule) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return f"Rule({str(self)!r})"
 
     def has_name(self, name: str) -> bool:
-        """Whether the rule is for this (normalised) host name, whatever the port."""
+        """Whether the rule matches this normalised host name, on any port."""
         if self.network is not None:
             return False
         return name.endswith(f".{self.name}") if self.wildcard else name == self.name
 
     def has_address(self, address: Address) -> bool:
-        """Whether the rule is for this address, whatever the port."""
+        """Whether the rule matches this address, on any port."""
         return self.network is not None and self.network.version == address.version and address in self.network
 
     def has_port(self, port: int) -> bool:
-        """Whether the rule is for this port."""
+        """Whether the rule matches this port."""
         return self.port is None or self.port == port
 
     def __str__(self) -> str:
-        """Returns the normalised text, which parses to the same rule."""
+        """Return the normalised text, which `parse_rule` turns into an equal rule."""
         if self.network is None:
             host = f"*.{self.name}" if self.wildcard else self.name
         else:
@@ -56,7 +78,10 @@ class Rule:
 
 
 def parse_rule(text: str) -> Rule:
-    """Returns the rule that `text` states. :raises InvalidSpec: it states none; the message says what to write."""
+    """Parse one rule.
+
+    :raises InvalidSpec: the text is not a rule; the message says what to write instead.
+    """
     if len(text) > MAX_RULE_CHARACTERS:
         raise InvalidSpec(f"{text[:60]!r}... is over {MAX_RULE_CHARACTERS} characters; write a host name or an address")
     if "://" in text:
@@ -75,7 +100,11 @@ def parse_rule(text: str) -> Rule:
 
 
 def parse_rules(texts: Iterable[str], what: str) -> tuple[Rule, ...]:
-    """Returns the rules, each once, in order. :raises InvalidSpec: a bad one, or too many; `what` names the list."""
+    """Parse a list of rules; duplicates are removed, the order is kept.
+
+    :param what: name of the list, for the error message.
+    :raises InvalidSpec: a text is not a rule, or there are more than 1024.
+    """
     rules = tuple(dict.fromkeys(parse_rule(text) for text in texts))
     if len(rules) > MAX_RULES:
         raise InvalidSpec(f"{what} has {len(rules)} entries; at most {MAX_RULES} are allowed: use wildcards or ranges")
@@ -91,7 +120,7 @@ def _split_port(text: str) -> tuple[str, int | None]:
     return host, int(port)
 
 
-def _network(host: str, text: str) -> Network | None:
+def _network(host: str, text: str) -> IpRange | None:
     bracketed = host.startswith("[") and host.endswith("]")
     inner = host[1:-1] if bracketed else host
     try:

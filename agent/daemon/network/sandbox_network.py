@@ -1,263 +1,245 @@
-"""The network of sandboxes, put together: namespace and rules, the egress process, and what their owners asked for."""
+"""Networks of sandboxes: namespace and kernel rules of each, and its share in the egress process.
+
+Callers pass values (id, effective policy, secrets without their values) and get values back; this module knows no
+records and no vault. Secret values are read through `SecretSource` at the moment they are sent to the egress process,
+and not kept.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AsyncExitStack
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from agent.common.aio import run_to_completion
 from agent.common.background import Supervisor
-from agent.common.ca import LocalCa
-from agent.common.config.egress import EgressSettings
 from agent.common.config.paths import Paths
 from agent.common.config.settings import Settings
 from agent.common.errors import AgentError, HostError
-from agent.common.policy.addresses import parse_network
-from agent.common.policy.policy import Policy, TrafficLimits
-from agent.common.policy.reasons import Reason
-from agent.common.policy.rules import parse_rules
-from agent.common.policy.secret import Secret
-from agent.common.telemetry import EGRESS_DENIALS, log, step
+from agent.common.model import SecretSpec
+from agent.common.policy.policy import Policy
+from agent.common.policy.reasons import Denial, Reason
+from agent.common.policy.secret import EgressSecrets
+from agent.common.telemetry import log, step
 from agent.daemon.network.egress.client import EgressClient, order_digest
 from agent.daemon.network.egress.supervisor import EgressFiles, EgressProcess, ExternalEgress, ManagedEgress
 from agent.daemon.network.kernel import namespaces
-from agent.daemon.network.kernel.network import Networks
-from agent.daemon.sandbox.state.events import Denial
-from agent.daemon.sandbox.state.record import Record
-from agent.daemon.storage.secrets.vault import CaPair, Held, Vault
+from agent.daemon.network.kernel.network import KernelNetwork
 from agent.egress.control_protocol import SOCKETS
 
 
-def policy_of(settings: EgressSettings, record: Record) -> Policy:
-    """Returns what a sandbox may reach: the caller's list, held down by the operator's settings."""
-    net = record.net
-    ceiling = settings.tenants.get(net.tenant)
-    return Policy(
-        allow=None if net.allow is None else parse_rules(net.allow, "allow"),
-        always=parse_rules(settings.always, "egress.always"),
-        ceiling=None if ceiling is None else parse_rules(_words(ceiling), f"egress.tenants.{net.tenant}"),
-        deny=parse_rules(settings.deny, "egress.deny"),
-        permitted=tuple(parse_network(text) for text in settings.permit_private),
-        inspect=net.inspect,
-        limits=TrafficLimits(settings.connections, settings.connections_per_s, settings.bytes_per_s),
-    )
+class SecretSource(Protocol):
+    """Store of secret values; implemented by `agent.daemon.storage.secrets.secret_store`."""
+
+    async def egress_secrets(self, sandbox_id: str, specs: tuple[SecretSpec, ...]) -> EgressSecrets:
+        """Return the secrets of a sandbox with their values, and its CA.
+
+        :raises HostError: they cannot be read.
+        """
 
 
-def _words(text: str) -> Iterable[str]:
-    return (word.strip() for word in text.split(",") if word.strip())
+class DenialSink(Protocol):
+    """Receiver of the denials that the egress process reports."""
+
+    def count(self, sandbox_id: str, reason: Reason, count: int) -> None:
+        """Count denials of a sandbox; the sandbox may be gone already."""
+
+    def report(self, sandbox_id: str, denial: Denial) -> None:
+        """Take the details of one denial, which `count` has counted or will count."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelState:
+    """State of a sandbox's network in the kernel, to be stored for the daemon that adopts the sandbox.
+
+    :param slot: index into the address pools; None if the sandbox is not routed to the uplink.
+    :param rules: digest of the loaded nftables rules; "" if unknown.
+    """
+
+    slot: int | None = None
+    rules: str = ""
+
+
+@dataclass(slots=True)
+class _Present:
+    """A sandbox that has a network now; the policy is in force or being put into force."""
+
+    policy: Policy
+    secrets: tuple[SecretSpec, ...]
+    rules: str = ""
 
 
 class SandboxNetwork:
-    """Makes, changes and removes the networks of sandboxes; see `agent.daemon.sandbox.machine.host_services.Network`.
+    """Makes, changes, adopts and removes the networks of sandboxes.
 
-    :param on_denial: called with the record and each denial that has details.
+    :param secrets: read whenever a sandbox is handed to the egress process.
+    :param denials: told of every denial that the egress process reports.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        paths: Paths,
-        vault: Vault,
-        supervisor: Supervisor,
-        on_denial: Callable[[Record, Denial], None],
+        self, settings: Settings, paths: Paths, secrets: SecretSource, denials: DenialSink, supervisor: Supervisor
     ) -> None:
-        self._settings = settings.egress
-        self._networks = Networks(settings.egress, paths.uplink_marker)
-        self._vault = vault
         egress = settings.egress
+        self._kernel = KernelNetwork(egress, paths.uplink_marker)
         process: EgressProcess = (
             ExternalEgress(egress, Path(egress.control))
             if egress.control
             else ManagedEgress(egress, EgressFiles(paths.run_dir))
         )
         self._egress = EgressClient(process, self._on_report, self._hand_over_all, supervisor)
-        self._present: dict[str, Record] = {}
-        self._on_denial = on_denial
+        self._secrets = secrets
+        self._denials = denials
+        self._present: dict[str, _Present] = {}
 
     async def start(self) -> None:
-        """Starts the egress process, or finds the one that an earlier agent left. :raises HostError:"""
-        self._vault.open()
+        """Start the egress process, or adopt the one of an earlier daemon.
+
+        :raises HostError: it does not start or does not answer.
+        """
         await self._egress.start()
 
-    async def settle(self) -> None:
-        """Removes what an earlier agent left in the uplink and nobody needs; once all sandboxes are adopted.
+    async def remove_unused_uplink(self) -> None:
+        """Remove the uplink's rules of an earlier daemon if no sandbox needs them; call it after all adoptions.
 
-        :raises HostError:
+        :raises HostError: the kernel refused.
         """
-        await self._networks.tear_down_unused()
+        await self._kernel.tear_down_unused()
 
     async def aclose(self, *, keep: bool) -> None:
-        """Ends the watch over the egress process, which runs on where sandboxes are kept."""
+        """Stop monitoring the egress process; end it, too, unless `keep` and a sandbox is left."""
         await self._egress.aclose(stop=not keep or not self._present)
-        await self._networks.aclose()
+        await self._kernel.aclose()
 
-    async def make(self, record: Record, stack: AsyncExitStack) -> None:
-        """Makes namespace, rules and servers of a sandbox; `stack` removes them. :raises AgentError:"""
+    async def make(self, sandbox_id: str, policy: Policy, secrets: tuple[SecretSpec, ...]) -> None:
+        """Make the namespace, rules, listening sockets and egress entry of a sandbox.
+
+        :raises AgentError: the kernel or the egress process refused; `remove` removes what was made.
+        """
         with step("netns"):
-            await self.make_bare(record.id, stack)
+            await self.make_bare(sandbox_id)
         with step("network"):
-            policy = policy_of(self._settings, record)
             await self._egress.wait_ready()
-            sockets = await self._networks.setup(record.id, policy, secrets=bool(record.secrets))
-            record.slot = self._networks.slot(record.id)
-            record.rules = self._networks.digest(policy, secrets=bool(record.secrets))
-            self._present[record.id] = record
+            sockets = await self._kernel.setup(sandbox_id, policy, secrets=bool(secrets))
+            rules = self._kernel.digest(policy, secrets=bool(secrets))
+            present = self._present[sandbox_id] = _Present(policy, secrets, rules)
             try:
                 with step("network.egress"):
-                    await self._assign(record, policy, sockets)
+                    await self._assign(sandbox_id, present, sockets)
             finally:
-                for sock in sockets:
-                    sock.close()
+                _close(sockets)
 
-    async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
-        """Makes a namespace with a tap that leads nowhere; `stack` removes it. :raises HostError:"""
-        stack.push_async_callback(self.remove, sandbox_id)
+    async def make_bare(self, sandbox_id: str) -> None:
+        """Make a namespace whose tap has no connection to anything.
+
+        :raises HostError: the kernel refused; nothing is left.
+        """
         await run_to_completion(namespaces.make(sandbox_id))
 
-    async def adopt(self, record: Record, vmm_pid: int) -> None:
-        """Takes over the network of a sandbox, in which its VMM is, from an earlier agent. :raises AgentError:"""
-        namespaces.pin(record.id, vmm_pid)
-        self._networks.restore(record.id, record.slot)
-        self._present[record.id] = record
-        policy = policy_of(self._settings, record)
-        # Rules as this agent would make them: its settings may be others than those of the agent before it.
-        await self._networks.update(record.id, policy, secrets=bool(record.secrets), present=record.rules)
-        record.slot = self._networks.slot(record.id)
-        record.rules = self._networks.digest(policy, secrets=bool(record.secrets))
-        await self._egress.wait_ready()
-        order = await self._order(record, policy)
-        if self._egress.sandboxes.get(record.id) != order["digest"]:
-            await self._hand_over(record)
+    async def adopt(
+        self, sandbox_id: str, policy: Policy, secrets: tuple[SecretSpec, ...], state: KernelState, vmm_pid: int
+    ) -> None:
+        """Take over the network that an earlier daemon made, and update it to the policy.
 
-    async def update(self, record: Record) -> None:
-        """Puts `record.net` and `record.secrets` into force. What they no longer allow ends. :raises AgentError:"""
-        policy = policy_of(self._settings, record)
-        record.rules = ""  # unknown, should what follows fail
-        # The kernel first: its rules can be put back while the egress process is gone, which gets the record's policy
-        # once it is there again.
-        await self._networks.update(record.id, policy, secrets=bool(record.secrets))
-        record.slot = self._networks.slot(record.id)
-        record.rules = self._networks.digest(policy, secrets=bool(record.secrets))
+        :param state: `kernel_state` of the earlier daemon.
+        :param vmm_pid: process in the sandbox's namespace, which pins the namespace again if its mount was lost.
+        :raises AgentError: the kernel or the egress process refused.
+        """
+        namespaces.pin(sandbox_id, vmm_pid)
+        self._kernel.restore(sandbox_id, state.slot)
+        present = self._present[sandbox_id] = _Present(policy, secrets, state.rules)
+        # The settings of this daemon may differ from those of the daemon before.
+        await self._kernel.update(sandbox_id, policy, secrets=bool(secrets), present=state.rules)
+        present.rules = self._kernel.digest(policy, secrets=bool(secrets))
         await self._egress.wait_ready()
-        await self._assign(record, policy, ())
+        order = await self._order(sandbox_id, present)
+        if self._egress.sandboxes.get(sandbox_id) != order["digest"]:
+            await self._hand_over(sandbox_id, present)
+
+    async def update(self, sandbox_id: str, policy: Policy, secrets: tuple[SecretSpec, ...]) -> None:
+        """Put another policy and other secrets into force; connections that they no longer allow end.
+
+        :raises AgentError: the kernel or the egress process refused. The kernel's rules may have changed, see
+            `kernel_state`; an egress process that is started again gets the new policy.
+        """
+        present = self._present[sandbox_id]
+        present.policy, present.secrets, present.rules = policy, secrets, ""
+        # The kernel first: its rules can be put back while no egress process runs.
+        await self._kernel.update(sandbox_id, policy, secrets=bool(secrets))
+        present.rules = self._kernel.digest(policy, secrets=bool(secrets))
+        await self._egress.wait_ready()
+        await self._assign(sandbox_id, present, ())
 
     async def remove(self, sandbox_id: str) -> None:
-        """Removes all of a sandbox's network. Idempotent. :raises HostError:"""
-        record = self._present.pop(sandbox_id, None)
-        if record is not None:
-            with contextlib.suppress(AgentError):
-                await self.count_drops(record)
-        with contextlib.suppress(HostError):  # an egress process that is gone has nothing of it
+        """Remove the whole network of a sandbox. Idempotent.
+
+        :raises HostError: the kernel refused.
+        """
+        self._present.pop(sandbox_id, None)
+        with contextlib.suppress(HostError):  # an egress process that is gone has no entry of the sandbox
             await self._egress.call("remove", sandbox=sandbox_id)
-        await self._networks.remove(sandbox_id)
+        await self._kernel.remove(sandbox_id)
         await namespaces.remove(sandbox_id)
 
-    # -- secrets -------------------------------------------------------------------------------------------------------
+    def kernel_state(self, sandbox_id: str) -> KernelState:
+        """Return the state that `adopt` of the next daemon needs."""
+        present = self._present.get(sandbox_id)
+        return KernelState(self._kernel.slot(sandbox_id), "" if present is None else present.rules)
 
-    async def hold(self, record: Record, values: Mapping[str, str]) -> dict[str, str]:
-        """See `agent.daemon.sandbox.machine.host_services.Network`."""
-        held = await self._vault.get(record.id)
-        kept = {}
-        for secret in record.secrets:
-            value = values.get(secret.name, held.values.get(secret.name))
-            if value is None:
-                raise HostError(f"the value of secret {secret.name} is lost; set it anew", reason="STATE_DAMAGED")
-            kept[secret.name] = value
-        ca = held.ca
-        if ca is None and (record.secrets or record.net.inspect):
-            made = await asyncio.to_thread(LocalCa.generate, record.id)
-            ca = CaPair(made.certificate_pem, made.key_pem)
-        if kept != dict(held.values) or ca is not held.ca:
-            await self._vault.put(record.id, Held(kept, ca))
-        return dict(held.values)
+    async def take_drops(self, sandbox_id: str) -> dict[Reason, int]:
+        """Return the number of packets that the kernel's rules dropped since the last call, by reason.
 
-    async def inherit(self, sandbox_id: str, parent: str) -> None:
-        """See `agent.daemon.sandbox.machine.host_services.Network`."""
-        await self._vault.put(sandbox_id, await self._vault.get(parent))
-
-    def fingerprint(self, values: Mapping[str, str]) -> str:
-        """See `agent.daemon.sandbox.machine.host_services.Network`."""
-        return self._vault.fingerprint(values)
-
-    async def release(self, sandbox_id: str) -> None:
-        """See `agent.daemon.sandbox.machine.host_services.Network`."""
-        await self._vault.forget(sandbox_id)
-
-    async def ca_certificate(self, record: Record) -> str:
-        """See `agent.daemon.sandbox.machine.host_services.Network`."""
-        ca = (await self._vault.get(record.id)).ca
-        return "" if ca is None else ca.certificate_pem
-
-    async def trust(self, record: Record) -> dict[str, object] | None:
-        """See `agent.daemon.sandbox.machine.host_services.Network`."""
-        ca = (await self._vault.get(record.id)).ca
-        if ca is None:
-            return None
-        return {
-            "certificate": ca.certificate_pem,
-            "env": {secret.name: secret.placeholder for secret in record.secrets},
-        }
-
-    async def count_drops(self, record: Record) -> None:
-        """Adds what the kernel's rules dropped since the last look to the record's denials. :raises HostError:"""
-        for reason, count in (await self._networks.drops(record.id)).items():
-            if count:
-                record.denials[reason.value] = record.denials.get(reason.value, 0) + count
-                EGRESS_DENIALS.labels(reason.value).inc(count)
-                self._on_denial(record, Denial(reason, "", 0, "ip", count))
+        :raises HostError: the counters cannot be read.
+        """
+        return await self._kernel.take_drops(sandbox_id)
 
     # -- the egress process --------------------------------------------------------------------------------------------
 
-    async def _order(self, record: Record, policy: Policy) -> dict[str, Any]:
-        held = await self._vault.get(record.id)
-        secrets = [
-            Secret(
-                name=secret.name, placeholder=secret.placeholder, value=held.values[secret.name],
-                hosts=parse_rules(secret.hosts, secret.name), in_body=secret.in_body, redact=secret.redact,
-            ).to_json()
-            for secret in record.secrets
-        ]  # fmt: skip
-        ca = None
-        if held.ca is not None:
-            ca = {"certificate_pem": held.ca.certificate_pem, "key_pem": held.ca.key_pem}
-        order: dict[str, Any] = {"policy": policy.to_json(), "secrets": secrets, "ca": ca}
-        return {"sandbox": record.id, "digest": order_digest(order), **order}
+    async def _order(self, sandbox_id: str, present: _Present) -> dict[str, Any]:
+        """Return the arguments of the egress process's operation `assign`, but for its sockets."""
+        resolved = await self._secrets.egress_secrets(sandbox_id, present.secrets)
+        ca = resolved.ca
+        order: dict[str, Any] = {
+            "policy": present.policy.to_json(),
+            "secrets": [secret.to_json() for secret in resolved.secrets],
+            "ca": None if ca is None else {"certificate_pem": ca.certificate_pem, "key_pem": ca.key_pem},
+        }
+        return {"sandbox": sandbox_id, "digest": order_digest(order), **order}
 
-    async def _assign(self, record: Record, policy: Policy, sockets: Iterable[Any]) -> None:
-        order = await self._order(record, policy)
-        listening = list(sockets)
-        fds = [sock.fileno() for sock in listening]
+    async def _assign(self, sandbox_id: str, present: _Present, sockets: Sequence[socket.socket]) -> None:
+        order = await self._order(sandbox_id, present)
+        if self._present.get(sandbox_id) is not present:
+            return  # removed meanwhile: the egress process must not keep an entry and sockets of it
+        fds = [sock.fileno() for sock in sockets]
         await self._egress.call("assign", fds, **order, sockets=SOCKETS[: len(fds)])
 
-    async def _hand_over(self, record: Record) -> None:
-        sockets = await self._networks.listen(record.id)
+    async def _hand_over(self, sandbox_id: str, present: _Present) -> None:
+        """Give the egress process a sandbox whose sockets it does not have yet."""
+        sockets = await self._kernel.listen(sandbox_id)
         try:
-            await self._assign(record, policy_of(self._settings, record), sockets)
+            await self._assign(sandbox_id, present, sockets)
         finally:
-            for sock in sockets:
-                sock.close()
+            _close(sockets)
 
     async def _hand_over_all(self) -> None:
-        """Gives a fresh egress process every sandbox; one that cannot be given has no way out until it is changed."""
-        for record in list(self._present.values()):
-            if record.id in self._egress.sandboxes:
+        """Give a new egress process all sandboxes; log each one that fails and stays offline until its next update."""
+        for sandbox_id, present in list(self._present.items()):
+            if sandbox_id in self._egress.sandboxes:
                 continue
             try:
-                await self._hand_over(record)
+                await self._hand_over(sandbox_id, present)
             except AgentError as error:
-                log.error("a sandbox has no way out", sandbox_id=record.id, error=error.message)
+                log.error("sandbox offline: egress hand-over failed", sandbox_id=sandbox_id, error=error.message)
 
     def _on_report(self, report: dict[str, Any]) -> None:
         for sandbox_id, reason, count in report["counts"]:
-            EGRESS_DENIALS.labels(Reason(reason).value).inc(count)
-            record = self._present.get(sandbox_id)
-            if record is not None:
-                record.denials[reason] = record.denials.get(reason, 0) + count
+            self._denials.count(sandbox_id, Reason(reason), count)
         for sandbox_id, reason, host, port, protocol, count in report["denials"]:
-            record = self._present.get(sandbox_id)
-            if record is not None:
-                self._on_denial(record, Denial(Reason(reason), str(host), int(port), str(protocol), int(count)))
+            self._denials.report(sandbox_id, Denial(Reason(reason), str(host), int(port), str(protocol), int(count)))
+
+
+def _close(sockets: Sequence[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()

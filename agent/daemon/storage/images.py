@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from agent.common.errors import HostError, ImageDamaged, InvalidSpec, InvalidState, NotFound
+from agent.common.errors import AgentError, HostError, ImageDamaged, InvalidSpec, InvalidState, NotFound
 
 _SCHEMA = 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -153,6 +153,14 @@ class ImageStore:
             raise _damaged(path, f"its manifest is of an image {image.name!r}")
         self._parsed = {**{p: entry for p, entry in self._parsed.items() if p.exists()}, path: (stamp, image)}
         return image
+
+    def boot_files(self, name: str) -> tuple[Path, Path] | None:
+        """Return kernel and initramfs of an image; None if it is missing or damaged."""
+        try:
+            image = self.get(name)
+        except AgentError:
+            return None
+        return image.kernel.path, image.initramfs.path
 
     def get_build(self, name: str, digest: str) -> Image:
         """Returns the build of an image that has this digest, which may not be the present one.

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,10 @@ from agent.common.atomic_file import publish_directory, write_atomically
 from agent.common.errors import AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound, ResourceExhausted
 from agent.common.telemetry import log, step
 from agent.daemon.host.sparse_copy import copy_sparse
-from agent.daemon.sandbox.state.record import Record
-from agent.daemon.storage.disks import disk_error, format_volume
+from agent.daemon.storage.disks import MAX_DISK_BYTES, MIN_DISK_BYTES, disk_error, format_volume
 
 VOLUME, SNAPSHOT = "vol-", "snp-"
 _MIB = 1 << 20
-MIN_BYTES, MAX_BYTES = 16 * _MIB, 1 << 44
 MAX_PER_TENANT = 1000
 _OWNER = 1000  # of an empty volume: the user of every image
 _FACTS, _DISK, _DRAFT = "facts.json", "disk.img", ".draft-"
@@ -140,25 +138,26 @@ class Volumes:
 
     # -- using ---------------------------------------------------------------------------------------------------------
 
-    def attach(self, record: Record) -> None:
-        """Gives a sandbox the volumes of its specification. :raises InvalidState: another one has one of them."""
-        wanted = [volume for _, volume in record.spec.volumes]
-        if record.spec.root and not is_snapshot(record.spec.root):
-            wanted.append(record.spec.root)
-        if len(set(wanted)) != len(wanted):
+    def attach(self, sandbox_id: str, volumes: Collection[str]) -> None:
+        """Reserve volumes, by id, for one sandbox. Idempotent.
+
+        :raises InvalidSpec: a volume is given twice.
+        :raises InvalidState: another sandbox has one of them, or it is being copied.
+        """
+        if len(set(volumes)) != len(volumes):
             raise InvalidSpec("a volume cannot be root and be mounted, too")
-        for identifier in wanted:
-            user = self._users.get(identifier, record.id)
-            if user != record.id or identifier in self._busy:
+        for identifier in volumes:
+            user = self._users.get(identifier, sandbox_id)
+            if user != sandbox_id or identifier in self._busy:
                 raise InvalidState(
-                    f"volume {identifier} is in use by {user if user != record.id else 'a copy'}; one at a time may",
+                    f"volume {identifier} is in use by {user if user != sandbox_id else 'a copy'}; one at a time may",
                     reason="VOLUME_IN_USE",
                 )
-        self._users |= dict.fromkeys(wanted, record.id)
+        self._users |= dict.fromkeys(volumes, sandbox_id)
 
-    def detach(self, record: Record) -> None:
-        """Takes back what `attach` gave. Idempotent."""
-        self._users = {volume: user for volume, user in self._users.items() if user != record.id}
+    def detach(self, sandbox_id: str) -> None:
+        """Release all volumes of a sandbox. Idempotent."""
+        self._users = {volume: user for volume, user in self._users.items() if user != sandbox_id}
 
     async def copy(self, identifier: str, target: Path) -> None:
         """Copies a disk for a sandbox of its own. :raises NotFound: :raises AgentError:"""
@@ -170,9 +169,9 @@ class Volumes:
     async def create(self, tenant: str, slug: str, capacity_bytes: int, *, image: str = "", base: str = "") -> Volume:
         """Makes a volume: empty, or with what the snapshot `base` has. :raises AgentError: nothing is left."""
         capacity_bytes = -(-capacity_bytes // _MIB) * _MIB
-        if not MIN_BYTES <= capacity_bytes <= MAX_BYTES:
+        if not MIN_DISK_BYTES <= capacity_bytes <= MAX_DISK_BYTES:
             raise InvalidSpec(
-                f"capacity is {capacity_bytes} bytes; it must be from {MIN_BYTES} to {MAX_BYTES}",
+                f"capacity is {capacity_bytes} bytes; it must be from {MIN_DISK_BYTES} to {MAX_DISK_BYTES}",
                 reason="INVALID_CAPACITY",
             )
         origin = None

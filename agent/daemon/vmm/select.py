@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from pathlib import Path
 
 from agent.common.config.settings import Settings
-from agent.common.errors import AgentError, VmmError
-from agent.daemon.storage.images import ImageStore
+from agent.common.errors import VmmError
 from agent.daemon.vmm.accelerator import AcceleratorProbe, Trial, qemu_trial
 from agent.daemon.vmm.cloud_hypervisor import binary
 from agent.daemon.vmm.cloud_hypervisor.cloud_hypervisor import CloudHypervisorDriver, trial
 from agent.daemon.vmm.driver import Driver, VmmOptions
 from agent.daemon.vmm.qemu.qemu import QemuDriver
 
+BootFiles = tuple[Path, Path]  # kernel, initramfs
 QEMU, CLOUD_HYPERVISOR = "qemu", binary.NAME
 
 
-async def choose_driver(settings: Settings, images: ImageStore) -> Driver:
+async def choose_driver(settings: Settings, boot_files: BootFiles | None) -> Driver:
     """Return the driver that `vmm.driver` names; with "auto" the best one that works on this host.
+
+    :param boot_files: files of the image that a trial of the accelerator boots; None: no trial, hence "tcg".
 
     `VmmInfo.reason` of the driver's `probe` says why it was chosen.
     """
     options = VmmOptions(binary=settings.vmm.binary, accelerator=settings.vmm.accelerator, link=settings.vmm.link)
     wanted = settings.vmm.driver
     if wanted == CLOUD_HYPERVISOR:
-        return await _cloud_hypervisor(settings, images, options)
+        return _cloud_hypervisor(settings, boot_files, options)
     if wanted == QEMU:
-        return await _qemu(settings, images, options)
+        return _qemu(settings, boot_files, options)
     why_not = _excluded_by_settings(settings)
     if not why_not:
         try:
-            driver: Driver = await _cloud_hypervisor(settings, images, options)
+            driver: Driver = _cloud_hypervisor(settings, boot_files, options)
             await driver.probe()
         except VmmError as error:
             why_not = error.message
@@ -41,7 +42,7 @@ async def choose_driver(settings: Settings, images: ImageStore) -> Driver:
     # A binary named cloud-hypervisor is not QEMU.
     program = "" if CLOUD_HYPERVISOR in Path(options.binary).name else options.binary
     options = dataclasses.replace(options, binary=program, note=f"not {CLOUD_HYPERVISOR}: {why_not}")
-    return await _qemu(settings, images, options)
+    return _qemu(settings, boot_files, options)
 
 
 def _excluded_by_settings(settings: Settings) -> str:
@@ -56,19 +57,14 @@ def _excluded_by_settings(settings: Settings) -> str:
     return ""
 
 
-async def _cloud_hypervisor(settings: Settings, images: ImageStore, options: VmmOptions) -> CloudHypervisorDriver:
-    probe = await asyncio.to_thread(_probe, settings, images, trial)
-    return CloudHypervisorDriver(options, settings.paths.tools_dir, probe)
+def _cloud_hypervisor(settings: Settings, boot_files: BootFiles | None, options: VmmOptions) -> CloudHypervisorDriver:
+    return CloudHypervisorDriver(options, settings.paths.tools_dir, _probe(settings, boot_files, trial))
 
 
-async def _qemu(settings: Settings, images: ImageStore, options: VmmOptions) -> QemuDriver:
-    probe = await asyncio.to_thread(_probe, settings, images, qemu_trial)
-    return QemuDriver(options, settings.paths.tools_dir, probe)
+def _qemu(settings: Settings, boot_files: BootFiles | None, options: VmmOptions) -> QemuDriver:
+    return QemuDriver(options, settings.paths.tools_dir, _probe(settings, boot_files, qemu_trial))
 
 
-def _probe(settings: Settings, images: ImageStore, trial_argv: Trial) -> AcceleratorProbe:
-    try:
-        image = images.get(settings.images.default_image)
-    except AgentError:
-        return AcceleratorProbe(settings.paths.cache_dir, None, None, trial_argv)
-    return AcceleratorProbe(settings.paths.cache_dir, image.kernel.path, image.initramfs.path, trial_argv)
+def _probe(settings: Settings, boot_files: BootFiles | None, trial_argv: Trial) -> AcceleratorProbe:
+    kernel, initramfs = boot_files or (None, None)
+    return AcceleratorProbe(settings.paths.cache_dir, kernel, initramfs, trial_argv)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from agent.common.errors import InvalidSpec
 from agent.common.policy.addresses import is_blocked, parse_network
 from agent.common.policy.hosts import normalise, same_or_none
-from agent.common.policy.policy import Policy, TrafficLimits
+from agent.common.policy.policy import EgressLimits, Policy
 from agent.common.policy.reasons import Reason
 from agent.common.policy.rules import MAX_RULES, parse_rule, parse_rules
 from agent.common.policy.secret import Secret
@@ -188,7 +188,7 @@ def test_a_policy_survives_json() -> None:
     full = policy(
         "example.com:443", "*.example.org", "1.2.3.4", always=parse_rules(["a.example"], ""),
         deny=parse_rules(["b.example"], ""), ceiling=parse_rules(["*.example.org"], ""),
-        permitted=(parse_network("10.0.0.0/8"),), inspect=True, limits=TrafficLimits(5, 6, 7),
+        permitted=(parse_network("10.0.0.0/8"),), inspect=True, limits=EgressLimits(5, 6, 7),
     )  # fmt: skip
     for value in (full, Policy(), policy()):
         assert Policy.from_json(json.loads(json.dumps(value.to_json()))) == value

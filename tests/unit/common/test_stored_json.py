@@ -10,10 +10,11 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from agent.common.errors import HostError, NotFound
+from agent.common.policy.secret import CaPair
 from agent.daemon.sandbox.machine.vm_shape import Shape
 from agent.daemon.sandbox.templates import files
 from agent.daemon.sandbox.templates.files import TemplateDamaged
-from agent.daemon.storage.secrets.vault import CaPair, Held, Vault
+from agent.daemon.storage.secrets.vault import StoredSecrets, Vault
 from agent.daemon.storage.volumes import Volume, Volumes
 
 ID = "vol-0123456789abcdef"
@@ -118,9 +119,9 @@ def seal(directory: Path, text: bytes) -> Vault:
 
 async def test_sealed_values(tmp_path: Path) -> None:
     text = json.dumps({"values": {"KEY": "\u00e9"}, "ca": {"certificate_pem": "c", "key_pem": "k"}})
-    assert await seal(tmp_path, text.encode()).get("sbx-1") == Held({"KEY": "\u00e9"}, CaPair("c", "k"))
+    assert await seal(tmp_path, text.encode()).get("sbx-1") == StoredSecrets({"KEY": "\u00e9"}, CaPair("c", "k"))
     text = json.dumps({"values": {"KEY": "v"}, "ca": None})
-    assert await seal(tmp_path, text.encode()).get("sbx-1") == Held({"KEY": "v"})
+    assert await seal(tmp_path, text.encode()).get("sbx-1") == StoredSecrets({"KEY": "v"})
 
 
 @pytest.mark.parametrize(

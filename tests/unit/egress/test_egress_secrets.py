@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from agent.common.errors import HostError, InvalidSpec
 from agent.common.policy.rules import parse_rules
-from agent.common.policy.secret import Secret
+from agent.common.policy.secret import CaPair, Secret
 from agent.daemon.storage.secrets.placeholder import PREFIX, new_placeholder
-from agent.daemon.storage.secrets.vault import CaPair, Held, Vault
+from agent.daemon.storage.secrets.vault import StoredSecrets, Vault
 from agent.egress.http.secret_injection import SecretInjection, basic_credentials, secrets_mentioned
 from agent.egress.http.stream_replacer import StreamReplacer
 from guest import keystore
@@ -138,12 +138,12 @@ def test_placeholders_cannot_be_guessed_and_can_look_like_the_real_thing() -> No
 async def test_the_vault_keeps_and_forgets(tmp_path: Path) -> None:
     vault = Vault(tmp_path / "secrets")
     vault.open()
-    held = Held({"KEY": VALUE}, CaPair("certificate", "key"))
+    held = StoredSecrets({"KEY": VALUE}, CaPair("certificate", "key"))
     await vault.put("sbx-1", held)
     again = Vault(tmp_path / "secrets")
     again.open()
     assert await again.get("sbx-1") == held
-    assert await again.get("sbx-2") == Held()
+    assert await again.get("sbx-2") == StoredSecrets()
     assert all(VALUE.encode() not in path.read_bytes() for path in (tmp_path / "secrets").iterdir())
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "secrets").iterdir()} == {0o600}
     assert again.fingerprint({"a": "1"}) == vault.fingerprint({"a": "1"}) != vault.fingerprint({"a": "2"})
@@ -152,8 +152,8 @@ async def test_the_vault_keeps_and_forgets(tmp_path: Path) -> None:
     (tmp_path / "secrets" / "sbx-1.sealed").rename(tmp_path / "secrets" / "sbx-2.sealed")
     with pytest.raises(HostError, match="cannot be decrypted"):
         await again.get("sbx-2")
-    await again.forget("sbx-2")
-    assert await again.get("sbx-2") == Held()
+    await again.delete("sbx-2")
+    assert await again.get("sbx-2") == StoredSecrets()
     (tmp_path / "secrets" / "node.key").write_bytes(b"short")
     with pytest.raises(HostError, match="damaged"):
         Vault(tmp_path / "secrets").open()

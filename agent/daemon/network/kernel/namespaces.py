@@ -21,12 +21,11 @@ from typing import TypeVar
 
 from agent.common.aio import run_to_completion
 from agent.common.errors import HostError
-from agent.common.model import GATEWAY_IPV4, GATEWAY_IPV6, ID_PREFIX
+from agent.common.model import GATEWAY_IPV4, GATEWAY_IPV6, ID_PREFIX, TAP_NAME
 from agent.daemon.host.syscalls import CLONE_NEWNET, MNT_DETACH, MS_BIND, mount, setns, umount, unshare
 from agent.daemon.host.threads import run_in_thread
 
 NETNS_DIR = Path("/run/netns")
-TAP = "tap0"
 # Every clone of a template must find the same gateway behind the same address, or its ARP cache is wrong.
 TAP_MAC = "02:73:62:78:00:ff"
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
@@ -58,7 +57,7 @@ def _make_device() -> None:
     """Makes the tap."""
     tun = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
     try:
-        name = TAP.encode()
+        name = TAP_NAME.encode()
         fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", name, _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
         fcntl.ioctl(tun, _TUNSETPERSIST, 1)
     finally:
@@ -66,7 +65,7 @@ def _make_device() -> None:
 
 
 def _set_up_device() -> None:
-    name = TAP.encode()
+    name = TAP_NAME.encode()
     mac = bytes.fromhex(TAP_MAC.replace(":", ""))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         fcntl.ioctl(sock, _SIOCSIFHWADDR, struct.pack("16sH6s16x", name, _ARPHRD_ETHER, mac))
@@ -89,7 +88,7 @@ def _set_ipv4(sock: socket.socket, name: bytes, cidr: str) -> None:
 def _set_ipv6(name: bytes) -> None:
     address, _, prefix = GATEWAY_IPV6.partition("/")
     for setting, value in (("accept_ra", "0"), ("accept_dad", "0")):
-        Path(f"/proc/sys/net/ipv6/conf/{TAP}/{setting}").write_text(value)
+        Path(f"/proc/sys/net/ipv6/conf/{TAP_NAME}/{setting}").write_text(value)
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
         (index,) = struct.unpack_from("i", fcntl.ioctl(sock, _SIOCGIFINDEX, struct.pack("16s24x", name)), 16)
         packed = socket.inet_pton(socket.AF_INET6, address)

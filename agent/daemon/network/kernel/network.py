@@ -33,7 +33,7 @@ def _opened(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-class Networks:
+class KernelNetwork:
     """By sandbox; a namespace with its tap must be there already (`agent.daemon.network.kernel.namespaces`).
 
     :param marker: a file that is there as long as the uplink may have rules of ours.
@@ -118,7 +118,7 @@ class Networks:
         """Returns fresh sockets for a new egress process. :raises HostError:"""
         return await self._inside(sandbox_id, listeners.make, "listen in a sandbox's namespace")
 
-    async def drops(self, sandbox_id: str) -> dict[Reason, int]:
+    async def take_drops(self, sandbox_id: str) -> dict[Reason, int]:
         """Returns what the rules dropped since the last call. :raises HostError:"""
         counts = await self._inside(sandbox_id, lambda: nft.take_counters(*_TABLES), "read the counters of a sandbox")
         return {reason: counts[reason.value] for reason in KERNEL_REASONS if counts.get(reason.value)}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from agent.common.model import GATEWAY_IPV4, GATEWAY_IPV6, GUEST_IPV4, GUEST_IPV6, GUEST_MAC
-from agent.common.policy.addresses import BLOCKED_IPV4, BLOCKED_IPV6, GLOBAL_IPV6, Network
+from agent.common.model import GATEWAY_IPV4, GATEWAY_IPV6, GUEST_IPV4, GUEST_IPV6, GUEST_MAC, TAP_NAME
+from agent.common.policy.addresses import BLOCKED_IPV4, BLOCKED_IPV6, GLOBAL_IPV6, IpRange
 from agent.common.policy.policy import Policy
 from agent.common.policy.reasons import KERNEL_REASONS
 from agent.common.policy.rules import Rule
@@ -20,7 +20,6 @@ DNS_PORT = 53
 MARK = 0x5B
 ROUTE_TABLE = 100
 UPLINK = "up0"
-TAP = "tap0"
 GUARD, EGRESS = "guard", "egress"
 _BURST_S = 0.25  # of a bandwidth limit: how much may come at once
 _MIN_BURST_BYTES = 64 << 10
@@ -92,7 +91,11 @@ def _guard(bytes_per_s: int) -> list[str]:
         f"ip6 nexthdr {{ 0, 43, 44, 51, 60, 135, 139, 140 }} {_drop('fragment')}",
         f"icmpv6 type {{ nd-router-advert, nd-router-solicit, nd-redirect }} {_drop('spoofed')}",
     ]
-    chains = ["chain from_guest {", f'type filter hook ingress device "{TAP}" priority -500; policy accept;', *rules]
+    chains = [
+        "chain from_guest {",
+        f'type filter hook ingress device "{TAP_NAME}" priority -500; policy accept;',
+        *rules,
+    ]
     return [*chains, *_bandwidth(bytes_per_s), "}"]
 
 
@@ -107,7 +110,7 @@ def _prerouting(policy: Policy, mode: Mode) -> list[str]:
     """Returns what happens to packets before they are routed: most of the policy."""
     new = "tcp flags & (syn | ack) == syn"
     rules = [
-        f'iifname != "{TAP}" accept',
+        f'iifname != "{TAP_NAME}" accept',
         f"ip daddr {GATEWAY4} meta l4proto {{ tcp, udp }} th dport {DNS_PORT} accept",
         f"ip6 daddr {GATEWAY6} meta l4proto {{ tcp, udp }} th dport {DNS_PORT} accept",
         "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept",
@@ -150,15 +153,15 @@ def _matching(rules: Iterable[Rule], verdict: str) -> list[str]:
     return lines
 
 
-def _family(network: Network) -> str:
+def _family(network: IpRange) -> str:
     return "ip" if network.version == 4 else "ip6"
 
 
-def _destination(network: Network) -> str:
+def _destination(network: IpRange) -> str:
     return f"{_family(network)} daddr {network}"
 
 
-def _destinations(networks: Sequence[Network]) -> str:
+def _destinations(networks: Sequence[IpRange]) -> str:
     return f"{_family(networks[0])} daddr {{ {', '.join(map(str, networks))} }}"
 
 
@@ -167,17 +170,17 @@ def _hooks(policy: Policy, mode: Mode) -> list[str]:
     if mode.routed:
         limit = policy.limits.connections
         if limit and not mode.proxied:
-            forward.append(f'iifname "{TAP}" ct state new ct count over {limit} {_drop("rate_dropped")}')
+            forward.append(f'iifname "{TAP_NAME}" ct state new ct count over {limit} {_drop("rate_dropped")}')
         forward += [
-            f'iifname "{TAP}" oifname "{UPLINK}" accept',
-            f'iifname "{UPLINK}" oifname "{TAP}" ct state established,related accept',
+            f'iifname "{TAP_NAME}" oifname "{UPLINK}" accept',
+            f'iifname "{UPLINK}" oifname "{TAP_NAME}" ct state established,related accept',
         ]
     lines = [
         "chain input {", "type filter hook input priority filter; policy drop;",
         'iifname "lo" accept',
         f"meta mark {MARK} accept",
-        f'iifname "{TAP}" meta l4proto {{ tcp, udp }} th dport {DNS_PORT} accept',
-        f'iifname "{TAP}" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept',
+        f'iifname "{TAP_NAME}" meta l4proto {{ tcp, udp }} th dport {DNS_PORT} accept',
+        f'iifname "{TAP_NAME}" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept',
     ]  # fmt: skip
     if mode.routed:
         lines += [
@@ -187,7 +190,7 @@ def _hooks(policy: Policy, mode: Mode) -> list[str]:
     lines += ["}", "chain forward {", "type filter hook forward priority filter; policy drop;", *forward, "}"]
     lines += [
         "chain to_guest {", "type filter hook postrouting priority filter; policy accept;",
-        f'oifname != "{TAP}" accept', *_bandwidth(policy.limits.bytes_per_s), "}",
+        f'oifname != "{TAP_NAME}" accept', *_bandwidth(policy.limits.bytes_per_s), "}",
     ]  # fmt: skip
     if mode.routed:
         lines += [

@@ -44,13 +44,11 @@ def lifetime_from(message: sandbox_pb2.Lifetime) -> Lifetime:
 
 
 def net_spec_from(message: sandbox_pb2.NetworkPolicy, tenant: str) -> NetSpec:
-    """Return the network policy, with its rules in their normal form.
+    """Return the network policy of a request.
 
     :raises InvalidSpec: a rule cannot be parsed.
     """
-    allow = None
-    if message.HasField("allow"):
-        allow = tuple(str(rule) for rule in parse_rules(message.allow.rules, "network.allow"))
+    allow = parse_rules(message.allow.rules, "network.allow") if message.HasField("allow") else None
     return NetSpec(allow=allow, tenant=tenant, inspect=message.inspect)
 
 
@@ -64,7 +62,7 @@ def secrets_from(messages: Mapping[str, sandbox_pb2.Secret]) -> dict[str, tuple[
         check_value(name, message.value)
         secret = SecretSpec(
             name=name,
-            hosts=tuple(str(rule) for rule in parse_rules(message.hosts, f"the hosts of secret {name[:80]!r}")),
+            hosts=parse_rules(message.hosts, f"the hosts of secret {name[:80]!r}"),
             placeholder=new_placeholder(message.value if message.keep_shape else ""),
             in_body=message.in_body,
             redact=not message.allow_reflection,
@@ -76,15 +74,16 @@ def secrets_from(messages: Mapping[str, sandbox_pb2.Secret]) -> dict[str, tuple[
 def _network(net: NetSpec) -> sandbox_pb2.NetworkPolicy:
     message = sandbox_pb2.NetworkPolicy(inspect=net.inspect)
     if net.allow is not None:
-        message.allow.rules.extend(net.allow)
+        message.allow.rules.extend(str(rule) for rule in net.allow)
         message.allow.SetInParent()
     return message
 
 
 def _secret_info(secret: SecretSpec) -> sandbox_pb2.SecretInfo:
     return sandbox_pb2.SecretInfo(
-        hosts=secret.hosts, placeholder=secret.placeholder, in_body=secret.in_body, allow_reflection=not secret.redact
-    )
+        hosts=[str(rule) for rule in secret.hosts], placeholder=secret.placeholder, in_body=secret.in_body,
+        allow_reflection=not secret.redact,
+    )  # fmt: skip
 
 
 def sandbox_message(record: Record, region: str) -> sandbox_pb2.Sandbox:

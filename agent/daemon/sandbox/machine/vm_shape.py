@@ -8,11 +8,12 @@ import json
 from dataclasses import dataclass
 
 from agent.common.config.settings import Settings
+from agent.daemon.storage.disks import MIN_DISK_BYTES
 from agent.daemon.storage.images import Image
 from agent.daemon.vmm.driver import LinkKind, VmmInfo
 
 DATA_DISK = "data"  # serial number of the writable disk
-TEMPLATE_DISK_BYTES = 16 << 20  # data disk of a template's VM; clones have data disks of their own size
+TEMPLATE_DISK_BYTES = MIN_DISK_BYTES  # data disk of a template's VM; clones have data disks of their own size
 SLOT_BYTES = 1 << 20  # disk that fills a volume slot without a volume
 _SLOTS = (0, 2, 8)  # few numbers, so that there are few templates
 # RAM that a Linux 6.12 guest keeps for itself: RAM less MemTotal, measured from 128 MiB to 16 GiB, is 38 MiB and 1.6 %.

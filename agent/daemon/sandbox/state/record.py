@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.common import stored_json
-from agent.common.errors import InvalidState
+from agent.common.errors import InvalidSpec, InvalidState
 from agent.common.model import TRANSITIONS, NetSpec, SandboxSpec, SecretSpec, State
+from agent.common.policy.rules import Rule, parse_rule
+from agent.daemon.storage.volumes import is_snapshot
 
 
 @dataclass(slots=True)
@@ -65,6 +67,13 @@ class Record:
             raise InvalidState(f"sandbox {self.id} is {self.state}; it cannot become {state}")
         self.state = state
 
+    @property
+    def volume_ids(self) -> tuple[str, ...]:
+        """Ids of the volumes that only this sandbox may use: the mounted ones, and a volume as its root."""
+        mounted = tuple(volume for _, volume in self.spec.volumes)
+        root = self.spec.root
+        return (*mounted, root) if root and not is_snapshot(root) else mounted
+
     def copy(self) -> Record:
         """Return a copy that later changes of the record do not affect."""
         return dataclasses.replace(
@@ -73,7 +82,7 @@ class Record:
 
     def to_json(self) -> str:
         """Return the stored form of the record."""
-        return stored_json.encode(self)
+        return stored_json.encode(self, _to_text)
 
     @classmethod
     def from_json(cls, text: str) -> Record:
@@ -81,4 +90,19 @@ class Record:
 
         :raises ValueError: not JSON, or a field is missing or of another type.
         """
-        return stored_json.decode(text, cls)
+        return stored_json.decode(text, cls, _from_text)
+
+
+def _to_text(value: Any) -> str:
+    if isinstance(value, Rule):
+        return str(value)
+    raise NotImplementedError(f"a record cannot hold {type(value)}")
+
+
+def _from_text(kind: type, value: Any) -> object:
+    if kind is not Rule or not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a {kind.__name__}")
+    try:
+        return parse_rule(value)
+    except InvalidSpec as error:
+        raise ValueError(error.message) from error

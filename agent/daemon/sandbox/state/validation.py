@@ -10,10 +10,9 @@ from dataclasses import replace
 from agent.common.config.daemon import SandboxSettings
 from agent.common.errors import InvalidSpec, InvalidState
 from agent.common.model import Lifetime, NetSpec, SandboxSpec, SecretSpec
-from agent.common.policy.rules import parse_rules
+from agent.daemon.storage.disks import MIN_DISK_BYTES
 
 MIB = 1 << 20
-MIN_DISK_BYTES = 16 * MIB
 MAX_ENV_VARIABLES = 1024
 MAX_ENV_BYTES = 128 << 10
 MAX_LABELS = 64
@@ -119,9 +118,9 @@ def check_lifetime(lifetime: Lifetime) -> None:
 
 
 def check_secrets(secrets: tuple[SecretSpec, ...], env: Mapping[str, str]) -> None:
-    """Check names and hosts of secrets.
+    """Check the secrets of a sandbox.
 
-    :raises InvalidSpec: too many secrets, a name that is no variable name or is taken, or hosts that are no rules.
+    :raises InvalidSpec: too many, a name that is invalid or in `env`, no host, or an address as a host.
     """
     if len(secrets) > MAX_SECRETS:
         raise InvalidSpec(f"{len(secrets)} secrets; at most {MAX_SECRETS} are allowed")
@@ -131,10 +130,9 @@ def check_secrets(secrets: tuple[SecretSpec, ...], env: Mapping[str, str]) -> No
             raise InvalidSpec(f"{what}: its name must be an environment variable's: letters, digits and '_'")
         if secret.name in env:
             raise InvalidSpec(f"{what}: env has a variable of this name; remove one of the two")
-        rules = parse_rules(secret.hosts, f"the hosts of {what}")
-        if not rules:
+        if not secret.hosts:
             raise InvalidSpec(f"{what}: name the hosts that may get its value")
-        for rule in rules:
+        for rule in secret.hosts:
             if rule.network is not None:
                 raise InvalidSpec(f"{what}: {rule} is an address; a value goes to hosts with a name and a certificate")
 
@@ -167,11 +165,10 @@ def check_mounts(volumes: tuple[tuple[str, str], ...]) -> None:
 
 
 def check_net(net: NetSpec) -> None:
-    """Check a network policy.
+    """Check a network policy, whose rules are parsed already.
 
-    :raises InvalidSpec: a malformed rule, too many rules, or a tenant name that is too long.
+    :raises InvalidSpec: the tenant name is too long.
     """
-    parse_rules(net.allow or (), "allow")
     if len(net.tenant) > MAX_TENANT_CHARACTERS:
         raise InvalidSpec(f"tenant has over {MAX_TENANT_CHARACTERS} characters")
 

@@ -1,7 +1,7 @@
-"""Values of secrets at rest: one file per sandbox, encrypted with a key of this node's (AES-256-GCM, NIST SP 800-38D).
+"""Vault: secret values at rest, one file per sandbox, encrypted with a key of the node (AES-256-GCM, NIST SP 800-38D).
 
-The key lies beside them, readable by root alone: it keeps values out of backups and disks that are read without it, not
-from whoever is root on this host.
+The key is a file beside them that only root can read: it protects copies of the other files (backups, disk images), but
+not against root on this host.
 """
 
 from __future__ import annotations
@@ -20,35 +20,31 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from agent.common import stored_json
 from agent.common.atomic_file import write_atomically
 from agent.common.errors import HostError
+from agent.common.policy.secret import CaPair
 
 _KEY_BYTES, _NONCE_BYTES = 32, 12
 
 
 @dataclass(frozen=True, slots=True)
-class CaPair:
-    """Certificate and key of a sandbox's CA, as PEM."""
-
-    certificate_pem: str
-    key_pem: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What is kept for one sandbox."""
+class StoredSecrets:
+    """Secret values of one sandbox by name, and its CA."""
 
     values: Mapping[str, str] = field(default_factory=dict, repr=False)
     ca: CaPair | None = None
 
 
 class Vault:
-    """The files below one directory."""
+    """Encrypted files below one directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._key = b""
 
     def open(self) -> None:
-        """Reads the node's key, or makes it. :raises HostError:"""
+        """Read the node's key, or create it. Blocks.
+
+        :raises HostError: the key cannot be read or created, or is damaged.
+        """
         path = self._directory / "node.key"
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -56,7 +52,7 @@ class Vault:
                 write_atomically(path, os.urandom(_KEY_BYTES), mode=0o600, durable=True)
             self._key = path.read_bytes()
         except OSError as error:
-            raise HostError(f"cannot read or make {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
+            raise HostError(f"cannot read or create {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
         if len(self._key) != _KEY_BYTES:
             raise HostError(
                 f"{path} is damaged; without it the values of secrets cannot be read: restore it, or remove it once no "
@@ -65,49 +61,58 @@ class Vault:
             )
 
     def fingerprint(self, values: Mapping[str, str]) -> str:
-        """Returns what tells these values from others, and nothing about them without the node's key."""
+        """Return an HMAC of values by name, keyed with the node's key."""
         text = json.dumps(dict(values), sort_keys=True).encode()
         return hmac.digest(self._key, text, "sha256").hex()
 
-    async def get(self, sandbox_id: str) -> Held:
-        """Returns what is kept for a sandbox; nothing if nothing is. :raises HostError:"""
+    async def get(self, sandbox_id: str) -> StoredSecrets:
+        """Return the stored secrets of a sandbox; empty ones if nothing is stored.
+
+        :raises HostError: the file cannot be read or decrypted.
+        """
         return await asyncio.to_thread(self._get, sandbox_id)
 
-    async def put(self, sandbox_id: str, held: Held) -> None:
-        """Keeps this for a sandbox, or forgets it if it is nothing. :raises HostError:"""
-        await asyncio.to_thread(self._put, sandbox_id, held)
+    async def put(self, sandbox_id: str, secrets: StoredSecrets) -> None:
+        """Replace the stored secrets of a sandbox; empty ones delete the file. Durable.
 
-    async def forget(self, sandbox_id: str) -> None:
-        """Removes what is kept. Idempotent. :raises HostError:"""
-        await self.put(sandbox_id, Held())
+        :raises HostError: the file cannot be written.
+        """
+        await asyncio.to_thread(self._put, sandbox_id, secrets)
+
+    async def delete(self, sandbox_id: str) -> None:
+        """Delete the stored secrets of a sandbox. Idempotent.
+
+        :raises HostError: the file cannot be deleted.
+        """
+        await self.put(sandbox_id, StoredSecrets())
 
     def _path(self, sandbox_id: str) -> Path:
         return self._directory / f"{sandbox_id}.sealed"
 
-    def _get(self, sandbox_id: str) -> Held:
+    def _get(self, sandbox_id: str) -> StoredSecrets:
         path = self._path(sandbox_id)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            return Held()
+            return StoredSecrets()
         except OSError as error:
             raise HostError(f"cannot read {path}: {error.strerror}", reason="STATE_UNAVAILABLE") from error
         try:
             text = AESGCM(self._key).decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], sandbox_id.encode())
-            return stored_json.decode(text, Held)
+            return stored_json.decode(text, StoredSecrets)
         except (InvalidTag, ValueError):
             raise HostError(
                 f"{path} cannot be decrypted; delete sandbox {sandbox_id}, or set its secrets anew",
                 reason="STATE_DAMAGED",
             ) from None
 
-    def _put(self, sandbox_id: str, held: Held) -> None:
+    def _put(self, sandbox_id: str, secrets: StoredSecrets) -> None:
         path = self._path(sandbox_id)
         try:
-            if not held.values and held.ca is None:
+            if not secrets.values and secrets.ca is None:
                 path.unlink(missing_ok=True)
                 return
-            text = stored_json.encode(held).encode()
+            text = stored_json.encode(secrets).encode()
             nonce = os.urandom(_NONCE_BYTES)
             data = nonce + AESGCM(self._key).encrypt(nonce, text, sandbox_id.encode())
             write_atomically(path, data, mode=0o600, durable=True)

@@ -16,8 +16,8 @@ from agent.daemon.vmm.cloud_hypervisor.config import disk_id
 from agent.daemon.vmm.cloud_hypervisor.layout import Layout
 from agent.daemon.vmm.cloud_hypervisor.pipes import Events, Log
 from agent.daemon.vmm.cloud_hypervisor.rest import RestClient
+from guest.wire import LINK_PORT
 
-LINK_PORT = 1024
 _LAST_OUTPUT_BYTES = 4096
 
 

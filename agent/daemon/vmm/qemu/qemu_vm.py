@@ -16,8 +16,8 @@ from agent.daemon.vmm.console import Console
 from agent.daemon.vmm.driver import LinkKind
 from agent.daemon.vmm.qemu import migration, qemu_args
 from agent.daemon.vmm.qemu.qmp import Qmp
+from guest.wire import LINK_PORT
 
-LINK_PORT = 1024
 SOCKETS = ("link", "console", "qmp")
 BACKEND_SOCKETS = ("vhost", "vsock")
 _DRIVER_OK = "VIRTIO_CONFIG_S_DRIVER_OK"

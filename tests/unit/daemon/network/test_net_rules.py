@@ -6,7 +6,7 @@ import pytest
 
 from agent.common.errors import ResourceExhausted
 from agent.common.policy.addresses import parse_network
-from agent.common.policy.policy import Policy, TrafficLimits
+from agent.common.policy.policy import EgressLimits, Policy
 from agent.common.policy.reasons import KERNEL_REASONS
 from agent.common.policy.rules import parse_rules
 from agent.daemon.network.kernel import uplink
@@ -47,7 +47,7 @@ def test_closed_is_the_default_and_nothing_is_routed() -> None:
 def test_open_lets_out_what_is_public_and_not_denied() -> None:
     given = Policy(
         deny=parse_rules(["45.0.0.1:80", "[2a0a::1]"], "x"), permitted=(parse_network("10.1.0.0/16"),),
-        limits=TrafficLimits(connections=7, connections_per_s=3, bytes_per_s=1 << 20),
+        limits=EgressLimits(connections=7, connections_per_s=3, bytes_per_s=1 << 20),
     )  # fmt: skip
     text = render(given, mode_of(given, secrets=False), replace=True)
     permitted, blocked = text.index("ip daddr 10.1.0.0/16 accept"), text.index("10.0.0.0/8")

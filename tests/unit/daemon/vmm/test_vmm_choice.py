@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from agent.common.config.daemon import PathSettings, VmmSettings
 from agent.common.config.settings import Settings
-from agent.common.errors import AgentError, VmmError
-from agent.daemon.storage.images import ImageStore
+from agent.common.errors import VmmError
 from agent.daemon.vmm.driver import LinkKind, VmmInfo
 from agent.daemon.vmm.select import choose_driver
 
@@ -36,9 +34,7 @@ class Host:
         self.tools = directory / "tools"
         for name in ("kernel", "initramfs"):
             (directory / name).touch()
-        self.image: Any = SimpleNamespace(
-            kernel=SimpleNamespace(path=directory / "kernel"), initramfs=SimpleNamespace(path=directory / "initramfs")
-        )
+        self.boot_files: tuple[Path, Path] | None = (directory / "kernel", directory / "initramfs")
 
     def install(self, version: str = "cloud-hypervisor v53.0", otherwise: str = BOOTS) -> Path:
         return script(self.tools / "cloud-hypervisor", version, otherwise)
@@ -46,13 +42,7 @@ class Host:
     async def choose(self, **vmm: Any) -> VmmInfo:
         paths = PathSettings(cache_dir=self.directory / "cache", tools_dir=self.tools)
         settings = dataclasses.replace(Settings(), paths=paths, vmm=VmmSettings(**vmm))
-        images = cast(ImageStore, SimpleNamespace(get=self._get))
-        return await (await choose_driver(settings, images)).probe()
-
-    def _get(self, _name: str) -> Any:
-        if self.image is None:
-            raise AgentError("no image")
-        return self.image
+        return await (await choose_driver(settings, self.boot_files)).probe()
 
 
 @pytest.fixture
@@ -90,7 +80,7 @@ async def test_qemu_where_it_does_not_and_why(host: Host, version: str, otherwis
 
 async def test_qemu_before_there_is_an_image(host: Host) -> None:
     host.install()
-    host.image = None
+    host.boot_files = None
     assert (await host.choose()).name == "qemu"
 
 
