@@ -21,16 +21,20 @@ from agent.common.errors import ConfigError
 from agent.common.telemetry import BACKGROUND_FAILING, BACKGROUND_FAILURES, DEGRADED, LoopTelemetry, log
 from agent.daemon.host.cgroup import Cgroups
 from agent.daemon.host.uid_pool import UidPool
+from agent.daemon.network.operator_policy import OperatorPolicy
 from agent.daemon.network.sandbox_network import SandboxNetwork
 from agent.daemon.rpc.server import ApiServer
 from agent.daemon.sandbox.capacity.node import Node
 from agent.daemon.sandbox.machine.host_services import HostServices
+from agent.daemon.sandbox.machine.record_network import RecordNetwork
 from agent.daemon.sandbox.service import SandboxService
+from agent.daemon.sandbox.state.denials import Denials
 from agent.daemon.sandbox.state.events import Events
 from agent.daemon.sandbox.state.store import Store, lock_directory
 from agent.daemon.sandbox.templates.catalog import Templates
 from agent.daemon.storage.disks import DiskMaker
 from agent.daemon.storage.images import ImageStore
+from agent.daemon.storage.secrets.secret_store import SecretStore
 from agent.daemon.storage.secrets.vault import Vault
 from agent.daemon.storage.volumes import Volumes
 from agent.daemon.vmm.driver import VmmInfo
@@ -80,11 +84,14 @@ async def agent(settings: Settings, listener: socket.socket | None = None) -> As
         stack.push_async_callback(store.aclose)
         records = await store.open()
         images = ImageStore(settings.images.images_dir)
-        driver = await choose_driver(settings, images)
+        boot_files = await asyncio.to_thread(images.boot_files, settings.images.default_image)
+        driver = await choose_driver(settings, boot_files)
         vmm = await driver.probe()
         supervisor = await stack.enter_async_context(Supervisor(LoopTelemetry(BACKGROUND_FAILURES, BACKGROUND_FAILING)))
         events = Events()
-        network = SandboxNetwork(settings, paths, Vault(paths.secrets), supervisor, events.publish_denial)
+        secrets, denials = SecretStore(Vault(paths.secrets)), Denials(events.publish_denial)
+        secrets.open()
+        network = SandboxNetwork(settings, paths, secrets, denials, supervisor)
         await network.start()
         stack.push_async_callback(network.aclose, keep=keep)
         volumes = Volumes(paths.volumes)
@@ -92,12 +99,14 @@ async def agent(settings: Settings, listener: socket.socket | None = None) -> As
         cgroups = _open_cgroups(settings)
         stack.callback(cgroups.close)
         uids = UidPool(settings.vmm.uid_base)
-        host = HostServices(settings, paths, driver, DiskMaker(paths.disk_templates), network, volumes, uids, cgroups)
+        by_record = RecordNetwork(network, OperatorPolicy.from_settings(settings.egress), denials)
+        disks = DiskMaker(paths.disk_templates)
+        host = HostServices(settings, paths, driver, disks, by_record, secrets, volumes, uids, cgroups)
         node = Node(settings, vmm, supervisor, cgroups.degraded)
         templates = _open_templates(host, vmm)
         sandboxes = SandboxService.build(host, images, node, store, events, supervisor, templates)
         await sandboxes.recovery.run(records)
-        await network.settle()
+        await network.remove_unused_uplink()
         sandboxes.drain.restore()
         stack.push_async_callback(sandboxes.stop, keep=keep)
         server = ApiServer(settings, sandboxes, supervisor, listener)

@@ -21,6 +21,7 @@ import hpack
 import pytest
 
 from agent.common.model import SecretSpec
+from agent.common.policy.rules import parse_rules
 from tests.support.internet import zone
 from tests.support.internet.internet import Internet
 from tests.support.netguest import Guest, GuestNet, guest_net
@@ -38,11 +39,11 @@ async def net(internet: Internet) -> AsyncIterator[GuestNet]:
 
 
 def secrets(*hosts: str, **fields: Any) -> dict[str, tuple[SecretSpec, str]]:
-    return {"KEY": (SecretSpec("KEY", hosts, PLACEHOLDER, **fields), VALUE)}
+    return {"KEY": (SecretSpec("KEY", parse_rules(hosts, "hosts"), PLACEHOLDER, **fields), VALUE)}
 
 
 async def trusting(guest: Guest) -> ssl.SSLContext:
-    order = await guest.net.network.trust(guest.record)
+    order = await guest.net.secrets.trust_fields(guest.record.id, guest.record.secrets)
     assert order is not None
     return guest.trust(guest.net.internet, str(order["certificate"]))
 
@@ -89,7 +90,7 @@ async def test_grpc_passes_opened_and_unopened(net: GuestNet) -> None:
         guest = await net.guest([f"grpc.example:{zone.GRPC_PORT}"], secrets=given)
         roots = await asyncio.to_thread(Path(net.internet.ca_file).read_bytes)
         if opened:
-            order = await net.network.trust(guest.record)
+            order = await net.secrets.trust_fields(guest.record.id, guest.record.secrets)
             assert order is not None
             roots += str(order["certificate"]).encode()
         (address,) = await guest.resolve("grpc.example")

@@ -17,6 +17,7 @@ import grpc
 import pytest
 
 from agent.common.model import SecretSpec
+from agent.common.policy.rules import parse_rule
 from agent.daemon.network.egress import supervisor
 from sandboxd.v1 import sandbox_pb2 as pb
 from tests.support.daemon import AGENT, Daemon, connected, daemon_with, refused, start_daemon
@@ -130,14 +131,14 @@ def unreadable_code(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("unreadable_code")
 async def test_it_needs_no_code_once_it_is_nobody(internet: Internet) -> None:
     """A lookup, an opened connection, and a name that is not ASCII each use code of a library's own choice."""
-    secret = SecretSpec("KEY", ("web.example",), "sbx_secret_0123456789", redact=False)
+    secret = SecretSpec("KEY", (parse_rule("web.example"),), "sbx_secret_0123456789", redact=False)
     async with guest_net(internet) as net:
         guest = await net.guest(["web.example", "bücher.example"], secrets={"KEY": (secret, "v" * 20)})
         pid = int(json.loads((net.directory / "run" / "egress.json").read_text())["pid"])
         assert os.readlink(f"/proc/{pid}/cwd").endswith("/closed/code")
         assert await guest.resolve("web.example") == [WEB]
         assert await guest.resolve("xn--bcher-kva.example") == ["45.0.0.13"]
-        order = await net.network.trust(guest.record)
+        order = await net.secrets.trust_fields(guest.record.id, guest.record.secrets)
         assert order is not None
         trusted = guest.trust(internet, str(order["certificate"]))
         reader, writer = await guest.open("web.example", 443, tls=trusted)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,31 +14,40 @@ import pytest
 from agent.common.aio import run_to_completion
 from agent.common.background import Supervisor
 from agent.common.config.daemon import NodeSettings, PathSettings, SandboxSettings, TemplateSettings
+from agent.common.config.egress import EgressSettings
 from agent.common.config.paths import Paths
 from agent.common.config.settings import Settings
 from agent.common.errors import GuestUnreachable, HostError, NotFound
-from agent.common.model import Lifetime, SandboxSpec, State
+from agent.common.model import Lifetime, SandboxSpec, SecretSpec, State
+from agent.common.policy.policy import Policy
+from agent.common.policy.reasons import Reason
 from agent.common.telemetry import step
 from agent.daemon.guestlink.channel import Channel
 from agent.daemon.host.cgroup import Cgroups
 from agent.daemon.host.process import ExitInfo
 from agent.daemon.host.uid_pool import UidPool
+from agent.daemon.network.operator_policy import OperatorPolicy
+from agent.daemon.network.sandbox_network import KernelState, SandboxNetwork
 from agent.daemon.sandbox.capacity.node import Node
 from agent.daemon.sandbox.machine import guest_setup
 from agent.daemon.sandbox.machine.host_services import HostServices
+from agent.daemon.sandbox.machine.record_network import RecordNetwork
 from agent.daemon.sandbox.service import SandboxService
+from agent.daemon.sandbox.state.denials import Denials
 from agent.daemon.sandbox.state.events import Events
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
 from agent.daemon.sandbox.templates.catalog import Templates
 from agent.daemon.storage.disks import DiskMaker
 from agent.daemon.storage.images import Artefact, Image, ImageStore
+from agent.daemon.storage.secrets.secret_store import SecretStore
 from agent.daemon.storage.volumes import Volumes
 from agent.daemon.vmm.driver import Vm, VmmInfo, VmSpec
 from guest.wire import Frame
 
 MIB = 1 << 20
 PHASES = ("disk", "netns", "vmm.start", "dial", "configure")
+OPERATOR = OperatorPolicy.from_settings(EgressSettings())
 VMM = VmmInfo("fake", "1.0", "tcg", "it is a fake")
 
 
@@ -251,45 +260,58 @@ class FakeDisks:
 
 
 class FakeNetwork:
-    """Networks that are names."""
+    """Networks that are names; `updates` has (id, policy, secrets) of each update."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.values: dict[str, dict[str, str]] = {}
-        self.updates: list[Record] = []
+        self.updates: list[tuple[str, Policy, tuple[SecretSpec, ...]]] = []
         self.update_faults: list[Exception] = []
+        self.kernel_states: dict[str, KernelState] = {}
+        self.drops: dict[Reason, int] = {}  # of each sandbox, at each look
 
-    async def make(self, record: Record, stack: AsyncExitStack) -> None:
+    async def make(self, sandbox_id: str, policy: Policy, secrets: tuple[SecretSpec, ...]) -> None:
         with step("netns"):
-            await self.make_bare(record.id, stack)
+            await self.make_bare(sandbox_id)
 
-    async def make_bare(self, sandbox_id: str, stack: AsyncExitStack) -> None:
-        stack.push_async_callback(self.remove, sandbox_id)
+    async def make_bare(self, sandbox_id: str) -> None:
         await run_to_completion(self.world.make_namespace(sandbox_id))
 
-    async def adopt(self, record: Record, vmm_pid: int) -> None:
-        self.world.namespaces.add(record.id)
+    async def adopt(
+        self, sandbox_id: str, policy: Policy, secrets: tuple[SecretSpec, ...], state: KernelState, vmm_pid: int
+    ) -> None:
+        self.world.namespaces.add(sandbox_id)
+        self.kernel_states[sandbox_id] = state
 
-    async def update(self, record: Record) -> None:
+    async def update(self, sandbox_id: str, policy: Policy, secrets: tuple[SecretSpec, ...]) -> None:
         if self.update_faults:
             raise self.update_faults.pop(0)
-        self.updates.append(record.copy())
+        self.updates.append((sandbox_id, policy, secrets))
 
     async def remove(self, sandbox_id: str) -> None:
         await self.world.remove_namespace(sandbox_id)
 
-    async def count_drops(self, record: Record) -> None:
-        record.denials["spoofed"] = record.denials.get("spoofed", 0) + 1
+    def kernel_state(self, sandbox_id: str) -> KernelState:
+        return self.kernel_states.get(sandbox_id, KernelState())
 
-    async def hold(self, record: Record, values: Mapping[str, str]) -> dict[str, str]:
-        before = self.values.get(record.id, {})
-        self.values[record.id] = {
-            secret.name: values.get(secret.name) or before[secret.name] for secret in record.secrets
-        }
+    async def take_drops(self, sandbox_id: str) -> dict[Reason, int]:
+        return dict(self.drops)
+
+
+class FakeSecrets:
+    """A store of secrets in memory, without CAs."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, str]] = {}
+
+    async def store_secrets(
+        self, sandbox_id: str, specs: Iterable[SecretSpec], values: Mapping[str, str], *, inspect: bool
+    ) -> dict[str, str]:
+        before = self.values.get(sandbox_id, {})
+        self.values[sandbox_id] = {spec.name: values.get(spec.name) or before[spec.name] for spec in specs}
         return dict(before)
 
-    async def inherit(self, sandbox_id: str, parent: str) -> None:
-        self.values[sandbox_id] = self.values.get(parent, {})
+    async def inherit(self, sandbox_id: str, parent_id: str) -> None:
+        self.values[sandbox_id] = self.values.get(parent_id, {})
 
     def fingerprint(self, values: Mapping[str, str]) -> str:
         return repr(sorted(values.items()))
@@ -297,11 +319,12 @@ class FakeNetwork:
     async def release(self, sandbox_id: str) -> None:
         self.values.pop(sandbox_id, None)
 
-    async def ca_certificate(self, record: Record) -> str:
+    async def ca_certificate(self, sandbox_id: str) -> str:
         return ""
 
-    async def trust(self, record: Record) -> dict[str, object] | None:
-        return {"env": {secret.name: secret.placeholder for secret in record.secrets}} if record.secrets else None
+    async def trust_fields(self, sandbox_id: str, specs: Iterable[SecretSpec]) -> dict[str, object] | None:
+        placeholders = {spec.name: spec.placeholder for spec in specs}
+        return {"env": placeholders} if placeholders else None
 
 
 class FakeImages:
@@ -346,6 +369,8 @@ class Bench:
     sandboxes: SandboxService
     store: Store
     network: FakeNetwork
+    secrets: FakeSecrets
+    denials: Denials
     supervisor: Supervisor
     events: Events
 
@@ -391,13 +416,15 @@ async def bench(
     monkeypatch.setattr(guest_setup, "Channel", cast("type[Channel]", FakeChannel))
     chosen = dataclasses.replace(settings(directory, **sandbox), templates=templates or TemplateSettings(enabled=False))
     chosen.paths.state_dir.mkdir(parents=True)
-    network = FakeNetwork(world)
+    network, secrets, events = FakeNetwork(world), FakeSecrets(), Events()
+    denials = Denials(events.publish_denial)
     host = HostServices(
         chosen,
         Paths.of(chosen),
         FakeDriver(world),
         cast("DiskMaker", FakeDisks(world)),
-        network,
+        RecordNetwork(cast("SandboxNetwork", network), OPERATOR, denials),
+        cast("SecretStore", secrets),
         Volumes(chosen.paths.state_dir / "volumes"),
         UidPool(0),
         Cgroups(None),
@@ -407,12 +434,11 @@ async def bench(
     made = Templates(host) if templates is not None else None
     supervisor = Supervisor(SilentObserver())
     node = Node(chosen, VMM, supervisor)
-    events = Events()
     images = cast("ImageStore", FakeImages())
     sandboxes = SandboxService.build(host, images, node, store, events, supervisor, made)
     ending = supervisor.start("expiry", sandboxes.expiry.run)
     try:
-        yield Bench(world, host, sandboxes, store, network, supervisor, events)
+        yield Bench(world, host, sandboxes, store, network, secrets, denials, supervisor, events)
     finally:
         world.remove_faults = 0
         await ending.stop()

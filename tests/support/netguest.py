@@ -34,16 +34,22 @@ from agent.common.model import (
     GUEST_IPV4,
     GUEST_IPV6,
     GUEST_MAC,
+    TAP_NAME,
     NetSpec,
     SandboxSpec,
     SecretSpec,
     State,
 )
+from agent.common.policy.reasons import Denial
+from agent.common.policy.rules import parse_rules
 from agent.common.telemetry import BACKGROUND_FAILING, BACKGROUND_FAILURES, LoopTelemetry
 from agent.daemon.network.kernel import namespaces
+from agent.daemon.network.operator_policy import OperatorPolicy
 from agent.daemon.network.sandbox_network import SandboxNetwork
-from agent.daemon.sandbox.state.events import Denial
+from agent.daemon.sandbox.machine.record_network import RecordNetwork
+from agent.daemon.sandbox.state.denials import Denials
 from agent.daemon.sandbox.state.record import Record
+from agent.daemon.storage.secrets.secret_store import SecretStore
 from agent.daemon.storage.secrets.vault import Vault
 from tests.support import leaks
 from tests.support.internet.internet import Internet
@@ -59,7 +65,7 @@ def _make_veth(guest: str) -> Callable[[], None]:
             "ip",
             "link",
             "add",
-            namespaces.TAP,
+            TAP_NAME,
             "type",
             "veth",
             "peer",
@@ -134,13 +140,13 @@ class Guest:
         return await asyncio.open_connection(sock=sock, ssl=tls, server_hostname=name or host)
 
     async def update(self, allow: Iterable[str] | None, **fields: Any) -> None:
-        self.record.net = NetSpec(None if allow is None else tuple(allow), **fields)
+        self.record.net = NetSpec(None if allow is None else parse_rules(allow, "allow"), **fields)
         await self.net.network.update(self.record)
 
     async def settle(self) -> dict[str, int]:
         """Returns the denials by reason once all that happened has been reported."""
         await asyncio.sleep(0.35)
-        await self.net.network.count_drops(self.record)
+        await self.net.network.count_drops(self.record.id)
         return dict(self.record.denials)
 
     def trust(self, internet: Internet, ca_pem: str = "") -> ssl.SSLContext:
@@ -154,7 +160,8 @@ class Guest:
 class GuestNet:
     """A node's networks without its virtual machines."""
 
-    network: SandboxNetwork
+    network: RecordNetwork
+    secrets: SecretStore
     internet: Internet
     directory: Path
     stack: AsyncExitStack
@@ -173,13 +180,14 @@ class GuestNet:
         spec = SandboxSpec("minimal", 1, 1 << 28, 1 << 30)
         number = next(_numbers)
         record = Record(f"sbx-{number:016d}", spec, State.RUNNING, 0.0)
-        record.net = NetSpec(None if allow is None else tuple(allow), **net)
+        record.net = NetSpec(None if allow is None else parse_rules(allow, "allow"), **net)
         record.secrets = specs
         namespace = f"egg-{os.getpid()}-{number}"
         await asyncio.to_thread(subprocess.run, ["ip", "netns", "add", namespace], check=True)
         self.stack.callback(subprocess.run, ["ip", "netns", "delete", namespace], check=True)
-        await self.network.hold(record, {name: value for name, (_, value) in given.items()})
-        self.stack.push_async_callback(self.network.release, record.id)
+        values = {name: value for name, (_, value) in given.items()}
+        await self.secrets.store_secrets(record.id, record.secrets, values, inspect=record.net.inspect)
+        self.stack.push_async_callback(self.secrets.release, record.id)
         namespaces._make_device = _make_veth(namespace)  # restored by `guest_net`
         await self.network.make(record, self.stack)
         await asyncio.to_thread(_address, namespace)
@@ -218,12 +226,15 @@ async def guest_net(internet: Internet, **egress: Any) -> AsyncIterator[GuestNet
         if record.id in guests_by_id:
             guests_by_id[record.id].denials.append(denial)
 
-    network = SandboxNetwork(settings, paths, Vault(paths.secrets), supervisor, on_denial)
+    secrets, denials = SecretStore(Vault(paths.secrets)), Denials(on_denial)
+    secrets.open()
+    network = SandboxNetwork(settings, paths, secrets, denials, supervisor)
+    by_record = RecordNetwork(network, OperatorPolicy.from_settings(settings.egress), denials)
     async with AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, directory)
         await network.start()
         stack.push_async_callback(network.aclose, keep=False)
-        made = GuestNet(network, internet, directory, stack, guests_by_id)
+        made = GuestNet(by_record, secrets, internet, directory, stack, guests_by_id)
         try:
             async with AsyncExitStack() as guests:
                 made.stack = guests

@@ -70,7 +70,7 @@ class Recovery:
 
     async def _remove_orphan(self, sandbox_id: str) -> str:
         await resources.remove(self._host, sandbox_id)
-        await self._host.network.release(sandbox_id)
+        await self._host.secrets.release(sandbox_id)
         return "orphaned"
 
     async def _recover(self, record: Record) -> str:
@@ -101,12 +101,12 @@ class Recovery:
             await resources.remove_volatile(host, record.id)  # left by an interrupted resume
             if host.paths.memory(record.id).is_dir():
                 self._register(record, None).needs_cleanup = True
-                host.volumes.attach(record)
+                host.volumes.attach(record.id, record.volume_ids)
                 return "suspended"
             await resources.remove(host, record.id)
             return await self._lose(record, "its saved memory is gone")
         await self._end(record)
-        await host.network.release(record.id)
+        await host.secrets.release(record.id)
         if record.state in (State.LOST, State.FAILED):
             self._register(record, None)
             return "ended before"
@@ -115,14 +115,14 @@ class Recovery:
 
     def _adopt(self, record: Record, adopted: Machine) -> None:
         entry = self._register(record, adopted)
-        self._host.volumes.attach(record)
+        self._host.volumes.attach(record.id, record.volume_ids)
         if record.template and self._templates is not None:
             entry.cleanup_stack.enter_context(self._templates.pin(record.template))
         self._monitor.start(entry)
 
     async def _lose(self, record: Record, why: str) -> str:
         """Keep a sandbox without any host resources as LOST for a while, so that its owner can read the reason."""
-        await self._host.network.release(record.id)
+        await self._host.secrets.release(record.id)
         why = "the node was restarted" if self._store.rebooted else why
         record.error, record.token, record.slot, record.uid = why, {}, None, None
         record.move(State.LOST)

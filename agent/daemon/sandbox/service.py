@@ -10,7 +10,6 @@ from agent.common.background import Supervisor
 from agent.common.config.settings import Settings
 from agent.common.model import Lifetime, SandboxSpec, State
 from agent.daemon.guestlink.channel import Channel
-from agent.daemon.network import drop_counters
 from agent.daemon.sandbox.capacity.admission import Admission
 from agent.daemon.sandbox.capacity.drain import Drain
 from agent.daemon.sandbox.capacity.node import Node, NodeInfo
@@ -116,7 +115,7 @@ class SandboxService:
         """
         entry = self.registry.entry(sandbox_id)
         if entry.runs:
-            await drop_counters.count(self.host.network, entry.record)
+            await self.host.network.count_drops(sandbox_id)
         return self.registry.get(sandbox_id)
 
     def list(self) -> list[Record]:
@@ -148,7 +147,7 @@ class SandboxService:
 
         :raises NotFound: the node has no such sandbox.
         """
-        return await self.host.network.ca_certificate(self.registry.entry(sandbox_id).record)
+        return await self.host.secrets.ca_certificate(self.registry.entry(sandbox_id).record.id)
 
     @property
     def volumes(self) -> Volumes:
@@ -219,8 +218,8 @@ class SandboxService:
 
     async def count_drops(self) -> None:
         """Count the packets that the kernel drops of running sandboxes, until cancelled."""
-        await drop_counters.keep_counting(
-            self.host.network, lambda: [entry.record for entry in self.registry.entries() if entry.runs]
+        await self.host.network.keep_counting_drops(
+            lambda: [entry.record.id for entry in self.registry.entries() if entry.runs]
         )
 
     async def stop(self, *, keep: bool) -> None:

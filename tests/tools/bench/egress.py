@@ -23,6 +23,7 @@ from pathlib import Path
 import structlog
 
 from agent.common.model import SecretSpec
+from agent.common.policy.rules import parse_rule
 from tests.support.internet import internet, zone
 from tests.support.internet.internet import Internet
 from tests.support.netguest import Guest, guest_net
@@ -135,14 +136,14 @@ async def measure(report: Report) -> None:
     """Measure the three ways in turns; see FIGURES."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     report.machine = {"cores": os.cpu_count(), "kernel": platform.release(), "mitmproxy": MITMPROXY[11:]}
-    secret = SecretSpec("KEY", (f"{NAME}:{TLS_PORT}",), "sbx_secret_0123456789", redact=False)
+    secret = SecretSpec("KEY", (parse_rule(f"{NAME}:{TLS_PORT}"),), "sbx_secret_0123456789", redact=False)
     with internet.running() as net:
         async with guest_net(net, connections=0) as networks, _server(net):
             direct = await networks.guest(None)
             ours = await networks.guest([NAME], secrets={"KEY": (secret, "value-0123456789")})
             theirs = await networks.guest(None)
             await ours.resolve(NAME)
-            order = await networks.network.trust(ours.record)
+            order = await networks.secrets.trust_fields(ours.record.id, ours.record.secrets)
             assert order is not None
             our_ca = net.directory / "ours.pem"
             our_ca.write_text(str(order["certificate"]))

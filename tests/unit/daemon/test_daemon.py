@@ -25,7 +25,6 @@ from agent.daemon.app import agent
 from agent.daemon.rpc.server import ApiServer
 from agent.daemon.sandbox.lifecycle.expiry import Expiry
 from agent.daemon.sandbox.service import SandboxService
-from agent.daemon.storage.images import ImageStore
 from sandboxd.v1 import node_pb2
 from tests.support import leaks
 from tests.support.client import Client
@@ -42,7 +41,7 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def fake_vmm(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fake(settings: Settings, images: ImageStore) -> FakeDriver:
+    async def fake(settings: Settings, boot_files: object) -> FakeDriver:
         return FakeDriver(World())
 
     monkeypatch.setattr(app, "choose_driver", fake)

@@ -93,7 +93,7 @@ class Creator:
 
     def _fingerprint(self, spec: SandboxSpec, secret_values: Mapping[str, str]) -> str:
         """Return a digest of secret values, to compare requests of one id: records never hold the values."""
-        return self._host.network.fingerprint(secret_values) if spec.request_id and secret_values else ""
+        return self._host.secrets.fingerprint(secret_values) if spec.request_id and secret_values else ""
 
     def _begin(self, spec: SandboxSpec, secret_values: Mapping[str, str]) -> Entry:
         image = self.fitting_image(spec)
@@ -101,16 +101,16 @@ class Creator:
             new_sandbox_id(), spec, State.CREATING, time.time(), labels=dict(spec.labels), image_digest=image.digest,
             net=spec.net, secrets=spec.secrets, fingerprint=self._fingerprint(spec, secret_values),
         )  # fmt: skip
-        self._host.volumes.attach(record)
+        self._host.volumes.attach(record.id, record.volume_ids)
 
         async def store_secrets() -> None:
-            await self._host.network.hold(record, secret_values)
+            await self._host.secrets.store_secrets(record.id, record.secrets, secret_values, inspect=record.net.inspect)
 
         launch = Launch(self._host, self._templates, record, image, lambda: self._store.put(record))
         try:
             return self.begin(record, store_secrets, launch.run)
         except ResourceExhausted:  # no UID is left
-            self._host.volumes.detach(record)
+            self._host.volumes.detach(record.id)
             raise
 
     def begin(

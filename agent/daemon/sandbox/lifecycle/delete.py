@@ -80,8 +80,8 @@ class Deleter:
                 await resources.remove(self._host, entry.record.id)
         entry.cleanup_stack.close()
         with step("delete.secrets"):
-            await self._host.network.release(entry.record.id)
-        self._host.volumes.detach(entry.record)
+            await self._host.secrets.release(entry.record.id)
+        self._host.volumes.detach(entry.record.id)
         with step("delete.record"):
             await self._store.delete(entry.record.id)
         self._registry.remove(entry)

@@ -154,7 +154,7 @@ class Forker:
         ready = asyncio.Event()
 
         async def inherit_secrets() -> None:
-            await self._host.network.inherit(child.id, child.parent)
+            await self._host.secrets.inherit(child.id, child.parent)
 
         async def make() -> Machine:
             ready.set()

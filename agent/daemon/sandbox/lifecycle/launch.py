@@ -117,7 +117,7 @@ class Launch:
             with step("guest.mount"):
                 size_bytes = self._host.volumes.capacity(volume)
                 await guest_setup.mount(channel, volume_serial(slot), path, size_bytes, timeout_s)
-        if (trust := await self._host.network.trust(self._record)) is not None:
+        if (trust := await self._host.secrets.trust_fields(self._record.id, self._record.secrets)) is not None:
             with step("guest.trust"):
                 await channel.call("sys.trust", timeout_s=timeout_s, **trust)
         with step("guest.clock_sync"):

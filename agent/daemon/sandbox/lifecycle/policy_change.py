@@ -74,16 +74,16 @@ async def in_force(
     before = record.copy()
     names = {secret.name for secret in new.secrets}
     removed = tuple(secret for secret in before.secrets if secret.name not in names)
-    trusted = await host.network.trust(record)
+    trusted = await host.secrets.trust_fields(record.id, record.secrets)
     both = replace(new, secrets=(*new.secrets, *removed))
     values = {name: value for name, (_, value) in change.set_secrets.items()}
-    holding = asyncio.ensure_future(host.network.hold(both, values))
+    holding = asyncio.ensure_future(_store_secrets(host, both, values))
     told = False
     try:
         await run_to_completion(holding)
         record.net, record.secrets = new.net, new.secrets
         await host.network.update(record)
-        order = await host.network.trust(record)
+        order = await host.secrets.trust_fields(record.id, record.secrets)
         if order != trusted:  # the guest knows placeholders, not values
             told = True
             await _tell(channel, order, [secret.name for secret in removed])
@@ -100,6 +100,10 @@ async def in_force(
         await _forget_removed(host, record)
 
 
+async def _store_secrets(host: HostServices, record: Record, values: Mapping[str, str]) -> dict[str, str]:
+    return await host.secrets.store_secrets(record.id, record.secrets, values, inspect=record.net.inspect)
+
+
 async def _tell(channel: Channel, order: Mapping[str, object] | None, gone: Iterable[str]) -> None:
     """Tell the guest the placeholders of its secrets, and the names of removed ones."""
     await channel.call("sys.trust", timeout_s=_TRUST_TIMEOUT_S, **{**(order or {}), "remove_env": list(gone)})
@@ -112,7 +116,7 @@ async def _undo(
     """Put the old policy into force everywhere. A failed step is logged; the others run all the same."""
     record.net, record.secrets = before.net, before.secrets
     steps: dict[str, Callable[[], Awaitable[object]]] = {
-        "secrets": lambda: host.network.hold(record, old_values),
+        "secrets": lambda: _store_secrets(host, record, old_values),
         "network": lambda: host.network.update(record),
         # Another operation may have stored the record meanwhile, with the new policy.
         "database": lambda: store.put(record),
@@ -129,6 +133,6 @@ async def _undo(
 async def _forget_removed(host: HostServices, record: Record) -> None:
     """Delete the stored values of removed secrets. The change is stored by now, so a failure does not undo it."""
     try:
-        await run_to_completion(host.network.hold(record, {}))
+        await run_to_completion(_store_secrets(host, record, {}))
     except AgentError as error:  # the next change or the delete removes them
         log.error("values of removed secrets are still stored", sandbox_id=record.id, error=error.message)

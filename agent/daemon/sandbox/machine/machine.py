@@ -7,10 +7,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from agent.common.errors import AgentError, InvalidState
-from agent.common.model import State
+from agent.common.model import TAP_NAME, State
 from agent.common.telemetry import log, step
 from agent.daemon.guestlink.channel import Channel
-from agent.daemon.network.kernel import namespaces
 from agent.daemon.sandbox.machine import guest_setup
 from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.resources import push_state_removal, push_volatile_removal
@@ -45,7 +44,7 @@ class Machine:
 
     def usage(self) -> VmmUsage:
         """Return CPU time, memory and traffic of the VMM so far. Blocks."""
-        return read_usage(self.vm.pid, namespaces.TAP)
+        return read_usage(self.vm.pid, TAP_NAME)
 
     def idle_s(self) -> float:
         """Return the seconds since the last call to the guest ended; 0 while a call is open or the VM is paused."""

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.common.config.paths import Paths
-from agent.common.model import GUEST_MAC
-from agent.daemon.network.kernel import namespaces
+from agent.common.model import GUEST_MAC, TAP_NAME
 from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.vm_shape import DATA_DISK, TEMPLATE_DISK_BYTES, Shape, volume_serial
 from agent.daemon.sandbox.state.record import Record
@@ -135,7 +134,7 @@ def vm_spec(plan: VmPlan, paths: Paths, cgroup: Path | None = None) -> VmSpec:
         initramfs=plan.image.initramfs.path,
         cmdline=plan.shape.cmdline,
         disks=_disks(plan, paths),
-        nic=NicSpec(namespaces.TAP, GUEST_MAC),
+        nic=NicSpec(TAP_NAME, GUEST_MAC),
         netns=plan.sandbox_id,
         run_dir=paths.sandbox_run(plan.sandbox_id),
         link=LinkKind(plan.shape.link),

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from agent.common.errors import AgentError
-from agent.common.policy.reasons import Reason
+from agent.common.policy.reasons import Denial
 from agent.daemon.sandbox.state.record import Record
 
 if TYPE_CHECKING:
@@ -37,20 +37,6 @@ class EventType(StrEnum):
     DELETED = "deleted"
     SYNCED = "synced"
     DENIED = "denied"
-
-
-@dataclass(frozen=True, slots=True)
-class Denial:
-    """Something refused to a sandbox, `count` times.
-
-    :param host: requested host, hostile text from the guest; "" if unknown.
-    """
-
-    reason: Reason
-    host: str
-    port: int
-    protocol: str
-    count: int
 
 
 @dataclass(frozen=True, slots=True)

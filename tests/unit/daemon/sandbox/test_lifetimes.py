@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,6 +15,7 @@ from agent.common.background import QUICK, Backoff, Supervisor
 from agent.common.clock import uptime_s
 from agent.common.errors import AgentError, HostError, InvalidState, NodeDraining, VmmError
 from agent.common.model import Lifetime, State
+from agent.common.policy.reasons import Reason
 from agent.daemon.network import drop_counters
 from agent.daemon.sandbox.capacity.drain import Drain, Progress
 from agent.daemon.sandbox.lifecycle import expiry
@@ -22,7 +23,6 @@ from agent.daemon.sandbox.lifecycle.delete import Deleter
 from agent.daemon.sandbox.lifecycle.expiry import Expiry
 from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
 from agent.daemon.sandbox.state.events import Events, EventType
-from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
 from tests.support.daemon_fakes import Bench, SilentObserver, bench, record, spec
 
@@ -158,20 +158,23 @@ async def test_drops_are_counted_of_others_and_again_after_a_failure(
     monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     monkeypatch.setattr(drop_counters, "_COUNT_EVERY_S", 0.001)
-    records = [record(), record()]
+    counted = {"one": 0, "two": 0}
     faults = [fault]
 
     class Network:
-        async def count_drops(self, counted: Record) -> None:
+        async def take_drops(self, sandbox_id: str) -> dict[Reason, int]:
             if faults:
                 raise faults.pop()
-            counted.denials["spoofed"] = counted.denials.get("spoofed", 0) + 1
+            return {Reason.SPOOFED: 1}
+
+    def add(sandbox_id: str, drops: Mapping[Reason, int]) -> None:
+        counted[sandbox_id] += sum(drops.values())
 
     async with Supervisor(SilentObserver()) as supervisor:
         supervisor.start(
-            "x", lambda: drop_counters.keep_counting(cast(Any, Network()), lambda: records), Backoff(0.001)
+            "x", lambda: drop_counters.keep_counting(cast(Any, Network()), lambda: counted, add), Backoff(0.001)
         )
-        await until(lambda: all(one.denials.get("spoofed", 0) >= 3 for one in records))
+        await until(lambda: min(counted.values()) >= 3)
 
 
 # -- drains ------------------------------------------------------------------------------------------------------------

@@ -14,25 +14,31 @@ from typing import Any, cast
 
 import pytest
 
-from agent.common.background import Supervisor
 from agent.common.clock import uptime_s
-from agent.common.config.paths import Paths
 from agent.common.errors import AgentError, HostError, InvalidState, ResourceExhausted
 from agent.common.model import Lifetime, NetSpec, SecretSpec, State
-from agent.daemon.network.sandbox_network import SandboxNetwork
+from agent.common.policy.rules import parse_rule
+from agent.daemon.network.sandbox_network import KernelState
 from agent.daemon.sandbox.lifecycle import expiry
 from agent.daemon.sandbox.lifecycle.operations import Operations
 from agent.daemon.sandbox.lifecycle.policy_change import PolicyChange
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
-from agent.daemon.storage.secrets.vault import Vault
-from tests.support.daemon_fakes import Bench, FakeChannel, FakeVm, SilentObserver, bench, record, settings, spec
+from tests.support.daemon_fakes import (
+    OPERATOR,
+    Bench,
+    FakeChannel,
+    FakeVm,
+    bench,
+    record,
+    spec,
+)
 
 ID = "sbx-0000000000000000"
 CLOSED = NetSpec(allow=())
-OPEN = NetSpec(allow=("b.example",))
-OLD = SecretSpec("OLD", ("a.example",), "mark-old")
-NEW = SecretSpec("NEW", ("a.example",), "mark-new")
+OPEN = NetSpec(allow=(parse_rule("b.example"),))
+OLD = SecretSpec("OLD", (parse_rule("a.example"),), "mark-old")
+NEW = SecretSpec("NEW", (parse_rule("a.example"),), "mark-new")
 CHANGE = PolicyChange(OPEN, {"NEW": (NEW, "new value")}, ("OLD",))
 
 
@@ -89,16 +95,18 @@ async def closed(node: Bench, **fields: Any) -> Record:
 
 def policies(node: Bench, sandbox_id: str) -> dict[str, object]:
     """The policy in each place that holds it; the network's is the one that it was given last."""
-    now, kept, network = node.sandboxes.get(sandbox_id), stored(node, sandbox_id), node.network.updates[-1]
+    now, kept, network = node.sandboxes.get(sandbox_id), stored(node, sandbox_id), node.network.updates[-1][1:]
     return {
         "memory": (now.net, now.secrets), "database": (kept.net, kept.secrets),
-        "network": (network.net, network.secrets), "vault": node.network.values[sandbox_id],
+        "network": network, "vault": node.secrets.values[sandbox_id],
     }  # fmt: skip
 
 
 def everywhere(net: NetSpec, secret: SecretSpec, value: str) -> dict[str, object]:
-    policy = (net, (secret,))
-    return {"memory": policy, "database": policy, "network": policy, "vault": {secret.name: value}}
+    policy, effective = (net, (secret,)), OPERATOR.effective(net)
+    return {
+        "memory": policy, "database": policy, "network": (effective, (secret,)), "vault": {secret.name: value},
+    }  # fmt: skip
 
 
 BEFORE, AFTER = everywhere(CLOSED, OLD, "old value"), everywhere(OPEN, NEW, "new value")
@@ -112,10 +120,10 @@ def blocked(node: Bench, monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event
     """The first update of the network sets one event and waits for the other before it is done."""
     reached, go_on, real = asyncio.Event(), asyncio.Event(), node.network.update
 
-    async def slow(changed: Record) -> None:
+    async def slow(*given: Any) -> None:
         first = not reached.is_set()
         reached.set()
-        await real(changed)
+        await real(*given)
         if first:
             await go_on.wait()
 
@@ -168,15 +176,15 @@ async def test_one_step_that_cannot_be_undone_keeps_no_other_from_it(
     node: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = await closed(node)
-    real, calls = node.network.hold, [0]
+    real, calls = node.secrets.store_secrets, [0]
 
-    async def hold(*args: Any) -> dict[str, str]:
+    async def store_secrets(*args: Any, inspect: bool) -> dict[str, str]:
         calls[0] += 1
         if calls[0] > 1:
             raise HostError("no space left")
-        return await real(*args)
+        return await real(*args, inspect=inspect)
 
-    monkeypatch.setattr(node.network, "hold", hold)
+    monkeypatch.setattr(node.secrets, "store_secrets", store_secrets)
     node.network.update_faults = [HostError("the first error")]
     with pytest.raises(HostError, match="the first error"):
         await update(node, made.id, CHANGE)
@@ -215,10 +223,10 @@ async def test_the_values_that_a_record_needs_are_there_until_another_one_is_sto
     updating = asyncio.create_task(update(node, made.id, CHANGE))
     await reached.wait()  # an agent that is killed now leaves this to the next one
     assert [secret.name for secret in stored(node, made.id).secrets] == ["OLD"]
-    assert node.network.values[made.id] == {"OLD": "old value", "NEW": "new value"}
+    assert node.secrets.values[made.id] == {"OLD": "old value", "NEW": "new value"}
     go_on.set()
     await updating
-    assert node.network.values[made.id] == {"NEW": "new value"}
+    assert node.secrets.values[made.id] == {"NEW": "new value"}
 
 
 async def test_an_agent_that_stops_undoes_an_update(
@@ -230,36 +238,8 @@ async def test_an_agent_that_stops_undoes_an_update(
     await node.sandboxes.stop(keep=True)
     with pytest.raises(InvalidState):
         await asyncio.wait_for(updating, 2)
-    assert (stored(node, made.id).net, node.network.updates[-1].net) == (CLOSED, CLOSED)
-    assert node.network.values[made.id] == {"OLD": "old value"}
-
-
-async def test_rules_of_the_kernel_are_put_back_while_no_egress_process_runs(tmp_path: Path) -> None:
-    class Kernel:
-        loaded: tuple[object, ...] = ()
-
-        async def update(self, sandbox_id: str, policy: Any, *, secrets: bool) -> None:
-            self.loaded = policy.allow
-
-        def slot(self, sandbox_id: str) -> None:
-            return None
-
-        def digest(self, policy: Any, *, secrets: bool) -> str:
-            return repr(policy.allow)
-
-    class Gone:
-        async def wait_ready(self) -> None:
-            raise HostError("the egress process does not run")
-
-    chosen = settings(tmp_path)
-    kernel = Kernel()
-    network = SandboxNetwork(chosen, Paths.of(chosen), Vault(tmp_path), Supervisor(SilentObserver()), lambda *_: None)
-    vars(network).update(_networks=kernel, _egress=Gone())
-    kernel.loaded = ("the rules of another policy",)
-    kept = record(net=CLOSED)
-    with pytest.raises(HostError, match="does not run"):
-        await network.update(kept)
-    assert repr(kernel.loaded) == kept.rules == "()"
+    assert (stored(node, made.id).net, node.network.updates[-1][1]) == (CLOSED, OPERATOR.effective(CLOSED))
+    assert node.secrets.values[made.id] == {"OLD": "old value"}
 
 
 # -- labels, leases, states --------------------------------------------------------------------------------------------
@@ -425,11 +405,9 @@ async def test_what_an_adoption_changes_is_stored(node: Bench, monkeypatch: pyte
     kept = record()
     FakeVm(node.world, kept.id)
     await node.store.put(kept)
-    real = node.network.adopt
 
-    async def adopt(adopted: Record, vmm_pid: int) -> None:
-        await real(adopted, vmm_pid)
-        adopted.slot, adopted.rules = 7, "other settings"
+    async def adopt(sandbox_id: str, *_: object) -> None:
+        node.network.kernel_states[sandbox_id] = KernelState(7, "other settings")
 
     monkeypatch.setattr(node.network, "adopt", adopt)
     await node.sandboxes.recovery.run([kept])

@@ -11,9 +11,10 @@ import pytest
 
 from agent.common.errors import AlreadyExists, HostError, InvalidSpec, InvalidState, NotFound
 from agent.common.model import NetSpec, SecretSpec
-from agent.common.policy.reasons import Reason
+from agent.common.policy.reasons import Denial, Reason
+from agent.common.policy.rules import parse_rule
 from agent.daemon.sandbox.lifecycle.policy_change import PolicyChange
-from agent.daemon.sandbox.state.events import Denial, EventType
+from agent.daemon.sandbox.state.events import EventType
 from agent.daemon.sandbox.state.record import Record
 from tests.support.daemon_fakes import Bench, bench, record, spec
 
@@ -25,7 +26,7 @@ async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 
 def secret(name: str = "KEY", placeholder: str = "mark", **fields: Any) -> SecretSpec:
-    return SecretSpec(name, ("a.example",), placeholder, **fields)
+    return SecretSpec(name, (parse_rule("a.example"),), placeholder, **fields)
 
 
 async def update(node: Bench, sandbox_id: str, change: PolicyChange) -> Record:
@@ -40,32 +41,32 @@ def trusted(node: Bench) -> list[dict[str, object]]:
 
 async def test_a_create_holds_values_and_tells_the_guest_placeholders(node: Bench) -> None:
     made = await node.sandboxes.create(spec(secrets=(secret(),)), {"KEY": "value"})
-    assert node.network.values == {made.id: {"KEY": "value"}}
+    assert node.secrets.values == {made.id: {"KEY": "value"}}
     assert [order["env"] for order in trusted(node)] == [{"KEY": "mark"}]
     assert "value" not in made.to_json()
     await node.sandboxes.delete(made.id)
-    assert node.network.values == {}
+    assert node.secrets.values == {}
 
 
 async def test_a_failed_create_forgets_values(node: Bench) -> None:
     node.world.faults["vmm.start"] = HostError("no")
     with pytest.raises(HostError):
         await node.sandboxes.create(spec(secrets=(secret(),)), {"KEY": "value"})
-    assert node.network.values == {}
+    assert node.secrets.values == {}
 
 
 async def test_a_change_keeps_placeholders_and_tells_only_news(node: Bench) -> None:
     made = await node.sandboxes.create(spec(secrets=(secret(),)), {"KEY": "value"})
     again = await update(node, made.id, PolicyChange(set_secrets={"KEY": (secret(placeholder="new"), "second")}))
     assert [one.placeholder for one in again.secrets] == ["mark"]
-    assert node.network.values[made.id] == {"KEY": "second"}
+    assert node.secrets.values[made.id] == {"KEY": "second"}
     assert len(trusted(node)) == 1  # a new value is none of the guest's affair
-    more = PolicyChange(NetSpec(allow=("b.example",)), {"TWO": (secret("TWO", "two"), "2")}, ("KEY",))
+    more = PolicyChange(NetSpec(allow=(parse_rule("b.example"),)), {"TWO": (secret("TWO", "two"), "2")}, ("KEY",))
     again = await update(node, made.id, more)
-    assert ([one.name for one in again.secrets], again.net.allow) == (["TWO"], ("b.example",))
+    assert ([one.name for one in again.secrets], again.net.allow) == (["TWO"], (parse_rule("b.example"),))
     assert trusted(node)[-1] == {"env": {"TWO": "two"}, "remove_env": ["KEY"], "timeout_s": 20.0}
-    assert node.network.updates[-1].net.allow == ("b.example",)
-    assert node.network.values[made.id] == {"TWO": "2"}
+    assert node.network.updates[-1][1].allow == (parse_rule("b.example"),)
+    assert node.secrets.values[made.id] == {"TWO": "2"}
 
 
 async def test_a_change_that_fails_changes_nothing(node: Bench) -> None:
@@ -75,8 +76,8 @@ async def test_a_change_that_fails_changes_nothing(node: Bench) -> None:
         await update(node, made.id, PolicyChange(NetSpec(allow=()), {"KEY": (secret(), "other")}))
     after = node.sandboxes.get(made.id)
     assert (after.net, after.secrets) == (made.net, made.secrets)
-    assert node.network.values[made.id] == {"KEY": "value"}
-    assert node.network.updates[-1].net == made.net
+    assert node.secrets.values[made.id] == {"KEY": "value"}
+    assert node.network.updates[-1][1].allow == made.net.allow
 
 
 async def test_changes_that_make_no_sense(node: Bench) -> None:
@@ -116,11 +117,12 @@ async def test_denials_are_told_and_do_not_push_out_other_events(node: Bench) ->
     assert 100 < len(denied) < 1000
     assert denied[0].denial is not None
     assert denied[0].denial.host == "h0"
+    node.network.drops = {Reason.SPOOFED: 1}
     assert (await node.sandboxes.inspect((await node.sandboxes.create(spec())).id)).denials == {"spoofed": 1}
 
 
 def test_a_record_of_before_there_were_networks_can_be_read() -> None:
-    made = record(net=NetSpec(allow=("a.example",), tenant="t"), secrets=(secret(in_body=True),), slot=3)
+    made = record(net=NetSpec(allow=(parse_rule("a.example"),), tenant="t"), secrets=(secret(in_body=True),), slot=3)
     assert Record.from_json(made.to_json()) == made
     import json
 

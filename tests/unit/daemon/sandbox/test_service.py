@@ -316,7 +316,7 @@ async def test_a_delete_while_a_failed_create_is_removed_removes_nothing_twice(
         removing.set()
         await go_on.wait()
 
-    monkeypatch.setattr(node.network, "release", release)
+    monkeypatch.setattr(node.secrets, "release", release)
     monkeypatch.setattr(node.host.uids, "release", released.append)  # a second one would free another sandbox's UID
     node.world.faults["vmm.start"] = VmmError("no luck")
     creating = asyncio.create_task(node.sandboxes.create(spec()))

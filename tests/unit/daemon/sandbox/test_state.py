@@ -15,6 +15,7 @@ from agent.common.background import Supervisor
 from agent.common.config.settings import Settings
 from agent.common.errors import HostError, InvalidState
 from agent.common.model import TRANSITIONS, Lifetime, NetSpec, SandboxSpec, SecretSpec, State
+from agent.common.policy.rules import Rule, parse_rule
 from agent.daemon.sandbox.capacity.drain import Drain
 from agent.daemon.sandbox.capacity.node import Node
 from agent.daemon.sandbox.machine.vm_shape import Shape
@@ -43,15 +44,19 @@ RECORD_OF_0_1_0 = (
 )
 
 
+def rules(*texts: str) -> tuple[Rule, ...]:
+    return tuple(parse_rule(text) for text in texts)
+
+
 def test_a_record_of_0_1_0_is_read_and_written_as_it_was() -> None:
     kept = Record.from_json(RECORD_OF_0_1_0)
-    secret = SecretSpec("TOKEN", ("api.example", "*.b.example:443"), "sbx_secret_0011", in_body=True, redact=False)
+    secret = SecretSpec("TOKEN", rules("api.example", "*.b.example:443"), "sbx_secret_0011", in_body=True, redact=False)
     assert kept == Record(
         id="sbx-0123456789abcdef",
         spec=SandboxSpec(
             "default", 2, 1 << 30, 4 << 30, env={"A": "\u00e9 \udc80\n"}, labels={"team": "a"},
             lifetime=Lifetime(duration_s=60.0, idle_s=30.5), request_id="r-1",
-            net=NetSpec(("a.example", "10.1.0.0/16"), "acme", inspect=True), secrets=(secret,),
+            net=NetSpec(rules("a.example", "10.1.0.0/16"), "acme", inspect=True), secrets=(secret,),
             root="vol-0123456789abcdef", volumes=(("/data", "vol-fedcba9876543210"),),
         ),
         state=State.SUSPENDED, create_time=1790000000.25, labels={"team": "b"}, image_digest="ab" * 32,
@@ -72,6 +77,7 @@ def test_a_record_of_0_1_0_is_read_and_written_as_it_was() -> None:
         RECORD_OF_0_1_0.replace('"suspended"', '"asleep"'), RECORD_OF_0_1_0.replace('"vcpu_count":2,', "", 1),
         RECORD_OF_0_1_0.replace('"vcpu_count":2', '"vcpu_count":"2"'),
         RECORD_OF_0_1_0.replace('"slot":7', '"slot":"7"'),
+        RECORD_OF_0_1_0.replace('"10.1.0.0/16"', '"http://a.example"'), RECORD_OF_0_1_0.replace('"10.1.0.0/16"', "7"),
         RECORD_OF_0_1_0.replace('"pid":"12"', '"pid":12'), RECORD_OF_0_1_0.replace("0.5]", '"half"]'),
         RECORD_OF_0_1_0.replace('"standing":true', '"standing":1'), RECORD_OF_0_1_0.replace('"state"', '"status"'),
     ],
