@@ -1,4 +1,4 @@
-"""Which addresses no sandbox may reach unless the operator says so: everything that is not the public internet.
+"""Addresses that sandboxes may not reach unless the operator permits them: all but the public internet.
 
 Sources: IANA's special-purpose address registries (RFC 6890), RFC 6052 for NAT64, RFC 3056 for 6to4, RFC 4380 for
 Teredo.
@@ -20,7 +20,7 @@ BLOCKED_IPV4: tuple[IPv4Network, ...] = tuple(
         "224.0.0.0/4", "240.0.0.0/4",
     )
 )  # fmt: skip
-# Global unicast is 2000::/3 alone; all else is blocked, and these parts of it, too.
+# Global unicast is 2000::/3; everything else is blocked, and these parts of it as well.
 GLOBAL_IPV6 = IPv6Network("2000::/3")
 BLOCKED_IPV6: tuple[IPv6Network, ...] = tuple(
     IPv6Network(text) for text in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
@@ -29,7 +29,7 @@ NAT64 = IPv6Network("64:ff9b::/96")
 
 
 def embedded_ipv4(address: IPv6Address) -> IPv4Address | None:
-    """Returns the IPv4 address that a translator would make of this one (mapped or NAT64); None if there is none."""
+    """Return the IPv4 address inside a mapped or NAT64 address; None for any other address."""
     if address.ipv4_mapped is not None:
         return address.ipv4_mapped
     if address in NAT64:
@@ -38,23 +38,23 @@ def embedded_ipv4(address: IPv6Address) -> IPv4Address | None:
 
 
 def is_blocked(address: Address, permitted: Iterable[IpRange] = ()) -> bool:
-    """Whether no sandbox may reach `address`; `permitted` are the ranges that the operator lets through."""
+    """Whether sandboxes may not reach `address`; addresses in the operator's `permitted` ranges are not blocked."""
     for network in permitted:
         if address.version == network.version and address in network:
             return False
     if isinstance(address, IPv4Address):
         return any(address in network for network in BLOCKED_IPV4)
     if address.ipv4_mapped is not None:
-        return True  # it never comes over a wire; sockets would make IPv4 of it
+        return True  # never valid on the wire; a socket would connect to the IPv4 address
     if address in NAT64:
         return is_blocked(IPv4Address(int(address) & 0xFFFF_FFFF), permitted)
     return address not in GLOBAL_IPV6 or any(address in network for network in BLOCKED_IPV6)
 
 
 def parse_server(text: str, default_port: int = 53) -> tuple[str, int]:
-    """Returns address and port of "192.0.2.1", "192.0.2.1:53", "2001:db8::1" or "[2001:db8::1]:53".
+    """Parse "192.0.2.1", "192.0.2.1:53", "2001:db8::1" or "[2001:db8::1]:53" into address and port.
 
-    :raises ValueError:
+    :raises ValueError: address or port is malformed.
     """
     host, port = text.strip(), ""
     if host.startswith("["):
@@ -68,5 +68,8 @@ def parse_server(text: str, default_port: int = 53) -> tuple[str, int]:
 
 
 def parse_network(text: str) -> IpRange:
-    """Returns the network of "10.0.0.0/8", "fd00::/8" or of one address. :raises ValueError:"""
+    """Parse a range such as "10.0.0.0/8" or "fd00::/8", or one address; host bits are ignored.
+
+    :raises ValueError: the text is neither.
+    """
     return ip_network(text.strip().removeprefix("[").removesuffix("]"), strict=False)

@@ -1,4 +1,4 @@
-"""Host names in the one form that they are compared in: lower case, no trailing dot, A-labels (RFC 5890)."""
+"""Normalised host names, for comparison: lower case, no trailing dot, A-labels (RFC 5890)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 
 def normalise(name: str) -> str:
-    """Returns the comparable form of a host name.
+    """Normalise a host name. Underscores are allowed, since names with them exist and resolve.
 
-    Underscores are allowed, since names with them exist and resolve. :raises ValueError: it is not a host name.
+    :raises ValueError: the text is not a host name.
     """
     text = name.strip()
     text = text.removesuffix(".")
     if not text.isascii():
-        import idna  # its tables take longer to load than all of the command line's code
+        import idna  # its tables take longer to load than all other code of the command line
 
         try:
             text = idna.encode(text, uts46=True, transitional=False).decode()
@@ -29,12 +29,13 @@ def normalise(name: str) -> str:
     if not all(_LABEL.fullmatch(label) for label in labels):
         raise ValueError(f"{name[:80]!r} is not a host name; use letters, digits and '-', in labels of 1 to 63")
     if labels[-1].isdecimal() or re.fullmatch(r"0x[0-9a-f]*", labels[-1]):
-        raise ValueError(f"{name[:80]!r} is no host name and no valid address")  # 1.2.3, 0x7f000001: inet_aton forms
+        # inet_aton(3) takes 1.2.3 and 0x7f000001 for addresses.
+        raise ValueError(f"{name[:80]!r} is neither a host name nor a valid address")
     return text
 
 
 def same_or_none(name: str) -> str | None:
-    """As `normalise`; None for what is not a host name. For names that guests send."""
+    """Normalise a host name from a guest; None if it is not a host name."""
     try:
         return normalise(name)
     except ValueError:

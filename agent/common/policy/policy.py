@@ -1,4 +1,4 @@
-"""What one sandbox may reach: the caller's list, held down by the operator's. Pure: no I/O, no clock."""
+"""Effective network policy of one sandbox: the caller's list within the operator's rules. Pure: no I/O, no clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agent.common.policy.rules import Rule, parse_rule
 
 @dataclass(frozen=True, slots=True)
 class EgressLimits:
-    """Per sandbox; 0: none."""
+    """Limits of one sandbox; 0: unlimited."""
 
     connections: int = 1024  # open at once through the proxy
     connections_per_s: int = 0
@@ -22,14 +22,15 @@ class EgressLimits:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The effective policy of a sandbox.
+    """Allow and deny lists, in the order of precedence: deny, always, then allow within ceiling.
 
-    :param allow: what may be reached; None: the open internet.
-    :param always: what the operator lets every sandbox reach, whatever its caller listed.
-    :param ceiling: what the tenant may reach at most; None: no such limit.
-    :param deny: what no sandbox may reach; wins over everything.
-    :param permitted: blocked ranges (private addresses and the like) that the operator lets through.
-    :param inspect: open all TLS to allowed names, not only that to hosts of secrets: the Host inside is checked, too.
+    :param allow: destinations of the caller's list; None: the whole public internet.
+    :param always: destinations that the operator allows for every sandbox.
+    :param ceiling: destinations that the tenant's sandboxes may reach at most; None: no such limit.
+    :param deny: destinations that no sandbox may reach.
+    :param permitted: private ranges that are not blocked on this node.
+    :param inspect: intercept all TLS to allowed names, to check the Host header inside, not only TLS to hosts of
+        secrets.
     """
 
     allow: tuple[Rule, ...] | None = None
@@ -42,26 +43,26 @@ class Policy:
 
     @property
     def open(self) -> bool:
-        """Whether everything public may be reached but what is denied."""
+        """Whether every public destination may be reached, but for denied ones."""
         return self.allow is None and self.ceiling is None
 
     def proxied(self, *, secrets: bool) -> bool:
-        """Whether TCP must go through the proxy: where names decide. Otherwise the kernel's rules alone can hold it."""
+        """Whether TCP must go through the proxy, since names or content decide; else the kernel's rules are enough."""
         return not self.open or secrets or self.inspect or any(rule.network is None for rule in self.deny)
 
     def check_name(self, name: str, port: int) -> Reason | None:
-        """Returns why the (normalised) name may not be reached on this port; None if it may."""
+        """Return why a normalised host name may not be reached on this port; None if it may."""
         if any(rule.has_name(name) and rule.has_port(port) for rule in self.deny):
             return Reason.DENIED_BY_OPERATOR
         return self._check(lambda rule: rule.has_name(name), port, Reason.HOST_NOT_ALLOWED)
 
     def check_address(self, address: Address, port: int) -> Reason | None:
-        """Returns why the address, as itself and not as some name's, may not be reached on this port."""
+        """Return why an address that no allowed name resolved to may not be reached; None if it may."""
         reason = self.check_dialled(address, port)
         return reason or self._check(lambda rule: rule.has_address(address), port, Reason.ADDRESS_NOT_ALLOWED)
 
     def check_dialled(self, address: Address, port: int) -> Reason | None:
-        """Returns why nobody may be connected to this address, whatever name led there."""
+        """Return why an address may not be connected to, even as the address of an allowed name; None if it may."""
         embedded = embedded_ipv4(address) if isinstance(address, IPv6Address) else None
         for rule in self.deny:
             if rule.has_port(port) and (
@@ -71,7 +72,7 @@ class Policy:
         return Reason.BLOCKED_ADDRESS if is_blocked(address, self.permitted) else None
 
     def looks_up(self, name: str) -> bool:
-        """Whether the resolver answers for this (normalised) name: some port of it may be reached."""
+        """Whether the resolver answers for this normalised host name: at least one port of it may be reached."""
         if any(rule.port is None and rule.has_name(name) for rule in self.deny):
             return False
         if any(rule.has_name(name) for rule in self.always):
@@ -79,7 +80,7 @@ class Policy:
         return all(rules is None or any(rule.has_name(name) for rule in rules) for rules in (self.allow, self.ceiling))
 
     def names_port(self, name: str, port: int) -> bool:
-        """Whether a rule states this name together with this port: then what is spoken there is the caller's affair."""
+        """Whether a rule allows this name with this very port: then any protocol may be spoken there."""
         return any(rule.port == port and rule.has_name(name) for rule in (*(self.allow or ()), *self.always))
 
     def _check(self, matches: Any, port: int, unknown: Reason) -> Reason | None:
@@ -94,7 +95,7 @@ class Policy:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the policy as JSON values."""
+        """Return the policy as JSON values."""
         return {
             "allow": None if self.allow is None else [str(rule) for rule in self.allow],
             "always": [str(rule) for rule in self.always],
@@ -107,7 +108,13 @@ class Policy:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Policy:
-        """Returns what `to_json` was called on. :raises ValueError, KeyError, TypeError, InvalidSpec: it is not one."""
+        """Return the policy that `to_json` rendered.
+
+        :raises KeyError: a field is missing.
+        :raises TypeError: a field has another type.
+        :raises ValueError: a range is malformed.
+        :raises InvalidSpec: a rule is malformed.
+        """
 
         def rules(key: str) -> tuple[Rule, ...]:
             return tuple(parse_rule(text) for text in value[key])

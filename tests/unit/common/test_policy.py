@@ -49,8 +49,9 @@ def test_a_rule_has_one_form(text: str, same: str | None) -> None:
         ("", "not a host name"), ("*", "leave the list out"), ("https://example.com/x", "without scheme"),
         ("a..b", "not a host name"), ("example.com:0", "1 to 65535"), ("example.com:99999", "1 to 65535"),
         ("example.com:https", "1 to 65535"), ("exa mple.com", "not a host name"), ("*.*.a.com", "not a host name"),
-        ("[1.2.3.4]", "brackets are for IPv6"), ("[::g]", "not an IPv6 address"), ("1.2.3", "no valid address"),
-        ("0x7f000001", "no valid address"), ("1.2.3.4.5", "no valid address"), ("a" * 64 + ".com", "labels of 1 to 63"),
+        ("[1.2.3.4]", "brackets are for IPv6"), ("[::g]", "not an IPv6 address"), ("1.2.3", "nor a valid address"),
+        ("0x7f000001", "nor a valid address"), ("1.2.3.4.5", "nor a valid address"),
+        ("a" * 64 + ".com", "labels of 1 to 63"),
         ("a" * 301, "over 300 characters"), ("-a.com", "not a host name"), ("\u2024.com", "host name"),
     ],
 )  # fmt: skip

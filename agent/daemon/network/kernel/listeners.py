@@ -1,4 +1,4 @@
-"""The sockets that a guest reaches: made here, where that takes privileges, and served by the egress process."""
+"""Listening sockets for one guest (DNS, TCP proxy), bound here with privileges and served by the egress process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ _V4, _V6 = socket.AF_INET, socket.AF_INET6
 
 
 def make() -> list[socket.socket]:
-    """Returns the sockets in the order of `agent.egress.control_protocol.SOCKETS`, of the calling thread's namespace.
+    """Bind the sockets in the calling thread's namespace, in the order of `agent.egress.control_protocol.SOCKETS`.
 
-    Without IPv6 in the kernel, the first half. :raises OSError:
+    Without IPv6 in the kernel, only the first half is returned.
+
+    :raises OSError: the kernel refused.
     """
     with contextlib.ExitStack() as stack:
         made: list[socket.socket] = []
@@ -40,11 +42,11 @@ def make() -> list[socket.socket]:
 
 def _bind(sock: socket.socket, address: str, port: int) -> None:
     v6 = sock.family == _V6
-    # A socket that an egress process which died left in its last states must not keep the next one from listening.
+    # Connections in TIME_WAIT that a dead egress process left must not keep the next one from listening.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if v6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        # The kernel puts a fresh address into force a moment later, in a worker of its own.
+        # The kernel activates a new address asynchronously, in a worker.
         sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
     if port == PROXY_PORT:
         level, option = (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT) if v6 else (socket.IPPROTO_IP, _IP_TRANSPARENT)

@@ -1,8 +1,8 @@
-"""One network namespace per sandbox: loopback, one tap for the VM, and no way out.
+"""Network namespaces of sandboxes: loopback, one tap for the VM, and no link to the outside.
 
-The process must not fork (gRPC does not survive it) and must not change its own namespace, so a throwaway thread enters
-a fresh one (namespaces belong to threads, setns(2)), makes the tap there, and pins the namespace under /run/netns as
-ip-netns(8) does. Opened later with `nsenter --net` or setns by whoever starts the VMM.
+The process must not fork (gRPC does not survive it) and must not change its own namespace, so a thread that ends
+afterwards enters a new one (namespaces belong to threads, setns(2)), makes the tap, and pins the namespace under
+/run/netns as ip-netns(8) does. The VMM is started in it later, by setns or `nsenter --net`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from agent.daemon.host.syscalls import CLONE_NEWNET, MNT_DETACH, MS_BIND, mount,
 from agent.daemon.host.threads import run_in_thread
 
 NETNS_DIR = Path("/run/netns")
-# Every clone of a template must find the same gateway behind the same address, or its ARP cache is wrong.
+# The same for all sandboxes: a template's ARP cache must be right for its clones.
 TAP_MAC = "02:73:62:78:00:ff"
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
@@ -54,7 +54,6 @@ def _make(path: Path) -> None:
 
 
 def _make_device() -> None:
-    """Makes the tap."""
     tun = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
     try:
         name = TAP_NAME.encode()
@@ -118,20 +117,26 @@ def _explain(error: OSError, name: str) -> HostError:
     elif error.errno == errno.ENOENT and "tun" in str(error.filename):
         hint = "; load the kernel module tun"
     elif error.errno == errno.EEXIST:
-        hint = "; a namespace of this name is left from before: remove it with `ip netns delete`"
+        hint = "; a namespace of this name exists already: remove it with `ip netns delete`"
     return HostError(f"cannot make network namespace {name}: {error}{hint}", reason="NETNS_FAILED")
 
 
 def enter(fd: int) -> None:
-    """Moves the calling thread into the network namespace of this descriptor. :raises OSError:"""
+    """Move the calling thread into the network namespace of a descriptor.
+
+    :raises OSError: the kernel refused.
+    """
     setns(fd, CLONE_NEWNET)
 
 
 async def run_in(fd: int, work: Callable[[], _T], what: str) -> _T:
-    """Returns what `work` returns, from a thread in the network namespace `fd` that ends with it.
+    """Run `work` in a new thread in the network namespace `fd`; return its result.
 
-    It runs to its end, and a caller that is cancelled waits for that: what it undoes must come after it, and the
-    descriptor stays open as long. :raises HostError: the kernel refused something.
+    Runs to completion: a cancelled caller waits for the end, so that its cleanup comes after the work and `fd` stays
+    open meanwhile.
+
+    :param what: the purpose, for the error message.
+    :raises HostError: the kernel refused something.
     """
 
     def inside() -> _T:
@@ -145,15 +150,21 @@ async def run_in(fd: int, work: Callable[[], _T], what: str) -> _T:
 
 
 def open_namespace(name: str) -> int:
-    """Returns a descriptor of `/run/netns/<name>`. :raises HostError:"""
+    """Return a descriptor of `/run/netns/<name>`.
+
+    :raises HostError: the namespace does not exist.
+    """
     try:
         return os.open(NETNS_DIR / name, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise HostError(f"there is no network namespace {name}: {error.strerror}", reason="NETNS_FAILED") from error
+        raise HostError(f"no network namespace {name}: {error.strerror}", reason="NETNS_FAILED") from error
 
 
 async def make(name: str) -> None:
-    """Makes the namespace `/run/netns/<name>` with its tap. :raises HostError: nothing is left behind."""
+    """Make the namespace `/run/netns/<name>` with its tap.
+
+    :raises HostError: the kernel refused; nothing is left.
+    """
     try:
         await asyncio.shield(run_in_thread(f"netns-{name}", lambda: _make(NETNS_DIR / name)))
     except OSError as error:
@@ -161,8 +172,11 @@ async def make(name: str) -> None:
 
 
 def pin(name: str, pid: int) -> None:
-    """Has `/run/netns/<name>` be the namespace of a process again, unless it is one: a service that systemd gives a
-    mount namespace of its own loses what it mounted when it is started anew. :raises HostError:
+    """Mount the namespace of a process at `/run/netns/<name>` again, unless a namespace is mounted there.
+
+    A service in a mount namespace of its own, as systemd makes them, loses its mounts when it is restarted.
+
+    :raises HostError: the kernel refused.
     """
     try:
         _pin(NETNS_DIR / name, pid)
@@ -171,7 +185,10 @@ def pin(name: str, pid: int) -> None:
 
 
 async def remove(name: str) -> None:
-    """Removes the namespace; its tap goes with it once no process is inside. Idempotent. :raises HostError:"""
+    """Remove the namespace; the kernel frees it, with its tap, once no process is inside. Idempotent.
+
+    :raises HostError: the kernel refused.
+    """
     try:
         await asyncio.to_thread(_remove, NETNS_DIR / name)
     except OSError as error:
@@ -180,7 +197,10 @@ async def remove(name: str) -> None:
 
 @asynccontextmanager
 async def namespace(name: str) -> AsyncIterator[str]:
-    """Makes a namespace, yields its name, and removes it."""
+    """Make a namespace, yield its name, and remove it afterwards.
+
+    :raises HostError: the kernel refused.
+    """
     await make(name)
     try:
         yield name
@@ -189,7 +209,7 @@ async def namespace(name: str) -> AsyncIterator[str]:
 
 
 def list_ours() -> list[str]:
-    """Returns the names of all namespaces on this host that look like a sandbox's."""
+    """Return the names of all namespaces on this host that are named like a sandbox."""
     try:
         return sorted(entry.name for entry in NETNS_DIR.iterdir() if entry.name.startswith(ID_PREFIX))
     except FileNotFoundError:

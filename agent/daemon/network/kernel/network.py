@@ -1,4 +1,4 @@
-"""The kernel's side of all sandboxes' networks: rules, routes, listening sockets, and the links of those routed out."""
+"""Kernel part of all sandboxes' networks: nftables rules, routes, listening sockets, and links to the uplink."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _opened(fd: int) -> Iterator[int]:
 
 
 class KernelNetwork:
-    """By sandbox; a namespace with its tap must be there already (`agent.daemon.network.kernel.namespaces`).
+    """Networks by sandbox id; the namespace with its tap must exist (`agent.daemon.network.kernel.namespaces`).
 
-    :param marker: a file that is there as long as the uplink may have rules of ours.
+    :param marker: file that exists while the uplink may have our rules.
     """
 
     def __init__(self, settings: EgressSettings, marker: Path) -> None:
@@ -49,32 +49,34 @@ class KernelNetwork:
         self._uplink_ready = False
 
     async def aclose(self) -> None:
-        """Removes the uplink's rules unless a sandbox needs them; what kept sandboxes have stays with them.
+        """Remove the uplink's rules unless a sandbox needs them; networks of kept sandboxes stay.
 
-        As long as the agent runs they stay: to make them takes ten times as long as a sandbox's own.
+        While the daemon runs the rules stay, since loading them takes ten times as long as a sandbox's own.
         """
         try:
             await self.tear_down_unused()
         except HostError as error:
-            log.error("the uplink's rules are left", error=error.message)
+            log.error("uplink rules not removed", error=error.message)
         if self._uplink_fd >= 0:
             os.close(self._uplink_fd)
             self._uplink_fd = -1
 
     def slot(self, sandbox_id: str) -> int | None:
-        """Returns the sandbox's place in the pool of addresses; None if it is not routed out."""
+        """Return the sandbox's slot in the address pool; None if it is not routed to the uplink."""
         return self._slots.get(sandbox_id)
 
     def restore(self, sandbox_id: str, slot: int | None) -> None:
-        """Notes what an earlier agent made."""
+        """Register the slot of a sandbox that an earlier daemon made."""
         if slot is not None:
             self._pool.reserve(slot)
             self._slots[sandbox_id] = slot
 
     async def setup(self, sandbox_id: str, policy: Policy, *, secrets: bool) -> list[socket.socket]:
-        """Loads the rules of a fresh namespace, then makes the rest; returns the sockets that its guest reaches.
+        """Load the rules of a fresh namespace, then its routes and link; return its listening sockets.
 
-        :raises AgentError:
+        :param secrets: whether the sandbox has secrets, which makes its TCP go through the proxy.
+        :raises ResourceExhausted: the address pool has no free slot.
+        :raises HostError: the kernel refused.
         """
         mode = mode_of(policy, secrets=secrets)
         text = render(policy, mode, replace=False)
@@ -98,9 +100,11 @@ class KernelNetwork:
         return sockets
 
     async def update(self, sandbox_id: str, policy: Policy, *, secrets: bool, present: str = "") -> None:
-        """Puts another policy into force, in one transaction. :raises AgentError:
+        """Put another policy into force; its rules are replaced in one transaction.
 
-        :param present: `digest` of the policy that is in force.
+        :param present: `digest` of the loaded rules; equal rules are not loaded again.
+        :raises ResourceExhausted: the address pool has no free slot.
+        :raises HostError: the kernel refused.
         """
         mode = mode_of(policy, secrets=secrets)
         if present != self.digest(policy, secrets=secrets):
@@ -110,21 +114,30 @@ class KernelNetwork:
 
     @staticmethod
     def digest(policy: Policy, *, secrets: bool) -> str:
-        """Returns what tells the rules of a policy from others."""
+        """Return a digest of the rules of a policy."""
         text = render(policy, mode_of(policy, secrets=secrets), replace=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     async def listen(self, sandbox_id: str) -> list[socket.socket]:
-        """Returns fresh sockets for a new egress process. :raises HostError:"""
+        """Return new listening sockets, for a new egress process.
+
+        :raises HostError: the kernel refused.
+        """
         return await self._inside(sandbox_id, listeners.make, "listen in a sandbox's namespace")
 
     async def take_drops(self, sandbox_id: str) -> dict[Reason, int]:
-        """Returns what the rules dropped since the last call. :raises HostError:"""
+        """Return the packets that the rules dropped since the last call, by reason; reasons without drops are left out.
+
+        :raises HostError: the counters cannot be read.
+        """
         counts = await self._inside(sandbox_id, lambda: nft.take_counters(*_TABLES), "read the counters of a sandbox")
         return {reason: counts[reason.value] for reason in KERNEL_REASONS if counts.get(reason.value)}
 
     async def remove(self, sandbox_id: str) -> None:
-        """Removes the sandbox's link and frees its addresses: nobody may send from them any more. Idempotent."""
+        """Remove the sandbox's link, then free its addresses for others. Idempotent.
+
+        :raises HostError: the link cannot be removed; its addresses stay reserved.
+        """
         slot = self._slots.pop(sandbox_id, None)
         if slot is not None:
             try:
@@ -132,12 +145,12 @@ class KernelNetwork:
             except BaseException:
                 self._slots[sandbox_id] = slot
                 raise
-            self._pool.give_back(slot)
+            self._pool.release(slot)
 
     # -- routing -------------------------------------------------------------------------------------------------------
 
     async def _route(self, sandbox_id: str, mode: Mode) -> None:
-        """Makes or removes the link out, as the mode needs it."""
+        """Make or remove the link to the uplink, as the mode needs it."""
         if mode.routed:
             await self._ensure_uplink()
         if mode.routed and sandbox_id not in self._slots:
@@ -147,13 +160,13 @@ class KernelNetwork:
             await self.remove(sandbox_id)
 
     async def _connect(self, sandbox_id: str) -> None:
-        slot = self._slots[sandbox_id] = self._pool.take()
+        slot = self._slots[sandbox_id] = self._pool.allocate()
         pair, outer = self._pool.pair(slot), self._uplink_fd
 
         def connect() -> None:
             with _opened(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)) as inner:
                 namespaces.enter(outer)
-                links.remove_outer(slot)  # of an agent that died before it could say whose it was
+                links.remove_outer(slot)  # left by a daemon that died before it stored the slot
                 namespaces.enter(inner)
                 links.make_uplink(slot, pair, outer)
                 namespaces.enter(outer)
@@ -162,7 +175,7 @@ class KernelNetwork:
                 links.finish_uplink(pair)
 
         try:
-            await self._inside(sandbox_id, connect, "route a sandbox out")
+            await self._inside(sandbox_id, connect, "connect a sandbox to the uplink")
         except BaseException:
             with contextlib.suppress(HostError):
                 await asyncio.shield(self.remove(sandbox_id))
@@ -176,7 +189,10 @@ class KernelNetwork:
                 self._uplink_ready = True
 
     async def tear_down_unused(self) -> None:
-        """Removes the uplink's rules if no sandbox needs them, those of an earlier agent, too. :raises HostError:"""
+        """Remove the uplink's rules if no sandbox needs them, also those of an earlier daemon.
+
+        :raises HostError: the kernel refused.
+        """
         async with self._uplink:
             if self._marker.exists() and not self._slots:
                 await self._in_uplink(uplink.tear_down, "remove the uplink's rules")
@@ -191,5 +207,5 @@ class KernelNetwork:
 
     async def _in_uplink(self, work: Callable[[], _T], what: str) -> _T:
         if self._uplink_fd < 0:
-            self._uplink_fd = uplink.open_own(self._settings.uplink)
+            self._uplink_fd = uplink.open_namespace(self._settings.uplink)
         return await namespaces.run_in(self._uplink_fd, work, what)

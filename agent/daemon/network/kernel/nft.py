@@ -1,6 +1,6 @@
-"""nftables through its library, in this process: a program of its own would have to be forked.
+"""nftables by libnftables(3), in this process, since starting nft(8) costs a process for each change.
 
-libnftables(3). A context talks to the network namespace of the thread that made it.
+A context talks to the network namespace of the thread that made it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def _library() -> ctypes.CDLL:
 
 
 def run(commands: str, *, as_json: bool = False) -> str:
-    """Carries commands out as one transaction in the calling thread's namespace; returns what they print.
+    """Run commands as one transaction in the calling thread's namespace; return their output.
 
-    :raises HostError: the kernel or the library refused, and nothing was changed.
+    :raises HostError: the kernel or the library refused; nothing was changed.
     """
     library = _library()
     context = library.nft_ctx_new(0)
@@ -50,15 +50,18 @@ def run(commands: str, *, as_json: bool = False) -> str:
         library.nft_ctx_buffer_output(context)
         library.nft_ctx_buffer_error(context)
         if library.nft_run_cmd_from_buffer(context, commands.encode()) != 0:
-            said = (library.nft_ctx_get_error_buffer(context) or b"").decode(errors="replace").strip()
-            raise HostError(f"nftables refused the rules: {said[:2000]}", reason="NFTABLES_FAILED")
+            text = (library.nft_ctx_get_error_buffer(context) or b"").decode(errors="replace").strip()
+            raise HostError(f"nftables refused the rules: {text[:2000]}", reason="NFTABLES_FAILED")
         return (library.nft_ctx_get_output_buffer(context) or b"").decode()
     finally:
         library.nft_ctx_free(context)
 
 
 def take_counters(*tables: str) -> Mapping[str, int]:
-    """Returns the packets of all named counters in these tables ("netdev guard") and sets them to zero."""
+    """Return the packets of all named counters in these tables, such as "netdev guard", and reset them to zero.
+
+    :raises HostError: the kernel refused.
+    """
     counts: dict[str, int] = {}
     for table in tables:
         answer = json.loads(run(f"reset counters table {table}", as_json=True) or "{}")

@@ -1,4 +1,4 @@
-"""Addresses between sandboxes and the uplink: each slot is a pair (RFC 3021 for IPv4, RFC 6164 for IPv6)."""
+"""Pool of point-to-point addresses between sandboxes and the uplink (RFC 3021 for IPv4, RFC 6164 for IPv6)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from agent.common.errors import ResourceExhausted
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Addresses of one slot: the sandbox's side is what NAT makes of its guest."""
+    """Addresses of one slot; NAT translates the guest's address to the inner one.
+
+    :param inner4: end in the sandbox's namespace; `outer4` is the end in the uplink namespace.
+    """
 
     inner4: IPv4Address
     outer4: IPv4Address
@@ -20,7 +23,10 @@ class Pair:
 
 
 class Pool:
-    """Hands out slots, the lowest first."""
+    """Allocates slots, the lowest free one first.
+
+    :param ipv4: range such as "100.64.0.0/10"; the smaller of both ranges limits the number of slots.
+    """
 
     def __init__(self, ipv4: str, ipv6: str) -> None:
         self.ipv4 = IPv4Network(ipv4, strict=False)
@@ -31,11 +37,14 @@ class Pool:
         self._next = 0
 
     def __len__(self) -> int:
-        """Returns how many slots are used."""
+        """Return the number of slots in use."""
         return len(self._used)
 
-    def take(self) -> int:
-        """Returns a slot. :raises ResourceExhausted:"""
+    def allocate(self) -> int:
+        """Allocate a slot.
+
+        :raises ResourceExhausted: all slots are in use.
+        """
         while self._free:
             slot = heapq.heappop(self._free)
             if slot not in self._used:
@@ -52,16 +61,16 @@ class Pool:
         return self._next
 
     def reserve(self, slot: int) -> None:
-        """Notes that a slot is used already."""
+        """Mark a slot as in use; for sandboxes of an earlier daemon."""
         self._used.add(slot)
 
-    def give_back(self, slot: int) -> None:
-        """Frees a slot. Idempotent."""
+    def release(self, slot: int) -> None:
+        """Free a slot. Idempotent."""
         if slot in self._used:
             self._used.discard(slot)
             heapq.heappush(self._free, slot)
 
     def pair(self, slot: int) -> Pair:
-        """Returns the addresses of a slot."""
+        """Return the addresses of a slot."""
         base4, base6 = int(self.ipv4.network_address) + 2 * slot, int(self.ipv6.network_address) + 2 * slot
         return Pair(IPv4Address(base4 + 1), IPv4Address(base4), IPv6Address(base6 + 1), IPv6Address(base6))

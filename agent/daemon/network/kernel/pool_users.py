@@ -1,8 +1,7 @@
-"""Who else uses the addresses of egress.pool_ipv4 and egress.pool_ipv6: a look at the uplink's addresses and routes.
+"""Find foreign users of the address pools (egress.pool_ipv4, egress.pool_ipv6) among the uplink's addresses and routes.
 
-Read with pyroute2, which takes half a second to load and 17 MB: for commands, not for the daemon, which makes its own
-messages (`agent.daemon.network.kernel.rtnetlink`). Its functions for namespaces fork, so a thread of our own enters the
-uplink.
+Uses pyroute2, which takes 0.5 s to load and 17 MB: for commands. The daemon encodes its few messages itself
+(`agent.daemon.network.kernel.rtnetlink`). A separate thread enters the uplink namespace, since pyroute2 would fork.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from agent.daemon.network.kernel import namespaces, uplink
 from agent.daemon.network.kernel.links import OUTER_PREFIX
 from agent.daemon.network.kernel.pool import Pool
 
-_LOCAL_TABLE = 255  # one route for each address, which is shown by itself (rtnetlink(7), RT_TABLE_LOCAL)
+_LOCAL_TABLE = 255  # one route for each address, which is listed itself (rtnetlink(7), RT_TABLE_LOCAL)
 
 
 def find(namespace: str, pool: Pool) -> list[str]:
-    """Return each address and route of the uplink in the pool's ranges, but for those of sandboxes.
+    """Return a description of each address and route in the pool's ranges that is not a sandbox's.
 
-    :param namespace: its name; "" is the caller's own namespace.
-    :raises HostError: there is no such namespace, or it must not be entered or read.
+    :param namespace: name of the uplink's namespace; "" for the caller's own.
+    :raises HostError: the namespace does not exist, or cannot be entered or read.
     """
-    with ThreadPoolExecutor(1) as thread:  # it ends here, and its namespace with it
+    with ThreadPoolExecutor(1) as thread:  # ends with this block; the calling thread keeps its namespace
         return thread.submit(_find_inside, namespace, (pool.ipv4, pool.ipv6)).result()
 
 
@@ -37,7 +36,7 @@ def _find_inside(namespace: str, ranges: tuple[IPv4Network, IPv6Network]) -> lis
 
     try:
         if namespace:
-            fd = uplink.open_own(namespace)
+            fd = uplink.open_namespace(namespace)
             try:
                 namespaces.enter(fd)
             finally:
@@ -59,7 +58,7 @@ def _addresses(netlink: Any, ours: set[int], ranges: tuple[Any, ...]) -> Iterato
 
 
 def _routes(netlink: Any, ours: set[int], ranges: tuple[Any, ...]) -> Iterator[tuple[str, int]]:
-    """Yield the routes into the ranges; wider ones do no harm, since those of sandboxes go before them."""
+    """Yield the routes into the ranges; a wider route is harmless, since the sandboxes' more specific ones win."""
     for message in netlink.get_routes():
         text, index = message.get("dst"), message.get("oif") or 0
         if not text or index in ours or message.get("table") == _LOCAL_TABLE:

@@ -1,7 +1,7 @@
-"""The kernel's rules for one sandbox, as text for nft(8): a pure function of the policy. Loaded as one transaction.
+"""nftables ruleset of one sandbox: a pure function of its policy, loaded as one transaction.
 
-Two tables in the sandbox's namespace. `guard` (netdev) sees every frame of the guest's before any protocol does, and
-drops what is not this guest's or what no policy could judge. `egress` (inet) says where what is left may go.
+Two tables in the sandbox's namespace. `guard` (netdev) sees every frame of the guest first and drops spoofed ones and
+protocols that no policy covers. `egress` (inet) decides where the remaining packets may go.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MARK = 0x5B
 ROUTE_TABLE = 100
 UPLINK = "up0"
 GUARD, EGRESS = "guard", "egress"
-_BURST_S = 0.25  # of a bandwidth limit: how much may come at once
+_BURST_S = 0.25  # burst of a bandwidth limit
 _MIN_BURST_BYTES = 64 << 10
 
 
@@ -34,10 +34,10 @@ GUEST4, GUEST6, GATEWAY4, GATEWAY6 = (_host(cidr) for cidr in (GUEST_IPV4, GUEST
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """How a sandbox's packets go.
+    """Path of a sandbox's packets.
 
-    :param proxied: TCP goes to the egress process.
-    :param routed: what may go otherwise leaves through the uplink, by NAT.
+    :param proxied: TCP is redirected to the egress process.
+    :param routed: packets that are not redirected leave through the uplink, by NAT.
     """
 
     proxied: bool
@@ -45,14 +45,15 @@ class Mode:
 
 
 def mode_of(policy: Policy, *, secrets: bool) -> Mode:
-    """Returns how the packets of a sandbox with this policy must go."""
+    """Return the path that the packets of a sandbox with this policy must take."""
     return Mode(proxied=policy.proxied(secrets=secrets), routed=policy.open)
 
 
 def render(policy: Policy, mode: Mode, *, replace: bool) -> str:
-    """Returns both tables, to `replace` those that are there (their counters then begin at zero) or for a fresh place.
+    """Return the commands that load both tables.
 
-    The kernel waits for all its CPUs before it frees a table: a fresh one is loaded in a sixth of the time.
+    :param replace: delete existing tables first, which resets their counters; False for a fresh namespace, where
+        loading takes a sixth of the time, since the kernel waits for all CPUs before it frees a table.
     """
     lines = []
     for table in (f"netdev {GUARD}", f"inet {EGRESS}") if replace else ():
@@ -75,17 +76,17 @@ def _guard(bytes_per_s: int) -> list[str]:
         f"ether saddr != {GUEST_MAC} {_drop('spoofed')}",
         f"ether type arp arp saddr ip {GUEST4} arp saddr ether {GUEST_MAC} accept",
         f"ether type arp {_drop('spoofed')}",
-        # QEMU announces a restored guest so (RARP, RFC 903): nobody's attempt at anything.
+        # QEMU announces a restored guest so (RARP, RFC 903): dropped, but not counted as a denial.
         "ether type 0x8035 drop",
         f"ether type != {{ ip, ip6 }} {_drop('protocol_dropped')}",
-        # What every Linux sends of itself when a link comes up (RFC 3376, 3810, 4861): neither.
+        # Every Linux sends these when a link comes up (RFC 3376, 3810, 4861): not counted either.
         "ip daddr 224.0.0.22 drop",
         f"ip6 saddr {{ ::, {GUEST6}, fe80::/10 }} ip6 daddr ff02::16 drop",
         f"ip6 saddr {{ ::, {GUEST6}, fe80::/10 }} icmpv6 type nd-router-solicit drop",
         f"ip saddr != {GUEST4} {_drop('spoofed')}",
         "ip hdrlength != 5 " + _drop("protocol_dropped"),
         f"ip frag-off & 0x3fff != 0 {_drop('fragment')}",
-        # A link-local source is for finding neighbours alone.
+        # Link-local sources are allowed for neighbour discovery only.
         "ip6 saddr { ::, fe80::/10 } icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept",
         f"ip6 saddr != {GUEST6} {_drop('spoofed')}",
         f"ip6 nexthdr {{ 0, 43, 44, 51, 60, 135, 139, 140 }} {_drop('fragment')}",
@@ -107,7 +108,7 @@ def _bandwidth(bytes_per_s: int) -> list[str]:
 
 
 def _prerouting(policy: Policy, mode: Mode) -> list[str]:
-    """Returns what happens to packets before they are routed: most of the policy."""
+    """Return the chain before routing, which has most of the policy."""
     new = "tcp flags & (syn | ack) == syn"
     rules = [
         f'iifname != "{TAP_NAME}" accept',
@@ -121,10 +122,10 @@ def _prerouting(policy: Policy, mode: Mode) -> list[str]:
         rules.append(f"{new} limit rate over {rate}/second burst {max(rate, 5)} packets {_drop('rate_dropped')}")
     if mode.proxied:
         rules.append(f"meta l4proto tcp tproxy to :{PROXY_PORT} meta mark set {MARK} accept")
-        # QUIC would pass the proxy by; clients go back to TCP.
+        # QUIC would bypass the proxy; without it, clients fall back to TCP.
         rules.append(f"udp dport {{ 80, 443 }} {_drop('udp_not_allowed')}")
     else:
-        # Connections that the proxy took before the policy became open stay with it.
+        # Connections that the proxy accepted before the policy became open stay with it.
         rules.append(f"meta l4proto tcp socket transparent 1 meta mark set {MARK} accept")
     if not mode.routed:
         rules += [f"meta l4proto udp {_drop('udp_not_allowed')}", _drop("protocol_dropped")]
@@ -144,7 +145,7 @@ def _open(policy: Policy) -> list[str]:
 
 
 def _matching(rules: Iterable[Rule], verdict: str) -> list[str]:
-    """Returns lines for those rules that are about addresses; names are the proxy's affair."""
+    """Return lines for the rules with addresses; rules with names are applied by the proxy."""
     lines = []
     for rule in rules:
         if rule.network is not None:

@@ -1,6 +1,6 @@
-"""The uplink namespace's part: NAT for sandboxes that are routed out, and nothing from them to the host or each other.
+"""nftables table of the uplink namespace: NAT for routed sandboxes, no packets from them to the host or each other.
 
-One table, there as long as a sandbox needs it.
+The table exists as long as a sandbox needs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LINKS = '"sbx*"'
 
 
 def render(pool: Pool) -> str:
-    """Returns the table for nft(8); it replaces the one that is there."""
+    """Return the commands that load the table in place of an existing one."""
     neighbours = "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert }"
     return f"""table {TABLE}
 delete table {TABLE}
@@ -44,19 +44,22 @@ table {TABLE} {{
 
 
 def set_up(pool: Pool) -> None:
-    """Makes the table and has the namespace, where the caller is, pass packets on. :raises HostError:"""
+    """Load the table and enable forwarding; call it in the uplink namespace.
+
+    :raises HostError: the kernel refused.
+    """
     nft.run(render(pool))
     try:
         _keep_advertisements()
         links.set_forwarding()
     except OSError as error:
-        raise HostError(f"cannot turn forwarding on in the uplink namespace: {error}", reason="NETNS_FAILED") from error
+        raise HostError(f"cannot enable forwarding in the uplink namespace: {error}", reason="NETNS_FAILED") from error
 
 
 def _keep_advertisements() -> None:
-    """A host that learns its routes from router advertisements must go on doing so when it forwards, too.
+    """Keep accepting router advertisements on interfaces that accept them now, for a host that gets its routes so.
 
-    With forwarding, accept_ra = 1 means no and 2 means yes (the kernel's ip-sysctl.rst).
+    With forwarding enabled, accept_ra = 1 means no and 2 means yes (the kernel's ip-sysctl.rst).
     """
     for setting in Path("/proc/sys/net/ipv6/conf").glob("*/accept_ra"):
         if setting.read_text().strip() == "1":
@@ -64,17 +67,23 @@ def _keep_advertisements() -> None:
 
 
 def tear_down() -> None:
-    """Removes the table. Idempotent. :raises HostError:"""
+    """Remove the table; call it in the uplink namespace. Idempotent.
+
+    :raises HostError: the kernel refused.
+    """
     nft.run(f"table {TABLE}\ndelete table {TABLE}\n")
 
 
-def open_own(name: str) -> int:
-    """Returns a descriptor of the namespace: of this name (ip-netns(8)), or the caller's. :raises HostError:"""
+def open_namespace(name: str) -> int:
+    """Return a descriptor of the uplink's namespace by its name (ip-netns(8)); "" for the caller's own.
+
+    :raises HostError: the namespace does not exist.
+    """
     path = Path("/run/netns") / name if name else Path("/proc/self/ns/net")
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise HostError(
-            f"egress.uplink: there is no network namespace {name}: {error.strerror}; `ip netns add {name}` makes one",
+            f"egress.uplink: no network namespace {name}: {error.strerror}; create it with `ip netns add {name}`",
             reason="NETNS_FAILED",
         ) from error

@@ -61,17 +61,17 @@ def test_open_lets_out_what_is_public_and_not_denied() -> None:
 
 def test_slots_come_back_lowest_first_and_end() -> None:
     pool = Pool("100.64.0.0/29", "fd73:6279::/64")
-    assert [pool.take() for _ in range(4)] == [0, 1, 2, 3]
+    assert [pool.allocate() for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ResourceExhausted, match="pools larger"):
-        pool.take()
-    pool.give_back(2)
-    pool.give_back(0)
-    pool.give_back(0)
-    assert [pool.take(), pool.take()] == [0, 2]
+        pool.allocate()
+    pool.release(2)
+    pool.release(0)
+    pool.release(0)
+    assert [pool.allocate(), pool.allocate()] == [0, 2]
     assert len(pool) == 4
     again = Pool("100.64.0.0/29", "fd73:6279::/64")
     again.reserve(0)
-    assert again.take() == 1
+    assert again.allocate() == 1
     pair = again.pair(1)
     assert (str(pair.outer4), str(pair.inner4), str(pair.inner6)) == ("100.64.0.2", "100.64.0.3", "fd73:6279::3")
 

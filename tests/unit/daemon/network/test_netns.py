@@ -89,7 +89,7 @@ async def test_a_file_that_is_no_namespace_any_more_is_removed(name: str) -> Non
 async def test_a_name_that_is_taken_keeps_what_is_there(name: str) -> None:
     async with namespaces.namespace(name):
         before = path(name).stat().st_ino
-        with pytest.raises(HostError, match="is left from before") as caught:
+        with pytest.raises(HostError, match="exists already") as caught:
             await namespaces.make(name)
         assert caught.value.reason == "NETNS_FAILED"
         assert path(name).stat().st_ino == before

@@ -79,5 +79,5 @@ def test_others_in_the_ranges_are_named(uplink: str) -> None:
 
 
 def test_a_namespace_that_is_not_there() -> None:
-    with pytest.raises(HostError, match="there is no network namespace egw-none"):
+    with pytest.raises(HostError, match="no network namespace egw-none"):
         pool_users.find("egw-none", POOL)
