@@ -1,4 +1,4 @@
-"""The disks that VMs write on: sparse files with an ext4 file system of their own."""
+"""Writable disks of VMs: sparse files with an ext4 file system."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from agent.common.atomic_file import replacement
 from agent.common.errors import AgentError, AlreadyExists, HostError, InvalidSpec, ResourceExhausted
 from agent.daemon.host.sparse_copy import NO_SPACE, copy_sparse
 
-MIN_DISK_BYTES = 16 << 20
+MIN_DISK_BYTES = 16 << 20  # the smallest ext4 file system that the guest's overlay fits into
 MAX_DISK_BYTES = 16 << 40
 _BLOCK_BYTES = 4096
 _TEMPLATES_KEPT = 32
 
-# A sandbox's disk is thrown away with it, so nothing is spent on surviving a crash: no journal, no checksums, no backup
-# superblocks but two. Unwritten inode tables stay holes, so the default number of inodes costs nothing.
-# What is on a new disk: the folders of the guest's overlay, and the files that every guest writes first. Making them
-# there would cost an emulated guest a tenth of its start.
+# Content of a new disk: the folders of the guest's overlay and the files that every guest writes first. Creating them
+# in the guest would cost an emulated guest a tenth of its start.
 _FOLDERS = ("upper/etc", "work")
 _FILES = tuple(f"upper/etc/{name}" for name in ("hostname", "hosts", "machine-id", "resolv.conf"))
+# A sandbox's disk is deleted with it, so it need not survive a crash: no journal, no checksums, only two backup
+# superblocks. Unwritten inode tables stay holes, so the default number of inodes costs nothing.
 _FORMAT = (
     "-O", "^has_journal,^resize_inode,^metadata_csum,uninit_bg,sparse_super2",
     "-E", "root_owner=0:0",
@@ -41,7 +41,7 @@ _FORMAT = (
 class DiskMaker:
     """Makes writable disks: sparse files with an empty ext4 file system, copied from a template of the same size.
 
-    :param template_dir: where the templates are kept; created if missing. A few hundred KiB per size in use.
+    :param template_dir: directory of the templates, created if missing; a few hundred KiB for each size in use.
     """
 
     def __init__(self, template_dir: Path) -> None:
@@ -49,14 +49,14 @@ class DiskMaker:
         self._formatting = threading.Lock()
 
     async def make_disk(self, path: Path, size_bytes: int) -> None:
-        """Ensures that `path` is a new, empty disk; takes about a millisecond once a disk of this size was made.
+        """Create an empty disk; takes about 1 ms if a disk of this size was made before.
 
-        Cancelled or failed, it leaves no file.
+        Leaves no file if it fails or is cancelled.
 
-        :raises InvalidSpec: a size that no disk can have.
+        :raises InvalidSpec: the size is out of range or not a multiple of 4096.
         :raises AlreadyExists: `path` exists.
         :raises ResourceExhausted: the host's disk is full.
-        :raises HostError: the file cannot be made, or mkfs.ext4 is missing or failed.
+        :raises HostError: the file cannot be created, or mkfs.ext4 is missing or failed.
         """
         if not MIN_DISK_BYTES <= size_bytes <= MAX_DISK_BYTES or size_bytes % _BLOCK_BYTES:
             raise InvalidSpec(
@@ -68,7 +68,7 @@ class DiskMaker:
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError:
-            # The thread cannot be stopped, only waited for.
+            # The thread cannot be stopped; wait for its end.
             await asyncio.wait([work])
             if work.exception() is None:
                 await asyncio.to_thread(path.unlink, missing_ok=True)
@@ -78,7 +78,7 @@ class DiskMaker:
         try:
             copy_sparse(self._template(size_bytes), path)
         except FileExistsError as e:
-            raise AlreadyExists(f"{path} exists already; remove it or choose another path") from e
+            raise AlreadyExists(f"{path} exists; remove it or choose another path") from e
         except OSError as e:
             raise disk_error(path, e) from e
 
@@ -100,17 +100,17 @@ class DiskMaker:
             run_mkfs(draft.path)
 
     def _prune(self) -> None:
-        """Removes the templates of sizes that were not asked for in the longest time."""
+        """Delete the least recently used templates."""
         templates = sorted(self._dir.glob("ext4-*.img"), key=lambda path: path.stat().st_mtime_ns)
         for template in templates[:-_TEMPLATES_KEPT]:
             template.unlink()
 
 
 def run_mkfs(path: Path) -> None:
-    """Ensures that the file holds a new ext4 file system of the file's own size (mke2fs(8)).
+    """Format a file as the ext4 disk of a sandbox, of the file's size (mke2fs(8)). Blocks.
 
     :raises HostError: mkfs.ext4 is missing or failed.
-    :raises OSError: ENOSPC where the host's disk is full.
+    :raises OSError: ENOSPC if the host's disk is full.
     """
     with tempfile.TemporaryDirectory(prefix="draft-", dir=path.parent) as name:
         _make_content(Path(name))
@@ -118,9 +118,10 @@ def run_mkfs(path: Path) -> None:
 
 
 def format_volume(path: Path, owner: int) -> None:
-    """Ensures that the file holds a new ext4 file system that survives crashes, whose root belongs to `owner`.
+    """Format a file as a volume: ext4 with a journal, whose root directory belongs to user `owner`. Blocks.
 
-    :raises HostError: mkfs.ext4 is missing or failed. :raises OSError: ENOSPC where the host's disk is full.
+    :raises HostError: mkfs.ext4 is missing or failed.
+    :raises OSError: ENOSPC if the host's disk is full.
     """
     _mkfs(path, "-m", "0", "-b", str(_BLOCK_BYTES), "-E", f"root_owner={owner}:{owner}", "-L", "volume")
 
@@ -148,11 +149,11 @@ def _make_content(directory: Path) -> None:
 
 
 def disk_error(path: Path, error: OSError) -> AgentError:
-    """Returns the error for a disk that cannot be made."""
+    """Return the error to raise for a disk that cannot be created."""
     if error.errno in NO_SPACE:
         return ResourceExhausted(
-            f"the host's disk is full: cannot make {path}; free space or delete sandboxes", reason="DISK_FULL"
+            f"the host's disk is full: cannot create {path}; free space or delete sandboxes", reason="DISK_FULL"
         )
     if error.errno == errno.EFBIG:
         return InvalidSpec(f"the host's file system cannot hold a file as large as {path}: ask for a smaller disk")
-    return HostError(f"cannot make the disk {path}: {error.strerror}")
+    return HostError(f"cannot create the disk {path}: {error.strerror}")

@@ -1,6 +1,6 @@
-"""Root file systems on the host's side: the store of images that VMs boot; the disks that they write on are in `disks`.
+"""Store of the images that VMs boot: kernel, initramfs and read-only root file system.
 
-Images are made by the builder (`rootfs/`), whose manifest is the only thing the two share:
+The builder (`rootfs/`) makes them; its manifest is the only interface between both:
 
     <images_dir>/<name> -> .store/<name>-<12 hex digits>/{manifest.json,vmlinux,initramfs,root.erofs}
 """
@@ -47,7 +47,7 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A bootable image; `path` is its own directory, which a later build of the same name does not change."""
+    """Bootable image; `path` is the directory of this build, which a later build of the same name does not change."""
 
     name: str
     digest: str
@@ -65,7 +65,7 @@ class Image:
 
     @property
     def size_bytes(self) -> int:
-        """What the image takes on the disk."""
+        """Size of the image's files."""
         return self.kernel.size_bytes + self.initramfs.size_bytes + self.root.size_bytes
 
 
@@ -107,21 +107,21 @@ class _Manifest(msgspec.Struct):
 
 
 class ImageStore:
-    """The images below `images_dir`. Every method blocks: `get` and `list` for a millisecond, `verify` for seconds."""
+    """Images below `images_dir`. Every method blocks: `get` and `list` for about 1 ms, `verify` for seconds."""
 
     def __init__(self, images_dir: Path) -> None:
         self._dir = images_dir
         self._parsed: dict[Path, tuple[int, Image]] = {}
 
     def names(self) -> list[str]:
-        """Returns the names that lead to something, sorted; whether each is a sound image is for `get` to say."""
+        """Return the names of all entries, sorted; `get` checks whether an entry is a valid image."""
         try:
             return sorted(entry.name for entry in os.scandir(self._dir) if _NAME.fullmatch(entry.name))
         except FileNotFoundError:
             return []
 
     def list(self) -> list[Image]:
-        """Returns the sound images, sorted by name; damaged ones are left out."""
+        """Return the valid images, sorted by name; damaged ones are left out."""
         images = []
         for name in self.names():
             try:
@@ -131,11 +131,11 @@ class ImageStore:
         return images
 
     def get(self, name: str) -> Image:
-        """Returns the image that a name leads to now.
+        """Return the current build of an image.
 
-        :raises InvalidSpec: this cannot be an image's name.
-        :raises NotFound: there is none.
-        :raises HostError: its manifest or a file of it is damaged.
+        :raises InvalidSpec: the name is malformed.
+        :raises NotFound: no image has this name.
+        :raises HostError: its manifest or one of its files is damaged.
         """
         path = self._resolve(name)
         manifest = path / "manifest.json"
@@ -163,9 +163,10 @@ class ImageStore:
         return image.kernel.path, image.initramfs.path
 
     def get_build(self, name: str, digest: str) -> Image:
-        """Returns the build of an image that has this digest, which may not be the present one.
+        """Return the build of an image with this digest, also if it is not the current one.
 
-        :raises NotFound: it is not there any more. :raises HostError: it is damaged.
+        :raises NotFound: the build was removed.
+        :raises HostError: the build is damaged.
         """
         builds = [self._dir / name, *sorted((self._dir / ".store").glob(f"{name}{_ENTRY_SUFFIX}"))]
         for path in builds:
@@ -176,13 +177,13 @@ class ImageStore:
             if image.digest == digest:
                 return image
         raise NotFound(
-            f"the build of image {name} that this sandbox was made from is not there any more", reason="IMAGE_NOT_FOUND"
+            f"the build of image {name} that this sandbox was made from was removed", reason="IMAGE_NOT_FOUND"
         )
 
     def verify(self, image: Image) -> None:
-        """Ensures that every file of an image still has the digest that its manifest states.
+        """Check that every file of an image has the digest of its manifest.
 
-        :raises HostError: names the first file that does not.
+        :raises HostError: a file differs or cannot be read; names the first one.
         """
         for artefact in (image.kernel, image.initramfs, image.root):
             try:
@@ -194,11 +195,11 @@ class ImageStore:
                 raise _damaged(image.path, f"{artefact.path.name} does not have the digest of its manifest")
 
     def remove(self, name: str) -> None:
-        """Removes a name and every build of it. That no virtual machine uses it is the caller's to know.
+        """Remove an image with all of its builds. The caller ensures that no virtual machine uses it.
 
-        :raises InvalidSpec: this cannot be an image's name.
-        :raises NotFound: there is none.
-        :raises InvalidState: an image is being built just now.
+        :raises InvalidSpec: the name is malformed.
+        :raises NotFound: no image has this name.
+        :raises InvalidState: an image is being built.
         :raises HostError: files cannot be removed.
         """
         path = self._resolve(name)
@@ -228,7 +229,7 @@ class ImageStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Holds the builder's lock, so that nothing is removed under a build."""
+        """Hold the builder's lock, so that nothing is removed during a build."""
         folder = self._dir / ".store"
         folder.mkdir(exist_ok=True)
         with (folder / ".lock").open("w") as lock:
@@ -240,9 +241,9 @@ class ImageStore:
 
 
 def parse_manifest(data: bytes, path: Path) -> Image:
-    """Returns the image that a manifest in the directory `path` describes, once all of it has been checked.
+    """Return the image that a manifest in the directory `path` describes; checks digest, files and their sizes.
 
-    :raises HostError: not a manifest of a known schema, or a file is missing or has another size.
+    :raises HostError: the manifest is invalid or of an unknown schema, or a file is missing or has another size.
     """
     try:
         values = msgspec.json.decode(data)
@@ -272,7 +273,10 @@ def parse_manifest(data: bytes, path: Path) -> Image:
 
 
 def _check_digest(image: Image) -> None:
-    """The image's digest is that of its files' digests, so a manifest cannot be changed by halves."""
+    """Check that the image's digest is the digest of its files' digests.
+
+    :raises HostError: the manifest was changed in part.
+    """
     parts = {"kernel": image.kernel.sha256, "initramfs": image.initramfs.sha256, "root": image.root.sha256}
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
     if hashlib.sha256(canonical).hexdigest() != image.digest:

@@ -1,6 +1,7 @@
-"""Volumes and snapshots: disks that outlive sandboxes. Each is a directory with its facts and its disk, made aside and
-renamed into place, so that there is never half of one; the facts are all that is known of it, so that it survives the
-loss of everything else.
+"""Volumes and snapshots: disks that outlive sandboxes.
+
+Each is a directory with `facts.json` and `disk.img`, created under a draft name and renamed into place, so that it is
+always complete. The facts file has everything known of it, so that it survives the loss of the database.
 """
 
 from __future__ import annotations
@@ -26,19 +27,22 @@ from agent.daemon.storage.disks import MAX_DISK_BYTES, MIN_DISK_BYTES, disk_erro
 VOLUME, SNAPSHOT = "vol-", "snp-"
 _MIB = 1 << 20
 MAX_PER_TENANT = 1000
-_OWNER = 1000  # of an empty volume: the user of every image
+_OWNER = 1000  # owner of an empty volume: uid of the default user of every image
 _FACTS, _DISK, _DRAFT = "facts.json", "disk.img", ".draft-"
 _SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])")
 _ALPHABET = string.ascii_lowercase + string.digits
 
 
 def is_snapshot(identifier: str) -> bool:
-    """Whether an id is a snapshot's."""
+    """Whether this is the id of a snapshot."""
     return identifier.startswith(SNAPSHOT)
 
 
 def check_slug(slug: str) -> None:
-    """:raises InvalidSpec: no name for a volume or snapshot."""
+    """Check the name of a volume or snapshot.
+
+    :raises InvalidSpec: the name is malformed.
+    """
     if _SLUG.fullmatch(slug) is None or slug[2:4] == "--":
         raise InvalidSpec(
             f"slug {slug[:60]!r} is not valid: 2 to 32 of a-z, 0-9 and '-', none at the ends, no '--' in third place",
@@ -48,10 +52,12 @@ def check_slug(slug: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A volume, or a snapshot (by its id); sizes in bytes.
+    """A volume, or a snapshot, told apart by the prefix of the id.
 
-    :param image: name of the image that boots from it; "" if it cannot be a root.
-    :param origin: (id, slug) of the snapshot that a volume was made of, or of the volume that a snapshot was.
+    :param slug: name, unique among the tenant's volumes and snapshots.
+    :param create_time: seconds since 1970.
+    :param image: image that boots with this disk as its root; "" if the disk cannot be a root.
+    :param origin: (id, slug) of the snapshot that a volume was created from, or of the volume of a snapshot.
     """
 
     id: str
@@ -64,17 +70,20 @@ class Volume:
 
 
 class Volumes:
-    """All of this node's. Files are made and removed in threads; what is known of them is in memory."""
+    """Volumes and snapshots of this node. Their facts are in memory; files are created and deleted in threads."""
 
     def __init__(self, directory: Path) -> None:
         self._dir = directory
         self._known: dict[str, Volume] = {}
         self._users: dict[str, str] = {}  # volume -> sandbox
-        self._busy: set[str] = set()  # being copied or deleted
-        self._making: set[tuple[str, str]] = set()  # tenant and slug of what is being made
+        self._busy: set[str] = set()  # being copied
+        self._making: set[tuple[str, str]] = set()  # (tenant, slug) of those being created
 
     def open(self) -> None:
-        """Takes over what is there, and removes what was never finished. Blocks. :raises HostError:"""
+        """Load all volumes and delete unfinished drafts. Blocks.
+
+        :raises HostError: the directory cannot be created or read.
+        """
         try:
             self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             for path in self._dir.iterdir():
@@ -89,8 +98,8 @@ class Volumes:
         try:
             volume = stored_json.decode((path / _FACTS).read_bytes(), Volume)
             if volume.id != path.name or not (path / _DISK).is_file():
-                raise ValueError("its facts are not of this directory")
-        except (OSError, ValueError) as error:  # left where it is: somebody may be able to mend it
+                raise ValueError("facts.json has another id, or disk.img is missing")
+        except (OSError, ValueError) as error:  # kept, for an operator to repair
             log.error("a volume is damaged", path=str(path), error=str(error))
             return
         self._known[volume.id] = volume
@@ -98,7 +107,11 @@ class Volumes:
     # -- finding -------------------------------------------------------------------------------------------------------
 
     def find(self, tenant: str, id_or_slug: str, *kinds: str) -> Volume:
-        """Returns a volume or snapshot of a tenant. :raises NotFound: it has none of these kinds."""
+        """Return a volume or snapshot of a tenant.
+
+        :param kinds: id prefixes to look for: VOLUME, SNAPSHOT, or both.
+        :raises NotFound: the tenant has none of this id or slug.
+        """
         for volume in self._of(tenant, *kinds):
             if id_or_slug in (volume.id, volume.slug):
                 return volume
@@ -107,7 +120,7 @@ class Volumes:
         raise NotFound(f"no {what} {id_or_slug[:80]!r} on this node; list them to see which there are", reason=reason)
 
     def list(self, tenant: str, kind: str, search: str) -> list[Volume]:
-        """Returns the tenant's volumes or snapshots with `search` in the slug, or as id, oldest first."""
+        """Return the tenant's volumes or snapshots whose slug contains `search` or whose id equals it, oldest first."""
         found = [volume for volume in self._of(tenant, kind) if search in volume.slug or search == volume.id]
         return sorted(found, key=lambda volume: (volume.create_time, volume.id))
 
@@ -115,25 +128,28 @@ class Volumes:
         return (known for known in self._known.values() if known.tenant == tenant and known.id.startswith(kinds))
 
     def disk(self, identifier: str) -> Path:
-        """Returns the file of a disk."""
+        """Return the path of the disk image of a volume or snapshot."""
         return self._dir / identifier / _DISK
 
     def capacity(self, identifier: str) -> int:
-        """Returns the size of a disk. :raises NotFound:"""
+        """Return the size of a volume or snapshot in bytes.
+
+        :raises NotFound: it does not exist.
+        """
         known = self._known.get(identifier)
         if known is None:
-            raise NotFound(f"no volume {identifier} on this node any more", reason="VOLUME_NOT_FOUND")
+            raise NotFound(f"no volume {identifier} on this node", reason="VOLUME_NOT_FOUND")
         return known.capacity_bytes
 
     def used_bytes(self, volume: Volume) -> int:
-        """Returns what a disk takes on the host's."""
+        """Return the space that a disk image occupies on the host; 0 if it cannot be read."""
         try:
             return self.disk(volume.id).stat().st_blocks * 512
         except OSError:
             return 0
 
     def user(self, volume: Volume) -> str:
-        """Returns the sandbox that uses a volume, "" if none does."""
+        """Return the id of the sandbox that a volume is attached to; "" if it is free."""
         return self._users.get(volume.id, "")
 
     # -- using ---------------------------------------------------------------------------------------------------------
@@ -149,8 +165,9 @@ class Volumes:
         for identifier in volumes:
             user = self._users.get(identifier, sandbox_id)
             if user != sandbox_id or identifier in self._busy:
+                holder = user if user != sandbox_id else "a copy"
                 raise InvalidState(
-                    f"volume {identifier} is in use by {user if user != sandbox_id else 'a copy'}; one at a time may",
+                    f"volume {identifier} is in use by {holder}; it can have one user at a time",
                     reason="VOLUME_IN_USE",
                 )
         self._users |= dict.fromkeys(volumes, sandbox_id)
@@ -160,14 +177,27 @@ class Volumes:
         self._users = {volume: user for volume, user in self._users.items() if user != sandbox_id}
 
     async def copy(self, identifier: str, target: Path) -> None:
-        """Copies a disk for a sandbox of its own. :raises NotFound: :raises AgentError:"""
+        """Copy a disk image to `target`, as the disk of a sandbox.
+
+        :raises NotFound: the volume or snapshot does not exist.
+        :raises ResourceExhausted: the host's disk is full.
+        :raises HostError: the copy failed.
+        """
         self.capacity(identifier)
         await asyncio.to_thread(_copy, self.disk(identifier), target)
 
     # -- making and deleting -------------------------------------------------------------------------------------------
 
     async def create(self, tenant: str, slug: str, capacity_bytes: int, *, image: str = "", base: str = "") -> Volume:
-        """Makes a volume: empty, or with what the snapshot `base` has. :raises AgentError: nothing is left."""
+        """Create a volume: empty, or as a copy of the snapshot `base`.
+
+        :param capacity_bytes: rounded up to a multiple of 1 MiB.
+        :raises NotFound: the snapshot does not exist.
+        :raises InvalidSpec: capacity or slug is invalid.
+        :raises AlreadyExists: the slug is in use.
+        :raises ResourceExhausted: the tenant has 1000, or the host's disk is full.
+        :raises HostError: the disk cannot be created; nothing is left.
+        """
         capacity_bytes = -(-capacity_bytes // _MIB) * _MIB
         if not MIN_DISK_BYTES <= capacity_bytes <= MAX_DISK_BYTES:
             raise InvalidSpec(
@@ -187,7 +217,12 @@ class Volumes:
         return await self._make(volume, origin[0] if origin else "")
 
     async def snapshot(self, tenant: str, id_or_slug: str, slug: str) -> Volume:
-        """Makes a snapshot of a volume that nobody uses. :raises AgentError: nothing is left."""
+        """Create a snapshot of a volume that is not attached.
+
+        :raises NotFound: the volume does not exist.
+        :raises InvalidState: the volume is attached or being copied.
+        :raises AgentError: as `create`.
+        """
         source = self.find(tenant, id_or_slug, VOLUME)
         self._refuse_in_use(source)
         made = Volume(
@@ -205,9 +240,11 @@ class Volumes:
         key = (volume.tenant, volume.slug)
         mine = list(self._of(volume.tenant, VOLUME, SNAPSHOT))
         if key in self._making or any(volume.slug in (known.slug, known.id) for known in mine):
-            raise AlreadyExists(f"there is a volume or snapshot {volume.slug} already", reason="SLUG_IN_USE")
+            raise AlreadyExists(f"a volume or snapshot {volume.slug} exists already", reason="SLUG_IN_USE")
         if len(mine) >= MAX_PER_TENANT:
-            raise ResourceExhausted(f"{MAX_PER_TENANT} volumes and snapshots; delete some", reason="TOO_MANY_VOLUMES")
+            raise ResourceExhausted(
+                f"{MAX_PER_TENANT} volumes and snapshots exist; delete some", reason="TOO_MANY_VOLUMES"
+            )
         self._making.add(key)
         if source:
             self._busy.add(source)
@@ -217,10 +254,10 @@ class Volumes:
                 await run_to_completion(writing)
         finally:
             if writing.done() and not writing.cancelled() and writing.exception() is None:
-                self._known[volume.id] = volume  # for a caller that was cancelled, too: the disk is there
+                self._known[volume.id] = volume  # even if the caller was cancelled: the disk exists
             self._making.discard(key)
             self._busy.discard(source)
-        log.info("volume made", volume=volume.id, slug=volume.slug, bytes=volume.capacity_bytes)
+        log.info("volume created", volume=volume.id, slug=volume.slug, bytes=volume.capacity_bytes)
         return volume
 
     def _write(self, volume: Volume, source: str) -> None:
@@ -240,19 +277,24 @@ class Volumes:
             with step("volume.publish"):
                 facts = (stored_json.encode(volume) + "\n").encode()
                 write_atomically(draft / _FACTS, facts, mode=0o600, durable=False)
-                publish_directory(draft, self._dir / volume.id)  # all of it is durable before it has its name
+                publish_directory(draft, self._dir / volume.id)  # everything is durable before it has its name
         except OSError as error:
             raise disk_error(draft, error) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
     async def delete(self, tenant: str, id_or_slug: str, kind: str) -> None:
-        """Deletes a volume or snapshot. :raises NotFound: :raises InvalidState: it is in use."""
+        """Delete a volume or snapshot.
+
+        :raises NotFound: it does not exist.
+        :raises InvalidState: it is attached or being copied.
+        :raises HostError: its directory cannot be renamed.
+        """
         volume = self.find(tenant, id_or_slug, kind)
         self._refuse_in_use(volume)
         doomed = self._dir / f"{_DRAFT}{volume.id}"
         try:
-            (self._dir / volume.id).rename(doomed)  # at once out of everyone's sight
+            (self._dir / volume.id).rename(doomed)  # gone at once; its files are deleted afterwards
         except OSError as error:
             raise HostError(f"cannot delete {volume.id}: {error.strerror}", reason="REMOVE_FAILED") from error
         del self._known[volume.id]
@@ -268,6 +310,6 @@ def _copy(source: Path, target: Path) -> None:
     try:
         copy_sparse(source, target)
     except FileNotFoundError:
-        raise NotFound(f"{source.parent.name} is gone", reason="VOLUME_NOT_FOUND") from None
+        raise NotFound(f"{source.parent.name} was deleted", reason="VOLUME_NOT_FOUND") from None
     except OSError as error:
         raise disk_error(target, error) from error

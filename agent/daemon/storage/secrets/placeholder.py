@@ -1,4 +1,4 @@
-"""What a guest sees in a secret's place: so much randomness that nobody guesses it, in letters that nothing escapes."""
+"""Placeholders of secrets: random text that cannot be guessed, in characters that no encoding escapes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from agent.common.errors import InvalidSpec
 PREFIX = "sbx_secret_"
 _LETTERS = string.ascii_letters + string.digits
 _RANDOM_LETTERS = 32  # 190 bits
-_MIN_RANDOM_LETTERS = 16  # 95 bits: of a shape
-# What programs look at to see that something is a token of that kind, published by those who give them out.
+_MIN_RANDOM_LETTERS = 16  # 95 bits, of a placeholder in the shape of a token
+# Prefixes by which programs recognise a kind of token, as their issuers publish them.
 _KNOWN_PREFIXES = (
     "sk-ant-api03-", "sk-ant-", "sk-proj-", "sk-or-v1-", "sk_live_", "sk_test_", "rk_live_", "rk_test_", "pk_live_",
     "pk_test_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xoxb-", "xoxp-", "xapp-",
@@ -20,11 +20,11 @@ _KNOWN_PREFIXES = (
 
 
 def new_placeholder(like: str = "") -> str:
-    """Returns a fresh placeholder; in the shape of the token `like`, if one is given.
+    """Return a new placeholder, in the shape of the token `like` if one is given.
 
-    A shape is a token's length, its kinds of letters place by place, and a prefix that is the same for all of its kind.
+    The shape is the token's length, the class of each character (a-z, A-Z, 0-9), and the prefix of its kind.
 
-    :raises InvalidSpec: the token is too short for a placeholder of its shape that cannot be guessed.
+    :raises InvalidSpec: the token is too short: a placeholder of its shape could be guessed.
     """
     if not like:
         return PREFIX + "".join(secrets.choice(_LETTERS) for _ in range(_RANDOM_LETTERS))
