@@ -1,4 +1,4 @@
-"""The link to one guest: handshake, calls, keepalive."""
+"""Channel to one guest: handshake, calls, keepalive."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ _OWN_CALLS = "sys."
 
 
 async def handshake(sock: socket.socket, *, fresh: bool) -> bytes:
-    """Speaks `wire.SYNC_REQUEST` until the guest answers; returns bytes that came after its answer.
+    """Send `wire.SYNC_REQUEST` until the guest answers it; return the bytes that follow its answer.
 
-    :param fresh: the guest has had no host yet, so there is no older session to flush.
-    :raises GuestUnreachable: the link was closed, or the guest sends endless noise. Bound it with a timeout.
+    Has no timeout of its own.
+
+    :param fresh: the guest had no earlier session; else one is flushed if no answer comes within 0.25 s.
+    :raises GuestUnreachable: the link was closed or failed, or 64 MiB arrived without an answer.
     """
     loop = asyncio.get_running_loop()
     nonce = os.urandom(wire.NONCE_BYTES)
@@ -41,10 +43,10 @@ async def handshake(sock: socket.socket, *, fresh: bool) -> bytes:
         while True:
             done, _ = await asyncio.wait({reading}, timeout=None if fresh else _RESYNC_INTERVAL_S)
             if not done:
-                # The flush ends the session of a guest that has read the first word, so its answer must not count.
+                # The flush ends a session that the first request began, so the answer to that must not count.
                 nonce = os.urandom(wire.NONCE_BYTES)
                 await loop.sock_sendall(sock, bytes(wire.SYNC_FLUSH_BYTES) + wire.SYNC_REQUEST + nonce)
-                fresh = True  # once is enough: from now on the guest waits for the word
+                fresh = True  # once is enough: the guest waits for a request from now on
                 continue
             data = reading.result()
             if not data:
@@ -54,7 +56,7 @@ async def handshake(sock: socket.socket, *, fresh: bool) -> bytes:
             if find_sync(received, wire.SYNC_REPLY) == nonce:
                 return bytes(received)
             if noise > _MAX_NOISE_BYTES:
-                raise GuestUnreachable("the guest answers with noise")
+                raise GuestUnreachable("the guest sends no valid handshake")
             reading = loop.create_task(loop.sock_recv(sock, 64 << 10))
     except OSError as error:
         raise GuestUnreachable(f"the link failed: {error}") from error
@@ -65,7 +67,7 @@ async def handshake(sock: socket.socket, *, fresh: bool) -> bytes:
 
 
 class Channel:
-    """Calls to one guest over one link. Made by `open`; `lost` completes with the reason when the link is gone."""
+    """Calls to one guest over one link; create it with `open`."""
 
     def __init__(self, link: LinkProtocol) -> None:
         self._link = link
@@ -75,9 +77,10 @@ class Channel:
 
     @classmethod
     async def open(cls, sock: socket.socket, *, fresh: bool = True) -> Channel:
-        """Takes a connected, non-blocking socket and returns once the guest has answered the handshake.
+        """Perform the handshake on a connected, non-blocking socket, which the channel owns from now on.
 
-        :raises GuestUnreachable: it did not; the socket is closed. Cancellation closes it, too.
+        :param fresh: the guest had no earlier session.
+        :raises GuestUnreachable: the handshake failed; the socket is closed, as after a cancellation.
         """
         try:
             rest = await handshake(sock, fresh=fresh)
@@ -94,12 +97,12 @@ class Channel:
         return cls(link)
 
     def idle_s(self) -> float:
-        """Returns the seconds since the last call of a client ended; 0 while one is open."""
+        """Return the seconds since the last call of a client ended; 0 while one is open."""
         return 0.0 if self._open_calls else time.monotonic() - self._last_use
 
     @contextlib.contextmanager
     def _used_by(self, op: str) -> Iterator[None]:
-        """Counts a call as use, unless it is the agent's own."""
+        """Count a call as use of the sandbox, unless it is one of the daemon's own (sys.*)."""
         if op.startswith(_OWN_CALLS):
             yield
             return
@@ -112,11 +115,17 @@ class Channel:
 
     @property
     def lost(self) -> asyncio.Future[GuestUnreachable]:
-        """Completes with the reason once the link is gone. Await it shielded: it is shared."""
+        """Future that completes with the reason once the link is lost. Shared: await it shielded."""
         return self._link.lost
 
     async def call(self, op: str, /, *, timeout_s: float | None = 30.0, **fields: object) -> dict[str, Any]:
-        """Makes a call that has one answer. :raises DeadlineExceeded: and what `CallStream.recv` raises."""
+        """Make a call and return its result.
+
+        :param fields: arguments of the operation, as JSON values.
+        :raises DeadlineExceeded: no result within `timeout_s`.
+        :raises GuestUnreachable: the link is lost, or the guest broke the protocol.
+        :raises AgentError: the guest answered with an error; see `error_from_guest`.
+        """
         try:
             async with asyncio.timeout(timeout_s), self.stream(op, **fields) as stream:
                 while True:
@@ -131,9 +140,10 @@ class Channel:
 
     @asynccontextmanager
     async def stream(self, op: str, /, **fields: object) -> AsyncIterator[CallStream]:
-        """Makes a call with frames both ways; leaving the context before its result abandons it.
+        """Make a call with frames in both directions; leaving the context before its result aborts it.
 
-        :raises InvalidSpec: the request is over the link's limit. :raises GuestUnreachable: the link is gone.
+        :raises InvalidSpec: the request is larger than the link allows.
+        :raises GuestUnreachable: the link is lost.
         :raises ResourceExhausted: too many calls at once.
         """
         if self._link.lost.done():
@@ -155,7 +165,7 @@ class Channel:
             stream.end()
 
     async def _keep_alive(self) -> None:
-        """Notices a guest that is frozen: no byte arrives although it was asked for a sign of life."""
+        """Fail the link of a frozen guest, from which no byte arrives for 30 s despite pings."""
         link = self._link
         silent_s = 0.0
         seen = -1
@@ -168,7 +178,7 @@ class Channel:
                 link.fail(f"the guest has been silent for {silent_s:g} s")
 
     async def aclose(self) -> None:
-        """Closes the link. The guest and its processes go on. Idempotent."""
+        """Close the link; the guest and its processes continue. Idempotent."""
         self._ping_task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._ping_task

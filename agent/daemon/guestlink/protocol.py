@@ -1,4 +1,4 @@
-"""The link's bytes on the host: an asyncio protocol that feeds a yamux session and paces what it sends."""
+"""asyncio protocol of a guest link: feeds received bytes to a yamux session, with flow control for sent ones."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from guest.yamux import Buffer, Session, Stream, YamuxError
 
 _READ_BYTES = 256 << 10
 _HIGH_WATER_BYTES = 512 << 10
-# A guest that asks for answers (pings, windows) and reads none of them would fill the host's memory.
+# A guest that requests answers (pings, windows) without reading them would fill the host's memory.
 _MAX_UNSENT_BYTES = 8 << 20
 
 log = logging.getLogger(__name__)
 
 
 class LinkProtocol(asyncio.BufferedProtocol):
-    """Carries one yamux session. `lost` completes, with the reason, once the link is of no more use."""
+    """Carries one yamux session; the future `lost` completes with the reason once the link is lost."""
 
     def __init__(self) -> None:
         self.session = Session(client=True, write=self._write, on_stream=None)
@@ -37,11 +37,11 @@ class LinkProtocol(asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
-        """Called by asyncio: one buffer is enough, since every payload is copied to its stream at once."""
+        """Called by asyncio; one buffer is enough, since payloads are copied to their streams at once."""
         return self._view
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Called by asyncio with the number of bytes that have arrived."""
+        """Called by asyncio with the number of received bytes."""
         self.received_bytes += nbytes
         try:
             self.session.feed(self._view[:nbytes])
@@ -49,7 +49,7 @@ class LinkProtocol(asyncio.BufferedProtocol):
             self.fail(f"the guest broke the protocol: {error}")
 
     def eof_received(self) -> bool:
-        """Called by asyncio: the VMM closed the socket."""
+        """Called by asyncio when the VMM closes the socket."""
         self.fail("the link was closed by the virtual machine")
         return False
 
@@ -58,7 +58,7 @@ class LinkProtocol(asyncio.BufferedProtocol):
         self.fail(f"the link to the guest is gone: {exc or 'closed'}")
 
     def pause_writing(self) -> None:
-        """Called by asyncio: the guest reads more slowly than we write."""
+        """Called by asyncio when too many bytes wait to be sent."""
         self._writable.clear()
 
     def resume_writing(self) -> None:
@@ -66,12 +66,12 @@ class LinkProtocol(asyncio.BufferedProtocol):
         self._writable.set()
 
     async def drained(self) -> None:
-        """Returns when more may be sent."""
-        while not self._writable.is_set():  # others that waited may have filled it again
+        """Wait until more may be sent."""
+        while not self._writable.is_set():  # another waiter may have filled the buffer again
             await self._writable.wait()
 
     def fail(self, reason: str) -> None:
-        """Ends the link and every stream on it. Idempotent."""
+        """End the link and every stream on it. Idempotent."""
         if not self.lost.done():
             self.lost.set_result(GuestUnreachable(reason))
             self._writable.set()
@@ -88,6 +88,6 @@ class LinkProtocol(asyncio.BufferedProtocol):
 
 
 def set_callbacks(stream: Stream, callback: Callable[[], None]) -> None:
-    """Calls `callback` on every change of the stream."""
+    """Call `callback` on every change of the stream."""
     stream.on_readable = callback
     stream.on_writable = callback

@@ -1,12 +1,21 @@
-"""One call to the guest, as the host sees it."""
+"""One call to the guest: its frames in both directions, and the errors that the guest reports."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from agent.common.errors import GuestUnreachable
-from agent.daemon.guestlink.guest_errors import from_guest
+from agent.common.errors import (
+    AgentError,
+    AlreadyExists,
+    GuestError,
+    GuestUnreachable,
+    InvalidSpec,
+    InvalidState,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+)
 from agent.daemon.guestlink.protocol import LinkProtocol, set_callbacks
 from guest import wire
 from guest.wire import Frame, FrameReader, WireError
@@ -16,15 +25,24 @@ RECEIVE_WINDOW = 1 << 20
 # Small enough that the frames of other streams get in between, large enough that a header costs nothing.
 SEND_CHUNK_BYTES = 128 << 10
 _BULK = frozenset({Frame.DATA, Frame.STDOUT, Frame.STDERR})
-# Whoever is served a stream pays for each message: 0.5 ms of CPU time in the agent alone. So while much arrives, it is
-# collected for a moment; what comes seldom or in small pieces is handed on at once.
+# Each message to a client costs 0.5 ms of CPU time in the daemon. So bulk data is collected for a moment; small or rare
+# pieces are passed on at once.
 _COLLECT_BYTES = 256 << 10
 _COLLECT_S = 0.002
 _MUCH_BYTES = 24 << 10
+_ERROR_TYPES: dict[str, type[AgentError]] = {  # by the code of an ERROR frame
+    "NOT_FOUND": NotFound,
+    "EXISTS": AlreadyExists,
+    "DENIED": PermissionDenied,
+    "INVALID": InvalidSpec,
+    "STATE": InvalidState,
+    "EXHAUSTED": ResourceExhausted,
+}
+_MAX_ERROR_CHARACTERS = 4096
 
 
 class CallStream:
-    """The frames of one call. One task may receive and another send at the same time."""
+    """Frames of one call. One task may receive while another one sends."""
 
     def __init__(self, link: LinkProtocol, stream: Stream) -> None:
         self._link = link
@@ -43,13 +61,17 @@ class CallStream:
                 waiter.set_result(None)
 
     async def start(self, request: dict[str, object]) -> None:
-        """Sends the request. :raises WireError: it is over the limit. :raises GuestUnreachable: the link is gone."""
+        """Send the request.
+
+        :raises WireError: it is larger than the link allows.
+        :raises GuestUnreachable: the link is lost.
+        """
         await self._send_whole(wire.pack_json(Frame.REQUEST, request))
 
     async def send(self, kind: Frame, data: bytes) -> None:
-        """Sends bytes as frames of `kind`; waits while the guest does not read.
+        """Send bytes as frames of `kind`; wait while the guest does not read. Bytes for an ended call are dropped.
 
-        :raises GuestUnreachable: the link is gone. Bytes for a call that has ended are dropped.
+        :raises GuestUnreachable: the link is lost.
         """
         view = memoryview(data)
         while view:
@@ -61,21 +83,27 @@ class CallStream:
             view = view[size:]
 
     async def send_json(self, value: dict[str, object]) -> None:
-        """Sends a control message (EVENT)."""
+        """Send a control message (EVENT).
+
+        :raises GuestUnreachable: the link is lost.
+        """
         await self._send_whole(wire.pack_json(Frame.EVENT, value))
 
     async def send_eof(self) -> None:
-        """Says that no more bytes will come."""
+        """Send the end of the bytes (EOF).
+
+        :raises GuestUnreachable: the link is lost.
+        """
         await self._send_whole(wire.pack(Frame.EOF))
 
     async def _send_whole(self, data: bytes) -> None:
-        """Sends a frame, in as many pieces as the guest's window asks for."""
+        """Send a frame, in as many pieces as the guest's window requires."""
         while data and (room := await self._room(1)):
             self._stream.send(data[:room])
             data = data[room:]
 
     async def _room(self, needed: int) -> int:
-        """Returns how many bytes may be sent, at least `needed`; 0 if the guest has ended the call."""
+        """Wait until `needed` bytes may be sent; return how many may be, or 0 if the call has ended."""
         stream = self._stream
         while True:
             await self._link.drained()
@@ -92,12 +120,12 @@ class CallStream:
                 self._can_send = None
 
     async def recv(self, max_bytes: int = wire.MAX_DATA_BYTES) -> tuple[Frame, Any] | None:
-        """Returns the next frame: (kind, bytes) for data, (EVENT | RESULT, dict), (EOF, b""); None after RESULT.
+        """Return the next frame: (kind, bytes) for data, (EVENT | RESULT, dict), (EOF, b""); None after RESULT.
 
         Adjacent data frames of one kind are merged, up to `max_bytes`.
 
-        :raises GuestUnreachable: the link is gone, or the guest broke the protocol.
-        :raises AgentError: the guest answered with an error; see `from_guest`.
+        :raises GuestUnreachable: the link is lost, or the guest broke the protocol.
+        :raises AgentError: the guest answered with an error; see `error_from_guest`.
         """
         if self._finished:
             return None
@@ -125,7 +153,7 @@ class CallStream:
         frame, self._next = self._next or self._frames.next(max_bytes), None
         if frame is None or frame[0] not in _BULK:
             return frame
-        self._stream.widen(RECEIVE_WINDOW)  # only now: a short call is spared the frame
+        self._stream.widen(RECEIVE_WINDOW)  # only for bulk data: a short call needs no window update
         kind, size = frame[0], len(frame[1])
         pieces = [frame[1]]
         while size < max_bytes:
@@ -153,13 +181,25 @@ class CallStream:
             if self._stream.remote_closed:
                 self._stream.close()
             else:
-                self._stream.reset()  # the answer ends the guest's side, too: nobody would read what it goes on to send
+                self._stream.reset()  # the answer ends the call: nothing reads further bytes of it
         if kind == Frame.ERROR:
-            raise from_guest(value)
+            raise error_from_guest(value)
         return Frame(kind), value
 
     def end(self) -> None:
-        """Abandons the call unless it has ended. Idempotent."""
+        """Abort the call unless it has ended. Idempotent."""
         if not self._finished:
             self._finished = True
             self._stream.reset()
+
+
+def error_from_guest(value: dict[str, Any]) -> AgentError:
+    """Return the error for an ERROR frame, whose fields are untrusted: they may be missing or of any type.
+
+    The reason is the errno's name, or the guest's own (EXEC_NOT_FOUND), if it is well-formed.
+    """
+    kind = _ERROR_TYPES.get(str(value.get("code")), GuestError)
+    message = str(value.get("message") or "the guest gave no reason")[:_MAX_ERROR_CHARACTERS]
+    reason = str(value.get("errno") or "")
+    valid = 0 < len(reason) <= 63 and reason.isascii() and reason.replace("_", "").isalnum() and reason.isupper()
+    return kind(message, reason=reason if valid else None)

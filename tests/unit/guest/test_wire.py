@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agent.daemon.guestlink.guest_errors import from_guest
+from agent.daemon.guestlink.stream import error_from_guest
 from guest import wire
 from guest.wire import Frame, FrameReader, WireError, find_sync
 from tests.support.yamux_ends import End, settle
@@ -75,7 +75,7 @@ def test_an_error_of_any_depth_can_be_turned_into_ours() -> None:
                 value = wire.parse_json(b'{"code":%b,"message":%b,"errno":%b}' % (inner, inner, inner))
             except WireError:
                 continue
-            assert len(from_guest(value).message) <= 4096
+            assert len(error_from_guest(value).message) <= 4096
 
 
 # -- frames of a stream ------------------------------------------------------------------------------------------------
