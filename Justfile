@@ -10,11 +10,11 @@ python := ".venv/bin/python"
 images := "/var/lib/sandboxd/images"
 released_protos := "tests/protos/0.1.0"
 
-# Show the recipes
+# List the recipes
 default:
     @just --list
 
-# Make the Python environment as locked
+# Install the Python environment of uv.lock
 setup:
     uv sync --frozen --quiet
 
@@ -34,7 +34,7 @@ demo: proto image
 run *ARGS: proto image
     .venv/bin/sandboxd {{ ARGS }}
 
-# Check style, the direction of imports, dependencies, protos and changelog fragments
+# Check style, formatting, layers of imports, dependencies, protos and changelog fragments
 lint: proto proto-lint
     .venv/bin/ruff check .
     .venv/bin/ruff format --check --quiet .
@@ -48,31 +48,31 @@ proto-lint: setup
     .venv/bin/buf lint
     .venv/bin/buf breaking --against {{ released_protos }}
 
-# Check types
+# Check types with mypy
 type: proto
     .venv/bin/mypy
 
-# Run the tests that need no root and no VM
+# Run the tests that need neither root nor VMs
 unit *ARGS: proto
     {{ python }} -m pytest -m "not vm" {{ ARGS }}
 
-# Check everything and run all tests, VMs included
+# Run all checks and all tests, including those with VMs
 test *ARGS: lint type image (image "default")
     {{ python }} -m pytest {{ if ARGS == "" { "tests/integration tests/unit" } else { ARGS } }}
     {{ if ARGS == "" { python + " -m pytest tests/sdk" } else { "true" } }}
 
-# All checks but the VM tests
+# Run all checks except the VM tests
 check: lint type unit
 
-# Measure: just bench boot egress exec stream files sdk recover [--json] [--compare REV]
+# Run benchmarks: just bench boot egress exec stream files sdk recover [--json] [--compare REV]
 bench *ARGS: proto image
     @{{ python }} -m tests.tools.bench {{ ARGS }}
 
-# Random operations with restarts of the agent: just churn --minutes 30
+# Run random operations with restarts of the agent: just churn --minutes 30
 churn *ARGS: proto image
     @{{ python }} -m tests.tools.churn {{ ARGS }}
 
-# Run the fault tests and write docs/reliability.md from what they saw
+# Run the fault tests, and write docs/reliability.md from their results
 reliability: proto image (image "default")
     rm -f .reliability.jsonl
     SANDBOXD_RELIABILITY=.reliability.jsonl {{ python }} -m pytest -m fault tests/integration
@@ -80,15 +80,15 @@ reliability: proto image (image "default")
     {{ python }} -m tests.tools.reliability .reliability.jsonl
     rm .reliability.jsonl
 
-# Measure where the time of a create goes, and draw it
+# Measure the phases of a create, and draw them
 waterfall: proto image
     @uv run --frozen --group plot python -m tests.tools.bench boot --plot docs/create-waterfall.png
 
-# Say what this host has, lacks, and what will be used
+# Check what sandboxd needs on this host, and show what it would use
 doctor: proto
     .venv/bin/sandboxctl doctor
 
-# Remove what setup, proto and the tools made (images stay)
+# Remove the files of setup, proto and the tools (images are kept)
 clean:
     rm -rf .venv sandboxd build dist .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 

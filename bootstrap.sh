@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes this machine (Debian 12 or 13, as root) able to build, test and run sandboxd, then runs the recipes that are named:
+# Install on this machine (Debian 12 or 13, as root) what sandboxd needs to be built, tested and run; then run just recipes:
 #
-#     ./bootstrap.sh            only installs
-#     ./bootstrap.sh demo       installs, then `just demo`
-#     ./bootstrap.sh test       also installs what only the tests need, then `just test`
+#     ./bootstrap.sh            install only
+#     ./bootstrap.sh demo       install, then `just demo`
+#     ./bootstrap.sh test       also install packages for the tests, then `just test`
 #
-# Run it as often as you like: what is there already is left alone. apt, pip and uv honour their usual environment and
-# configuration files; the mirror for backports is the one that this machine's apt already uses.
+# Idempotent: installed packages are not changed. apt, pip and uv honour their usual environment variables and configuration
+# files; the mirror for backports is that of this machine's apt.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -30,7 +30,7 @@ check_machine() {
     esac
 }
 
-# Prints the packages among the arguments that are not installed.
+# Print those of the given packages that are not installed.
 missing() {
     local name
     for name in "$@"; do
@@ -54,13 +54,13 @@ install_debs() {
         fail "apt-get could not install: $*"
 }
 
-# Prints the mirror of this machine's own release.
+# Print the mirror of this machine's release.
 own_mirror() {
     apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' |
         awk -v release="$VERSION_CODENAME" '$1 == release && !seen++ { print $2 }'
 }
 
-# Debian 12's own QEMU is 7.2; the releases that sandboxd is measured with come from its backports.
+# Debian 12 has QEMU 7.2; its backports have the releases with which sandboxd is tested.
 ensure_backports() {
     [ "$VERSION_CODENAME" = bookworm ] || return 0
     if apt-get indextargets --format '$(RELEASE)' | grep -x bookworm-backports >/dev/null; then return 0; fi
@@ -81,8 +81,7 @@ install_packages() {
     local wanted absent
     wanted=(ca-certificates debian-archive-keyring python3 python3-venv iproute2 e2fsprogs erofs-utils libnftables1 mmdebstrap
         openssl xz-utils zstd)
-    # The reference implementation of yamux, which the tests speak with ours; a repository to clone, rules to look
-    # at, the usual clients of SSH, and what boots a machine with systemd.
+    # For the tests: the reference implementation of yamux (Go), git, nft to list rules, SSH clients, and systemd-nspawn.
     if [ "${1:-}" = test ]; then wanted+=(golang-go golang-github-hashicorp-yamux-dev git nftables openssh-client systemd-container); fi
     mapfile -t absent < <(missing "${wanted[@]}")
     if [ ${#absent[@]} -eq 0 ] && qemu_is_recent; then return 0; fi
@@ -102,8 +101,8 @@ install_packages() {
     fi
 }
 
-# The AF_VSOCK backend for hosts without /dev/vhost-vsock is in no stable release yet, but its binary runs on them. So it is
-# fetched (and its signature checked) through lists of its own, and unpacked, not installed: apt's own state stays as it is.
+# The AF_VSOCK backend for hosts without /dev/vhost-vsock is only in Debian unstable, but its binary runs on stable releases. It is
+# downloaded with apt (which checks signatures) through separate package lists, and unpacked instead of installed.
 install_vsock_backend() {
     [ ! -x "$VSOCK_TOOLS/vhost-device-vsock" ] || return 0
     local mirror work options
@@ -113,12 +112,12 @@ install_vsock_backend() {
     printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s unstable main\n' "$mirror" > "$work/sources.list"
     options=(-q=2 -o Dir::Etc::sourcelist="$work/sources.list" -o Dir::Etc::sourceparts=/dev/null
         -o Dir::State::lists="$work/lists" -o Dir::Cache="$work/cache" -o APT::Sandbox::User=root)
-    say "fetching vhost-device-vsock"
+    say "downloading vhost-device-vsock"
     if [ -n "$mirror" ] && apt-get "${options[@]}" update && (cd "$work" && apt-get "${options[@]}" download vhost-device-vsock) &&
         dpkg-deb -x "$work"/vhost-device-vsock_*.deb "$work/unpacked"; then
         install -m 755 "$work/unpacked/usr/bin/vhost-device-vsock" "$VSOCK_TOOLS/"
     else
-        say "vhost-device-vsock is not to be had; the vsock link (not the default) and its tests need it or /dev/vhost-vsock"
+        say "vhost-device-vsock cannot be downloaded; the vsock link (not the default) and its tests need it or /dev/vhost-vsock"
     fi
     rm -rf "$work"
 }
@@ -134,7 +133,7 @@ install_tools() {
         touch "$stamp"
     fi
     export PATH="$TOOLS/bin:$PATH"
-    # uv then trusts the certificates that this system trusts, as apt and pip do.
+    # Makes uv trust the certificates of this system, as apt and pip do.
     export UV_NATIVE_TLS=1 UV_SYSTEM_CERTS=1
 }
 
