@@ -23,7 +23,7 @@ DEFAULT_CONFIG = Path("/etc/sandboxd/config.toml")
 
 
 # Settings that are read at each use. Changes of all others take effect at the next start.
-_CHANGEABLE = {
+_RELOADABLE = {
     "node": frozenset(
         {
             "labels", "max_sandboxes", "cpu_overcommit", "memory_overcommit", "reserved_memory_bytes",
@@ -103,7 +103,7 @@ def merge_reloaded(current: Settings, loaded: Settings) -> tuple[Settings, list[
         for key in dataclasses.fields(before):
             if getattr(before, key.name) == getattr(after, key.name):
                 continue
-            if key.name in _CHANGEABLE.get(section.name, ()):
+            if key.name in _RELOADABLE.get(section.name, ()):
                 values[key.name] = getattr(after, key.name)
                 changed.append(f"{section.name}.{key.name}")
             else:
