@@ -63,12 +63,12 @@ class Call:
 
     @property
     def link_lost(self) -> bool:
-        """Whether the call ended because the link was lost, not because the host abandoned the call."""
+        """True if the call ended because the link was lost, not because the host abandoned the call."""
         return self._stream.session.abandoned
 
     @property
     def host_done(self) -> bool:
-        """Whether the host has closed its side of the stream and all its frames were received."""
+        """True if the host has closed its side of the stream and all its frames were received."""
         return (self._stream.remote_closed or self._stream.was_reset) and not self._stream.inbox
 
     async def recv(self, max_bytes: int = 64 << 10) -> tuple[int, bytes]:

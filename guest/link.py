@@ -67,7 +67,7 @@ class Link:
 
     @property
     def blocked(self) -> bool:
-        """Whether data frames must wait for `unblocked`, since the host has not read all earlier bytes."""
+        """True while data frames must wait for `unblocked`, since the host has not read all earlier bytes."""
         return bool(self._queue)
 
     def write(self, data: Buffer) -> None:

@@ -140,7 +140,7 @@ class _Watcher:
 
     @property
     def waits_for_rename(self) -> bool:
-        """Whether an IN_MOVED_TO may follow an IN_MOVED_FROM."""
+        """True if an IN_MOVED_TO may follow an IN_MOVED_FROM."""
         return bool(self._moved)
 
 
