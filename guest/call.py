@@ -13,10 +13,19 @@ from guest.yamux import HEADER_BYTES, Stream
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from guest.link import Link
+    from typing import Protocol
 
     Handler = Callable[["Call"], Awaitable[dict[str, object]]]
+
+    class SendQueue(Protocol):
+        """The part of `guest.link.Link` that a call uses; a type of its own, since `link` imports this module."""
+
+        unblocked: Waiters
+
+        @property
+        def blocked(self) -> bool:
+            """True while data frames must wait for `unblocked`."""
+
 
 HEADROOM = HEADER_BYTES + wire.HEAD_BYTES
 # Half of yamux's initial window: the receiver grants credit after half of a window, so that a sender always gets room
@@ -51,7 +60,7 @@ class Call:
 
     __slots__ = ("_frames", "_link", "_readers", "_stream", "_writers", "req")
 
-    def __init__(self, stream: Stream, link: Link) -> None:
+    def __init__(self, stream: Stream, link: SendQueue) -> None:
         self.req: dict[str, object] = {}
         self._stream = stream
         self._link = link
