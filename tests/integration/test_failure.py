@@ -31,7 +31,7 @@ NOTICE_S = 2.0
 STATE = pb.Sandbox
 # An agent that gives up a silent guest within seconds; its own limits are for loaded hosts.
 IMPATIENT = """
-import agent.channel.channel as channel
+import agent.daemon.guestlink.channel as channel
 channel._PING_INTERVAL_S, channel._PING_TIMEOUT_S = 0.25, 1.0
 from agent.daemon.__main__ import main
 main()
