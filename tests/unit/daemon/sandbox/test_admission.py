@@ -42,7 +42,7 @@ def test_quotas_are_read() -> None:
     assert Quota.parse("") == Quota()
     assert Quota.parse(" sandboxes=2 , cpus = 3,memory=1GiB") == Quota(2, 3, 1 << 30)
     for wrong in ("sandboxes", "sandboxes=", "sandboxes=x", "disk=1", "memory=lots"):
-        with pytest.raises(ValueError, match="is no limit"):
+        with pytest.raises(ValueError, match="is not a limit"):
             Quota.parse(wrong)
 
 
