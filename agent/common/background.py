@@ -70,7 +70,6 @@ class BackgroundLoop:
 
     async def stop(self) -> None:
         """Cancel the loop and wait until it has ended. Idempotent."""
-        self._task.cancel()
         await cancel_and_wait(self._task)
         self._supervisor.forget(self)  # a task that is cancelled before its first step runs none of its code
 

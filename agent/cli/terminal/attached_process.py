@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from agent.cli import output, stdio
 from agent.cli.errors import EXIT_INTERRUPTED, CliError, process_exit_status
 from agent.cli.terminal import local_tty
+from agent.common.aio import cancel_and_wait
 from agent.common.api_client import Api
 
 if TYPE_CHECKING:
@@ -103,9 +104,7 @@ class AttachedProcess:
         task.add_done_callback(self._tasks.discard)
 
     async def _end_tasks(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_and_wait(*self._tasks)
 
     async def _send_stdin(self, call: Any) -> None:
         """Send standard input chunk by chunk; each write waits for the last one, so that a slow process slows us."""

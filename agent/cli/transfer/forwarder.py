@@ -10,6 +10,7 @@ from typing import Any
 
 from agent.cli.connect import rpc_error
 from agent.cli.errors import print_warning
+from agent.common.aio import cancel_and_wait
 from agent.common.api_client import Api, opened
 
 _CHUNK_BYTES = 64 << 10
@@ -64,14 +65,11 @@ class Forwarder:
         finally:
             call.cancel()
             if feeder is not None:
-                feeder.cancel()
-                await asyncio.gather(feeder, return_exceptions=True)
+                await cancel_and_wait(feeder)
 
     async def aclose(self) -> None:
         """Reset every connection and wait for its end."""
-        for task in list(self._connections):
-            task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        await cancel_and_wait(*self._connections)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from agent.cli.errors import CliError
+from agent.common.aio import cancel_and_wait
 from agent.common.api_client import Api, opened
 
 _MAX_COLLECTED = 1 << 20
@@ -67,8 +68,7 @@ class GuestShell:
         finally:
             call.cancel()
             if feeder is not None:
-                feeder.cancel()
-                await asyncio.gather(feeder, return_exceptions=True)
+                await cancel_and_wait(feeder)
 
     async def collect(self, script: str, *words: bytes, stdin: AsyncIterator[bytes] | None = None) -> bytes:
         """Run a script and return its whole output.

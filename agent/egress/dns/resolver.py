@@ -28,6 +28,7 @@ import dns.rdatatype
 import dns.resolver
 import dns.rrset
 
+from agent.common.aio import cancel_and_wait
 from agent.common.policy.addresses import Address, parse_server
 from agent.common.policy.policy import Policy
 
@@ -100,10 +101,7 @@ class Resolver:
 
     async def aclose(self) -> None:
         """Cancel all lookups."""
-        tasks = list(self._running.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*self._running.values())
 
     async def addresses(self, name: str, policy: Policy) -> Answer:
         """Return the addresses of a (normalised) name that the policy allows connecting to.

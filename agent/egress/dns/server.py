@@ -15,6 +15,7 @@ import dns.rcode
 import dns.rdatatype
 
 from agent.common.accepting import Acceptor
+from agent.common.aio import cancel_and_wait
 from agent.common.policy.reasons import Reason
 from agent.egress.dns import dns_answers
 from agent.egress.dns.dns_answers import MalformedMessage, Question
@@ -58,10 +59,7 @@ class DnsServer:
             self._loop.remove_reader(sock.fileno())
         for sock in (*self._udp, *self._listeners):
             sock.close()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*self._tasks)
 
     def _spawn(self, work: asyncio.Task[None]) -> None:
         self._tasks.add(work)

@@ -13,6 +13,7 @@ from http import HTTPStatus
 
 import h11
 
+from agent.common.aio import cancel_and_wait
 from agent.common.policy.reasons import Reason
 from agent.egress.http import http1_heads, secret_injection
 from agent.egress.http.request_policy import AllowedRequest, RequestPolicy, answer_for, unreachable
@@ -156,9 +157,7 @@ class Http1Relay:
             if not sending.done() or sending.exception() is not None:
                 return False  # answered before the request was complete: its rest cannot be skipped
         finally:
-            for task in (sending, responding):
-                task.cancel()
-            await asyncio.gather(sending, responding, return_exceptions=True)
+            await cancel_and_wait(sending, responding)
         if self._bypassed:
             return self._guest.their_state is h11.DONE and not self._closes
         return self._guest.states == {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE} and (
@@ -196,9 +195,7 @@ class Http1Relay:
                 raise _ConnectionDone
             self._guest.receive_data(reading.result())
         finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            await cancel_and_wait(*waiting)
 
     async def _send_request(
         self,

@@ -18,6 +18,7 @@ import h2.errors
 import h2.events
 import h2.exceptions
 
+from agent.common.aio import cancel_and_wait
 from agent.common.policy.reasons import Reason
 from agent.egress.http import secret_injection
 from agent.egress.http.h2_endpoint import H2Endpoint, OutgoingStream, ignoring_closed_stream
@@ -72,9 +73,7 @@ class Http2Relay:
         except h2.exceptions.ProtocolError as error:
             self._request_policy.deny(_reason_of(error), self._request_policy.target.name)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_and_wait(*tasks)
             await self._close()
 
     async def _close(self) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import socket
 from dataclasses import dataclass
 
+from agent.common.aio import cancel_and_wait
 from agent.common.policy.addresses import Address
 from agent.common.policy.reasons import Reason
 from agent.egress.dns.resolver import Resolver
@@ -148,8 +149,7 @@ class TcpConnection:
         except TimeoutError:
             raise Denied(Reason.TIMEOUT, self._authorizer.likely_name()) from None
         finally:
-            relaying.cancel()
-            await asyncio.gather(relaying, return_exceptions=True)
+            await cancel_and_wait(relaying)
 
     async def _relay_server_first(self) -> None:
         """Relay from the server while the client is silent."""

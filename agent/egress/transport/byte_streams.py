@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import Sequence
 
+from agent.common.aio import cancel_and_wait
 from agent.egress.transport.sockets import reset, wait_readable, wait_writable
 
 READ_BYTES = 256 << 10
@@ -160,6 +161,4 @@ async def gather_or_cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
     try:
         await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*tasks)

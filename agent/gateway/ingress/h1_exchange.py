@@ -73,7 +73,6 @@ class H1Exchange:
                     await on_data(b"", True)
                     return
         finally:
-            sending.cancel()
             await cancel_and_wait(sending)
 
     async def _send(self, event: Any) -> None:

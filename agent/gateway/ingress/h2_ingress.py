@@ -111,8 +111,6 @@ class _H2Connection:
         except h2.exceptions.ProtocolError:
             await self._flush()  # sends the GOAWAY that h2 has queued
         finally:
-            for task in self._tasks.values():
-                task.cancel()
             await cancel_and_wait(*self._tasks.values())
 
     async def _read(self, reader: asyncio.StreamReader) -> bytes:

@@ -107,8 +107,6 @@ class Ingress:
         """Stop the server and close its connections."""
         if self._server is not None:
             self._server.close()
-        for task in self._connections:
-            task.cancel()
         await cancel_and_wait(*self._connections)
 
     def close_sandbox(self, sandbox_id: str) -> None:

@@ -36,6 +36,5 @@ async def relay(reader: Any, writer: Any, stream: GuestStream) -> None:
                 writer.write(data)
                 await writer.drain()
     finally:
-        sending.cancel()
         stream.close()
         await cancel_and_wait(sending)

@@ -110,7 +110,6 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
         finally:
             call.cancel()
             if input_task is not None:
-                input_task.cancel()
                 await cancel_and_wait(input_task)
 
     def _spec(self, chan: asyncssh.SSHServerChannel[bytes]) -> pb.ProcessSpec:

@@ -55,7 +55,6 @@ class WebSockets:
             await self._serve(request, ws, session)
         finally:
             if renewing is not None:
-                renewing.cancel()
                 await cancel_and_wait(renewing)
             if not upgraded:
                 self._sandboxes.abandon(session)

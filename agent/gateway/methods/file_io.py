@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from agent.common.aio import cancel_and_wait
 from agent.common.api_client import is_cut_off, opened
 from agent.gateway.errors import CallError
 from agent.gateway.jsonrpc.connection import Connection
@@ -126,7 +127,5 @@ async def write_stream(connection: Connection, opening: pb.WriteFileRequest.Open
             await feeding  # raises the error of the source, if any
         await answering
     finally:
-        for task in (feeding, answering):
-            task.cancel()
         call.cancel()
-        await asyncio.gather(feeding, answering, return_exceptions=True)
+        await cancel_and_wait(feeding, answering)

@@ -76,7 +76,6 @@ async def _relay(connection: Connection, child: ChildProcess, stdin_stream_id: i
     finally:
         child.call.cancel()
         if input_task is not None:
-            input_task.cancel()
             await cancel_and_wait(input_task)
         for stream in child.streams:
             connection.streams.remove(stream)

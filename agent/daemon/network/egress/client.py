@@ -10,6 +10,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from agent.common.aio import cancel_and_wait
 from agent.common.background import BackgroundLoop, Backoff, Supervisor
 from agent.common.errors import HostError
 from agent.common.telemetry import log
@@ -102,9 +103,7 @@ class EgressClient:
             done, _ = await asyncio.wait({receiving, ending}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._ready.clear()
-            for task in (receiving, ending, handing):
-                task.cancel()
-            await asyncio.gather(receiving, ending, handing, return_exceptions=True)
+            await cancel_and_wait(receiving, ending, handing)
             for future in self._pending.values():
                 if not future.done():
                     future.set_exception(LinkClosed("the egress process ended"))
