@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.common.accepting import Acceptor
+from agent.common.aio import TaskSet
 from agent.common.background import QUICK, Supervisor
 from agent.common.ca import LocalCa
 from agent.common.errors import AgentError
@@ -67,7 +68,7 @@ class Control:
         self._supervisor = supervisor
         self._reporter = Reporter()
         self._link: ControlLink | None = None
-        self._serving: set[asyncio.Task[None]] = set()
+        self._serving = TaskSet()
         self._done = asyncio.Event()
 
     async def run(self, listener: socket.socket) -> None:
@@ -90,9 +91,7 @@ class Control:
         if self._link is not None:
             self._link.hang_up()  # the task that receives from it closes it
         self._link = ControlLink(sock)
-        task = asyncio.create_task(self._serve(self._link))
-        self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
+        self._serving.spawn(self._serve(self._link))
 
     async def _serve(self, link: ControlLink) -> None:
         try:

@@ -7,13 +7,12 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from agent.cli import output, stdio
 from agent.cli.errors import EXIT_INTERRUPTED, CliError, process_exit_status
 from agent.cli.terminal import local_tty
-from agent.common.aio import cancel_and_wait
+from agent.common.aio import TaskSet
 from agent.common.api_client import Api
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class AttachedProcess:
         self._process_id = 0
         self._interrupted = False
         self._detached = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
         self._main: asyncio.Task[Any] | None = None
         self._out = stdio.Writer(sys.stdout.fileno())
         self._err = stdio.Writer(sys.stderr.fileno())
@@ -59,7 +58,7 @@ class AttachedProcess:
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         try:
             async with contextlib.AsyncExitStack() as stack:
-                stack.push_async_callback(self._end_tasks)
+                stack.push_async_callback(self._tasks.cancel)
                 if self._use_terminal:
                     stack.enter_context(local_tty.raw_mode(self._resized, raw_stdin=self._use_stdin))
                 await call.write(first)
@@ -96,15 +95,7 @@ class AttachedProcess:
         if self._use_terminal:
             self._resized()  # the size may have changed since the request, or be that of another client
         if self._use_stdin and not process.HasField("exit"):
-            self._spawn(self._send_stdin(call))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _end_tasks(self) -> None:
-        await cancel_and_wait(*self._tasks)
+            self._tasks.spawn(self._send_stdin(call))
 
     async def _send_stdin(self, call: Any) -> None:
         """Send standard input chunk by chunk; each write waits for the last one, so that a slow process slows us."""
@@ -132,7 +123,7 @@ class AttachedProcess:
             self._main.cancel()
             return
         self._interrupted = True
-        self._spawn(self._send_interrupt())
+        self._tasks.spawn(self._send_interrupt())
 
     # Signals and sizes are separate calls: on the stream they would queue behind input that the process does not read.
 
@@ -148,7 +139,7 @@ class AttachedProcess:
 
     def _resized(self) -> None:
         if self._process_id:
-            self._spawn(self._send_size())
+            self._tasks.spawn(self._send_size())
 
     async def _send_size(self) -> None:
         import grpc

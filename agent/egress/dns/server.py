@@ -15,7 +15,7 @@ import dns.rcode
 import dns.rdatatype
 
 from agent.common.accepting import Acceptor
-from agent.common.aio import cancel_and_wait
+from agent.common.aio import TaskSet
 from agent.common.policy.reasons import Reason
 from agent.egress.dns import dns_answers
 from agent.egress.dns.dns_answers import MalformedMessage, Question
@@ -40,7 +40,7 @@ class DnsServer:
         self._udp: list[socket.socket] = []
         self._listeners: list[socket.socket] = []
         self._acceptors: list[Acceptor] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
         self._connections = 0
         self._loop = asyncio.get_running_loop()
 
@@ -59,11 +59,7 @@ class DnsServer:
             self._loop.remove_reader(sock.fileno())
         for sock in (*self._udp, *self._listeners):
             sock.close()
-        await cancel_and_wait(*self._tasks)
-
-    def _spawn(self, work: asyncio.Task[None]) -> None:
-        self._tasks.add(work)
-        work.add_done_callback(self._tasks.discard)
+        await self._tasks.cancel()
 
     def _read(self, sock: socket.socket) -> None:
         for _ in range(_READ_AT_ONCE):
@@ -72,7 +68,7 @@ class DnsServer:
             except OSError:  # BlockingIOError: no more datagrams
                 return
             if len(self._tasks) < _MAX_IN_FLIGHT:
-                self._spawn(asyncio.create_task(self._answer_datagram(sock, data, sender)))
+                self._tasks.spawn(self._answer_datagram(sock, data, sender))
 
     async def _answer_datagram(self, sock: socket.socket, data: bytes, sender: tuple[str, int]) -> None:
         answer = await self._answer(data, udp=True)
@@ -86,7 +82,7 @@ class DnsServer:
             self._sandbox.deny(Reason.TOO_MANY_CONNECTIONS, "", 53, "dns")
             return
         self._connections += 1
-        self._spawn(asyncio.create_task(self._serve(sock)))
+        self._tasks.spawn(self._serve(sock))
 
     async def _serve(self, sock: socket.socket) -> None:
         """Answer length-prefixed questions over TCP one by one (RFC 7766)."""

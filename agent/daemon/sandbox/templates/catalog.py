@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from agent.common.aio import cancel_and_wait
 from agent.common.errors import AgentError, InvalidState, NotFound
 from agent.common.telemetry import TEMPLATE_BYTES, TEMPLATES, log, step
 from agent.daemon.sandbox.machine.host_services import HostServices
@@ -185,8 +186,4 @@ class Templates:
 
     async def aclose(self) -> None:
         """Cancel running builds; nothing is left of them. Idempotent."""
-        builds = list(self._builds.values())
-        for task in builds:
-            task.cancel()
-        if builds:
-            await asyncio.wait(builds)
+        await cancel_and_wait(*self._builds.values())
