@@ -1,4 +1,4 @@
-"""Open an existing TAP device inside its network namespace, for a VMM without CAP_NET_ADMIN.
+"""Create TAP devices, and open existing ones inside their network namespace, for a VMM without CAP_NET_ADMIN.
 
 Attaching to a TAP needs that capability (the kernel's Documentation/networking/tuntap.rst); using an open descriptor
 needs none.
@@ -14,8 +14,8 @@ from agent.common.errors import VmmError
 from agent.daemon.host.syscalls import enter_netns
 from agent.daemon.host.threads import run_in_thread
 
-_TUNSETIFF = 0x400454CA
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000  # as `agent.daemon.network.kernel.namespaces` creates them
+_TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
 async def open_tap(name: str, netns: str | None) -> int:
@@ -34,6 +34,18 @@ async def open_tap(name: str, netns: str | None) -> int:
         return await run_in_thread("open-tap", enter_and_attach, discard=os.close)
     except OSError as error:
         raise VmmError(f"cannot open the tap {name}: {error}", reason="TAP_FAILED") from error
+
+
+def make_tap(name: str) -> None:
+    """Create a persistent TAP in the network namespace of the calling thread.
+
+    :raises OSError: the kernel refused.
+    """
+    fd = attach(name)  # creates a TAP that does not exist
+    try:
+        fcntl.ioctl(fd, _TUNSETPERSIST, 1)
+    finally:
+        os.close(fd)
 
 
 def attach(name: str) -> int:

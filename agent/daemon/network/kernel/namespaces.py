@@ -23,13 +23,12 @@ from agent.common.aio import run_to_completion
 from agent.common.errors import HostError
 from agent.common.model import GATEWAY_IPV4, GATEWAY_IPV6, ID_PREFIX, TAP_NAME
 from agent.daemon.host.syscalls import CLONE_NEWNET, MNT_DETACH, MS_BIND, mount, setns, umount, unshare
+from agent.daemon.host.tap import make_tap
 from agent.daemon.host.threads import run_in_thread
 
 NETNS_DIR = Path("/run/netns")
 # The same for all sandboxes: a template's ARP cache must be right for its clones.
 TAP_MAC = "02:73:62:78:00:ff"
-_TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _SIOCSIFHWADDR, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCGIFINDEX = (
     0x8924, 0x8913, 0x8914, 0x8916, 0x891C, 0x8933,
 )  # fmt: skip
@@ -46,21 +45,11 @@ def _make(path: Path) -> None:
         unshare(CLONE_NEWNET)
         own = f"/proc/self/task/{threading.get_native_id()}/ns/net"
         mount(own, path, "none", MS_BIND)
-        _make_device()
+        make_tap(TAP_NAME)
         _set_up_device()
     except BaseException:
         _remove(path)
         raise
-
-
-def _make_device() -> None:
-    tun = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        name = TAP_NAME.encode()
-        fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", name, _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
-        fcntl.ioctl(tun, _TUNSETPERSIST, 1)
-    finally:
-        os.close(tun)
 
 
 def _set_up_device() -> None:

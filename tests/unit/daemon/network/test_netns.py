@@ -107,7 +107,7 @@ async def test_a_namespace_in_use_is_removed_by_name(name: str, tmp_path: Path) 
     await process.kill()
 
 
-@pytest.mark.parametrize("step", ["_make_device", "_set_ipv4", "_set_ipv6"])
+@pytest.mark.parametrize("step", ["make_tap", "_set_ipv4", "_set_ipv6"])
 async def test_nothing_is_left_when_a_step_fails(name: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if step == "_set_ipv6" and not HAS_IPV6:
         pytest.skip("this kernel has no IPv6")
@@ -126,7 +126,7 @@ async def test_a_tap_whose_kernel_module_is_missing(name: str, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise FileNotFoundError(2, "No such file or directory", "/dev/net/tun")
 
-    monkeypatch.setattr(namespaces, "_make_device", fail)
+    monkeypatch.setattr(namespaces, "make_tap", fail)
     with pytest.raises(HostError, match="kernel module tun"):
         await namespaces.make(name)
 
