@@ -160,9 +160,11 @@ class TemplateSettings:
 class SandboxSettings:
     """Defaults, limits and timeouts of sandboxes.
 
+    :param delete_timeout_s: deprecated, without effect; accepted so that existing settings files stay valid.
     :param relink_timeout_s: time to restore a lost link to a guest before its sandbox fails.
-    :param disk_bytes_per_s: limit that the VMM enforces on each sandbox, like `disk_operations_per_s` and
-        `net_bytes_per_s`; 0: no limit.
+    :param disk_bytes_per_s: limit on each sandbox and direction, like `disk_operations_per_s`, enforced by its control
+        group and by Cloud Hypervisor; 0: no limit.
+    :param net_bytes_per_s: limit on the network card, enforced by Cloud Hypervisor alone; 0: no limit.
     :param on_stop: sandboxes at an orderly stop of the daemon: delete, keep (the VMs go on running), or drain: wait
         until they have ended, and delete the rest after `drain_timeout_s`.
     :param lost_retention_s: how long a sandbox that was lost while no daemon ran (a reboot, say) stays listed.
