@@ -34,7 +34,6 @@ from agent.common.model import (
     GUEST_IPV4,
     GUEST_IPV6,
     GUEST_MAC,
-    TAP_NAME,
     NetSpec,
     SandboxSpec,
     SecretSpec,
@@ -59,23 +58,11 @@ _T = TypeVar("_T")
 _numbers = iter(range(1, 1 << 30))
 
 
-def _make_veth(guest: str) -> Callable[[], None]:
-    def make() -> None:
+def _make_veth(guest: str) -> Callable[[str], None]:
+    def make(name: str) -> None:
         words = [
-            "ip",
-            "link",
-            "add",
-            TAP_NAME,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "address",
-            GUEST_MAC,
-            "netns",
-            guest,
-        ]
+            "ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "address", GUEST_MAC, "netns", guest,
+        ]  # fmt: skip
         subprocess.run(words, check=True)
 
     return make
@@ -188,7 +175,7 @@ class GuestNet:
         values = {name: value for name, (_, value) in given.items()}
         await self.secrets.store_secrets(record.id, record.secrets, values, inspect=record.net.inspect)
         self.stack.push_async_callback(self.secrets.release, record.id)
-        namespaces._make_device = _make_veth(namespace)  # restored by `guest_net`
+        vars(namespaces)["make_tap"] = _make_veth(namespace)  # restored by `guest_net`
         await self.network.make(record, self.stack)
         await asyncio.to_thread(_address, namespace)
         made = self.guests[record.id] = Guest(self, record, namespace)
@@ -217,7 +204,7 @@ async def guest_net(internet: Internet, **egress: Any) -> AsyncIterator[GuestNet
         paths=PathSettings(run_dir=directory / "run", state_dir=directory / "state"), egress=EgressSettings(**values)
     )
     (directory / "run").mkdir()
-    make_device = namespaces._make_device
+    make_tap = vars(namespaces)["make_tap"]
     paths = Paths.of(settings)
     supervisor = Supervisor(LoopTelemetry(BACKGROUND_FAILURES, BACKGROUND_FAILING))
     guests_by_id: dict[str, Guest] = {}
@@ -240,4 +227,4 @@ async def guest_net(internet: Internet, **egress: Any) -> AsyncIterator[GuestNet
                 made.stack = guests
                 yield made
         finally:
-            namespaces._make_device = make_device
+            vars(namespaces)["make_tap"] = make_tap

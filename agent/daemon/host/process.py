@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.common.aio import run_to_completion
-from agent.common.errors import VmmError
+from agent.common.errors import ResourceExhausted, VmmError
 from agent.daemon.host.root_view import RootView, enter_root_view
 from agent.daemon.host.syscalls import enter_netns
 from agent.daemon.host.threads import run_in_thread
@@ -184,6 +184,7 @@ async def spawn(
     :param root_view: files of the host that the process sees; None: all.
     :param cgroup: cgroup to move the process to; the kernel takes up to 20 ms, see `HostProcess.joined_cgroup`.
     :raises VmmError: the program cannot be started (VMM_NOT_STARTED).
+    :raises ResourceExhausted: no thread can be started for it (TOO_MANY_TASKS).
     """
 
     def start() -> tuple[int, int | None]:
@@ -196,10 +197,7 @@ async def spawn(
                 os.close(group)
             raise
 
-    try:
-        started = run_in_thread("spawn", start, discard=_undo_start)
-    except OSError as error:
-        raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
+    started = run_in_thread("spawn", start, discard=_undo_start)
     try:
         # Uncancellable: a cancelled caller would lose the PID of a process that is about to exist.
         pid, group = await run_to_completion(started)
@@ -216,8 +214,10 @@ async def spawn(
             # Retrieved: a caller that kills the process does not await the move.
             joining.add_done_callback(lambda done: done.exception())
         return HostProcess(pid, stderr_path, is_child=True, joining=joining)
-    except OSError as error:  # no thread, or no descriptor to watch the process with: it would be lost
-        _undo_start((pid, None if joining else group))
+    except (OSError, ResourceExhausted) as error:  # no descriptor to watch the process with, or no thread
+        _undo_start((pid, None if joining else group))  # it would be lost
+        if isinstance(error, ResourceExhausted):
+            raise
         raise VmmError(f"cannot start {argv[0]}: {error}", reason="VMM_NOT_STARTED") from error
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import threading
 from collections.abc import Callable
 from typing import TypeVar
+
+from agent.common.errors import ResourceExhausted
 
 _T = TypeVar("_T")
 
@@ -22,7 +22,7 @@ def run_in_thread(
 
     :param discard: releases a result that arrives after the future was cancelled, or the event loop closed. It must
         not block: it usually runs in the event loop.
-    :raises OSError: no thread can be started (EAGAIN, a limit of tasks).
+    :raises ResourceExhausted: no thread can be started, because of a limit of tasks (TOO_MANY_TASKS).
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
@@ -49,8 +49,16 @@ def run_in_thread(
     try:
         threading.Thread(target=run, name=name, daemon=True).start()
     except RuntimeError as error:  # pthread_create(3) failed
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), f"thread {name}") from error
+        raise too_many_tasks() from error
     return future
+
+
+def too_many_tasks() -> ResourceExhausted:
+    """Return the error for a host whose limit of tasks is reached (pthread_create(3), clone(2): EAGAIN)."""
+    return ResourceExhausted(
+        "the host lets the agent start no more threads or processes: raise its limit (TasksMax)",
+        reason="TOO_MANY_TASKS",
+    )
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[_T], None], argument: _T) -> bool:

@@ -13,6 +13,7 @@ from grpc_status import rpc_status
 from agent.common import errors
 from agent.common.errors import AgentError
 from agent.common.telemetry import ERRORS, log
+from agent.daemon.host.threads import too_many_tasks
 from agent.daemon.rpc.convert.guest_values import printable
 from agent.daemon.sandbox.state.events import WatcherTooSlowError
 
@@ -81,10 +82,7 @@ def _host_limit(error: BaseException) -> AgentError | None:
             reason="TOO_MANY_FILES",
         )  # fmt: skip
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return errors.ResourceExhausted(
-            "the agent cannot start another thread or process: raise TasksMax",
-            reason="TOO_MANY_TASKS",
-        )  # fmt: skip
+        return too_many_tasks()
     return None
 
 

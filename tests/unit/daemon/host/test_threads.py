@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.common.errors import VmmError
+from agent.common.errors import ResourceExhausted, VmmError
 from agent.daemon.host import tap
 from agent.daemon.host.process import spawn
 from agent.daemon.host.threads import run_in_thread
@@ -116,9 +116,9 @@ async def test_process_without_a_thread_for_it_is_not_left_behind(
     (tmp_path / "cgroup.procs").touch()
     monkeypatch.setattr(NoThread, "refused", (name,))
     monkeypatch.setattr(threading, "Thread", NoThread)
-    with pytest.raises(VmmError, match="cannot start sleep") as caught:
+    with pytest.raises(ResourceExhausted, match="no more threads or processes") as caught:
         await spawn(["sleep", "60"], netns=None, stderr_path=tmp_path / "log", cgroup=tmp_path)
-    assert caught.value.reason == "VMM_NOT_STARTED"
+    assert caught.value.reason == "TOO_MANY_TASKS"
     assert children() == ""
 
 
