@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import tenacity
 
 from agent.daemon.host import cgroup
 from sandboxd.v1 import node_pb2
@@ -26,6 +27,7 @@ MODULES = (
     "__init__", "common/__init__", "common/errors", "daemon/__init__", "daemon/host/__init__", "daemon/host/cgroup",
 )  # fmt: skip
 PLACE = "/home/sandbox/agent"
+RETRYING = Path(tenacity.__file__).parent  # a library that cgroup imports
 SETUP = f"mkdir -p /sys/fs/cgroup && mount -t cgroup2 cgroup /sys/fs/cgroup && mkdir -p {PLACE}"
 HEAD = """
 import os, signal, subprocess, sys, time
@@ -91,9 +93,12 @@ end()
 async def guest(client: Client, files: Files, sandbox: pb.Sandbox) -> Client:
     result = await client.run(sandbox.id, "sh", "-c", f"mountpoint -q /sys/fs/cgroup || ({SETUP})", user="root")
     assert result.code == 0, result
-    await client.run(sandbox.id, "mkdir", "-p", f"{PLACE}/common", f"{PLACE}/daemon/host", user="root")
-    for name in MODULES:
-        await files.write(f"{PLACE}/{name}.py", (CODE / f"{name}.py").read_bytes())
+    code = {f"{PLACE}/{name}.py": CODE / f"{name}.py" for name in MODULES}
+    code |= {f"/home/sandbox/tenacity/{path.relative_to(RETRYING)}": path for path in RETRYING.rglob("*.py")}
+    folders = sorted({str(Path(target).parent) for target in code})
+    await client.run(sandbox.id, "mkdir", "-p", *folders, user="root")
+    for target, source in code.items():
+        await files.write(target, source.read_bytes())
     return client
 
 
