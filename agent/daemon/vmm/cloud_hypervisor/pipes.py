@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agent.common.errors import VmmError
-from agent.daemon.vmm.console import read_tail
+from agent.daemon.vmm.rotating_log import RotatingLog
 
 _READ_BYTES = 256 << 10
 _MAX_EVENT_BYTES = 64 << 10
@@ -71,29 +71,16 @@ class Pipe:
 
 
 class Log:
-    """Appends the content of a FIFO to a file; at half of the limit the file becomes `<name>.1`, replacing that."""
+    """Appends the content of a FIFO to a file of bounded size; see `RotatingLog`."""
 
     def __init__(self, pipe_path: Path, path: Path, limit_bytes: int = 1 << 20) -> None:
-        self._path = path
-        self._old_path = path.with_name(path.name + ".1")
-        self._half_bytes = max(limit_bytes // 2, 1)
-        self.pipe = Pipe(pipe_path, self._append)
-
-    def _append(self, data: bytes) -> None:
-        for start in range(0, len(data), self._half_bytes):
-            self._append_piece(data[start : start + self._half_bytes])
-
-    def _append_piece(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the VM goes on
-            if self._path.exists() and self._path.stat().st_size + len(data) > self._half_bytes:
-                self._path.replace(self._old_path)
-            with self._path.open("ab") as file:
-                file.write(data)
+        self._log = RotatingLog(path, limit_bytes)
+        self.pipe = Pipe(pipe_path, self._log.append)
 
     def tail(self, limit_bytes: int) -> bytes:
         """Return the last `limit_bytes` of output until now; works after the pipe was closed, too."""
         self.pipe.drain()
-        return read_tail((self._path, self._old_path), limit_bytes)
+        return self._log.tail(limit_bytes)
 
 
 class Events:
