@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from tenacity import AsyncRetrying, retry_if_exception, wait_fixed
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_fixed
 
 from agent.common.api_client import opened
 from agent.common.telemetry import log
@@ -22,9 +22,16 @@ _NO_LEASE = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND)
 async def keep_alive(session: Session, max_lifetime_s: int) -> None:
     """Renew the sandbox's lease until cancelled, or until the sandbox has no lease any more.
 
+    After any other failure the lease is renewed again 1 s later: a sandbox must not end while its client is connected.
+
     :param max_lifetime_s: delete the sandbox after this time; 0 means no limit.
     """
-    retrying = AsyncRetrying(retry=retry_if_exception(_is_node_restarting), wait=wait_fixed(_RETRY_S), reraise=True)
+    retrying = AsyncRetrying(
+        retry=retry_if_exception(_may_be_renewed_later),
+        wait=wait_fixed(_RETRY_S),
+        before_sleep=lambda state: _log_failure(session, state),
+        reraise=True,
+    )
     try:
         async with asyncio.timeout(max_lifetime_s or None):
             await retrying(_renew, session)
@@ -50,9 +57,18 @@ async def _renew(session: Session) -> None:
         call.cancel()
 
 
-def _is_node_restarting(error: BaseException) -> bool:
-    """Return whether the lease can be renewed later: the error does not say that the sandbox has none."""
-    return isinstance(error, grpc.aio.AioRpcError) and error.code() not in _NO_LEASE
+def _may_be_renewed_later(error: BaseException) -> bool:
+    """Return whether to try again: no cancellation, and no answer that says that the sandbox has no lease."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code() not in _NO_LEASE
+    return isinstance(error, Exception)
+
+
+def _log_failure(session: Session, state: RetryCallState) -> None:
+    """Log a failure, except an end of the stream, which a restart of the node causes each second."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    if not isinstance(error, grpc.aio.AioRpcError):
+        log.error("cannot renew lease", sandbox_id=session.sandbox_id, error=repr(error))
 
 
 async def delete_if_leased(session: Session) -> None:

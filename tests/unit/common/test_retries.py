@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from agent.common.errors import GuestUnreachable, HostError, VmmError
 from agent.daemon.host import cgroup
@@ -137,9 +138,9 @@ async def test_a_vsock_backend_that_never_listens(tmp_path: Path, monkeypatch: p
 
 
 class LeaseApi:
-    """KeepAlive streams that end with one code after another, None: never; and DeleteSandbox."""
+    """KeepAlive streams that end with one code or exception after another, None: never; and DeleteSandbox."""
 
-    def __init__(self, *ends: grpc.StatusCode | None) -> None:
+    def __init__(self, *ends: grpc.StatusCode | Exception | None) -> None:
         self.ends = list(ends)
         self.renewals = self.cancelled = 0
         self.deleted: list[str] = []
@@ -153,6 +154,8 @@ class LeaseApi:
         self.renewals += 1
 
     async def read(self) -> None:
+        if isinstance(self.end, Exception):
+            raise self.end
         if self.end is not None:
             raise grpc.aio.AioRpcError(self.end, grpc.aio.Metadata(), grpc.aio.Metadata(), None, None)
 
@@ -179,6 +182,16 @@ async def test_a_lease_is_renewed_over_restarts_of_the_node(last: grpc.StatusCod
     api = LeaseApi(Code.UNAVAILABLE, Code.CANCELLED, Code.INTERNAL, last)
     await keep_alive(api, 0)
     assert (api.ends, api.renewals, api.cancelled, api.deleted) == ([], 4, 4, [])
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_lease_is_renewed_after_an_unexpected_failure() -> None:
+    # grpc raises InvalidStateError for a write to a stream that the node has ended without an error.
+    with capture_logs() as logs:
+        api = LeaseApi(asyncio.InvalidStateError("RPC already finished"), TimeoutError(), ValueError(), Code.NOT_FOUND)
+        await keep_alive(api, 0)
+    assert (api.ends, api.renewals, api.cancelled, api.deleted) == ([], 4, 4, [])
+    assert [(entry["event"], entry["sandbox_id"]) for entry in logs] == [("cannot renew lease", "sbx-1")] * 3
 
 
 @pytest.mark.usefixtures("quick")
