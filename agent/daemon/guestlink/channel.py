@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from agent.common.aio import cancel_and_wait
 from agent.common.errors import DeadlineExceeded, GuestUnreachable, InvalidSpec, ResourceExhausted
 from agent.daemon.guestlink.protocol import LinkProtocol
 from agent.daemon.guestlink.stream import CallStream
@@ -61,9 +62,7 @@ async def handshake(sock: socket.socket, *, fresh: bool) -> bytes:
     except OSError as error:
         raise GuestUnreachable(f"the link failed: {error}") from error
     finally:
-        reading.cancel()
-        with contextlib.suppress(asyncio.CancelledError, OSError):
-            await reading
+        await cancel_and_wait(reading)
 
 
 class Channel:
@@ -179,7 +178,5 @@ class Channel:
 
     async def aclose(self) -> None:
         """Close the link; the guest and its processes continue. Idempotent."""
-        self._ping_task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._ping_task
         self._link.fail("the link was closed by the agent")
+        await cancel_and_wait(self._ping_task)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from typing import Any
 
+from agent.common.aio import cancel_and_wait
 from agent.common.config.daemon import SandboxSettings
 from agent.common.errors import AgentError, VmmError
 from agent.common.model import State
@@ -82,4 +83,4 @@ async def _until_lost(machine: Machine, sandbox_id: str, relink_timeout_s: float
             except AgentError as error:
                 return error
     finally:
-        ended.cancel()
+        await cancel_and_wait(ended)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import os
 import time
 
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
+from agent.common.aio import cancel_and_wait
 from agent.common.errors import AgentError, DeadlineExceeded, GuestUnreachable, InvalidState, VmmError
 from agent.common.model import GATEWAY_IPV4, GATEWAY_IPV6, GUEST_IPV4, GUEST_IPV6
 from agent.common.telemetry import note_spans
@@ -54,11 +54,7 @@ async def connect(vm: Vm, *, fresh: bool, timeout_s: float) -> Channel:
             reason="GUEST_BOOT_TIMEOUT",
         )
     finally:
-        for task in (dialling, ending):
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, AgentError):
-                    await task
+        await cancel_and_wait(dialling, ending)
 
 
 async def _dial(vm: Vm, *, fresh: bool) -> Channel:

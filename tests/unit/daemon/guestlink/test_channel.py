@@ -24,6 +24,7 @@ from agent.common.errors import (
 )
 from agent.daemon.guestlink import channel as channel_module
 from agent.daemon.guestlink.channel import Channel
+from agent.daemon.guestlink.protocol import LinkProtocol
 from guest.wire import Frame
 from tests.support.guest_child import MIB, Guest, collect
 
@@ -229,3 +230,14 @@ async def test_an_idle_link_is_kept_alive(channel: Channel, monkeypatch: pytest.
         for _ in range(30):
             await pongs.get()
         assert not quick.lost.done()
+
+
+async def test_a_close_that_is_cancelled_closes_the_link_and_stays_cancelled() -> None:
+    channel = Channel(LinkProtocol())
+    closing = asyncio.create_task(channel.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert channel.lost.done()
+    assert channel._ping_task.done()
