@@ -1,4 +1,4 @@
-"""System calls without a function in Python's standard library: mount(2), umount2(2), reboot(2), random(4) ioctls."""
+"""System calls without a function in Python's standard library: mounts, inotify(7), reboot(2), random(4) ioctls."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _POWER_OFF = 0x4321FEDC
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _check(result: int, what: str) -> None:
-    if result != 0:
+def _checked(result: int, what: str) -> int:
+    if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), what)
+    return result
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
@@ -26,7 +27,7 @@ def mount(source: str, target: str, kind: str, flags: int = 0, options: str = ""
 
     :raises OSError: the mount failed.
     """
-    _check(
+    _checked(
         _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode()),
         f"mount {target}",
     )
@@ -37,7 +38,7 @@ def unmount(target: str) -> None:
 
     :raises OSError: it is in use or not mounted.
     """
-    _check(_libc.umount2(target.encode(), 0), f"umount {target}")
+    _checked(_libc.umount2(target.encode(), 0), f"umount {target}")
 
 
 def add_entropy(seed: bytes) -> None:
@@ -50,10 +51,32 @@ def add_entropy(seed: bytes) -> None:
         fcntl.ioctl(device, _RNDRESEEDCRNG)
 
 
+def inotify_init(what: str) -> int:
+    """Return a new inotify descriptor that does not block (inotify_init1(2)).
+
+    :param what: path that an error names.
+    :raises OSError: the user has too many, or no descriptor is free.
+    """
+    return _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), what)
+
+
+def inotify_add_watch(fd: int, path: str, mask: int) -> int:
+    """Watch a path and return its watch descriptor (inotify_add_watch(2)).
+
+    :raises OSError: the path cannot be watched.
+    """
+    return _checked(_libc.inotify_add_watch(fd, os.fsencode(path), mask), path)
+
+
+def inotify_rm_watch(fd: int, watch: int) -> None:
+    """End a watch; a failure is ignored, since the kernel ends the watch of a removed path itself."""
+    _libc.inotify_rm_watch(fd, watch)
+
+
 def power_off() -> None:
     """Write cached data to the disks and power off the VM (reboot(2)).
 
     :raises OSError: the kernel refused.
     """
     os.sync()
-    _check(_libc.reboot(ctypes.c_int(_POWER_OFF)), "reboot")
+    _checked(_libc.reboot(ctypes.c_int(_POWER_OFF)), "reboot")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
 import struct
 
-from guest import params, reactor
+from guest import kernel, params, reactor
 from guest.call import Call
 from guest.wire import CallError, Frame
 
@@ -24,15 +23,6 @@ _MASK = _MODIFY | _ATTRIB | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE | _DELET
 _HEAD = struct.Struct("iIII")
 _RENAME_GRACE_S = 0.05  # wait for IN_MOVED_TO after IN_MOVED_FROM
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _checked(result: int, path: str) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
-    return result
-
 
 class _Watcher:
     """An inotify descriptor, and the path of each of its watch descriptors."""
@@ -42,7 +32,7 @@ class _Watcher:
         self._recursive = recursive
         self._paths: dict[int, str] = {}
         self._moved: dict[int, tuple[str, bool]] = {}  # cookie -> (old path, is a directory)
-        self.fd = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), root)
+        self.fd = kernel.inotify_init(root)
 
     async def add(self, path: str, found: list[dict[str, object]] | None = None) -> None:
         """Watch `path` and, if recursive, all directories below.
@@ -75,7 +65,7 @@ class _Watcher:
                 "EXHAUSTED", f"more than {_MAX_WATCHES} directories below {self._root}; watch fewer", "ENOSPC"
             )
         mask = _MASK if path == self._root else _MASK | _DONT_FOLLOW
-        self._paths[_checked(_libc.inotify_add_watch(self.fd, os.fsencode(path), mask), path)] = path
+        self._paths[kernel.inotify_add_watch(self.fd, path, mask)] = path
 
     async def events(self, data: bytes) -> list[dict[str, object]]:
         """Return the events in `data` (struct inotify_event); watch new directories if recursive."""
@@ -128,7 +118,7 @@ class _Watcher:
         for watch, path in list(self._paths.items()):
             if path == gone or path.startswith(f"{gone}/"):
                 del self._paths[watch]
-                _libc.inotify_rm_watch(self.fd, watch)
+                kernel.inotify_rm_watch(self.fd, watch)
 
     def moved_away(self) -> list[dict[str, object]]:
         """Return a remove event for each path that was renamed out of the tree, and stop watching it."""
