@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.common.atomic_file import publish_directory
 from agent.common.errors import HostError
 from agent.daemon.sandbox.machine.vm_shape import Shape
 
@@ -76,7 +77,7 @@ class _Manifest(msgspec.Struct, kw_only=True):
 
 
 def write_manifest(path: Path, shape: Shape, image: str, create_time: float) -> None:
-    """Write the manifest of the files in `path`, and make all of them read-only and durable (fsync). Blocks.
+    """Write the manifest of the files in `path`, and make all of them read-only; `publish` syncs them. Blocks.
 
     :raises OSError: a file cannot be read or written.
     """
@@ -85,12 +86,7 @@ def write_manifest(path: Path, shape: Shape, image: str, create_time: float) -> 
     data = msgspec.json.encode(manifest, order="sorted")
     (path / MANIFEST).write_bytes(msgspec.json.format(data, indent=1) + b"\n")
     for name in (*files, MANIFEST):
-        fd = os.open(path / name, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fchmod(fd, 0o444)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        (path / name).chmod(0o444)
 
 
 def _names(path: Path) -> list[str]:
@@ -105,9 +101,9 @@ def _facts(path: Path) -> _File:
 
 
 def publish(draft: Path, path: Path) -> Template:
-    """Rename a complete draft to `path`, replacing an older template there; return the template. Blocks.
+    """Rename a complete draft to `path`, durably, replacing an older template there; return the template. Blocks.
 
-    :raises OSError: the draft cannot be renamed.
+    :raises OSError: the draft cannot be synced or renamed.
     :raises TemplateDamaged: its manifest cannot be read back.
     """
     replaced = draft.with_name(
@@ -115,7 +111,7 @@ def publish(draft: Path, path: Path) -> Template:
     )  # named like a draft, so that a killed agent's successor removes it
     with contextlib.suppress(FileNotFoundError):
         path.rename(replaced)
-    draft.rename(path)
+    publish_directory(draft, path)
     shutil.rmtree(replaced, ignore_errors=True)
     return read(path)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.common import atomic_file
 from agent.common.config.daemon import TemplateSettings
 from agent.common.errors import GuestUnreachable, HostError, InvalidState, NotFound, VmmError
 from agent.daemon.sandbox.machine.vm_shape import ram_bytes
@@ -56,6 +57,23 @@ async def test_a_template_is_made_once_and_used_again(host: Bench) -> None:
     assert host.world.starts == MADE + 2
     assert files(host) == [first]
     assert host.left() == []
+
+
+async def test_a_new_template_outlives_a_power_cut(host: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    sync = atomic_file.sync
+
+    def note_and_sync(path: Path) -> None:
+        synced.append(path)
+        sync(path)
+
+    monkeypatch.setattr(atomic_file, "sync", note_and_sync)
+    name = await create_and_delete(host)
+    folder = host.host.paths.templates
+    contents = {path.name for path in (folder / name).rglob("*")}
+    before_rename = {path.name for path in synced[: synced.index(folder)]}
+    assert contents <= before_rename
+    assert {"ram", "manifest.json"} <= contents
 
 
 async def test_creates_at_once_wait_for_one_maker(host: Bench) -> None:
