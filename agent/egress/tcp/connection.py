@@ -54,7 +54,7 @@ class TcpConnection:
         self._authorizations: set[Authorization] = set()
         self._relayed: RelayedPair | None = None
         self._upstream: socket.socket | None = None
-        self.task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     # -- changes of the policy -----------------------------------------------------------------------------------------
 
@@ -68,13 +68,17 @@ class TcpConnection:
         """See `agent.egress.sandbox_state.Connection`."""
         if self._relayed is not None:
             self._relayed.abort()
-        elif self.task is not None:
-            self.task.cancel()
+        elif self._task is not None:
+            self._task.cancel()
 
     # -- life cycle ----------------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Serve the connection to its end."""
+    def start(self) -> asyncio.Task[None]:
+        """Serve the connection to its end in a task, which is returned; `abort` cancels it."""
+        self._task = asyncio.create_task(self._run())
+        return self._task
+
+    async def _run(self) -> None:
         kind = None
         address, port = self._authorizer.address, self._authorizer.port
         try:

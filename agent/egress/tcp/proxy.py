@@ -61,7 +61,7 @@ class TcpProxy:
         no_delay(client)
         connection = TcpConnection(self._sandbox, self._dependencies, client, address, port)
         self._sandbox.connections.add(connection)
-        task = connection.task = asyncio.create_task(connection.run())
+        task = connection.start()
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._ended(connection, done))
 
