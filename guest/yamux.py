@@ -203,10 +203,6 @@ class Session:
         """Send a ping; `on_pong` is called with the same number when the answer comes."""
         self.write(HEADER.pack(0, PING, SYN, 0, opaque))
 
-    def go_away(self, code: int = GO_AWAY_NORMAL) -> None:
-        """Tell the peer to open no more streams (GO_AWAY)."""
-        self.write(HEADER.pack(0, GO_AWAY, 0, 0, code))
-
     def abandon(self) -> None:
         """Mark all streams as reset, after the link was lost."""
         self.abandoned = True

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from agent.common.aio import run_to_completion
 from agent.common.errors import HostError
-from agent.common.model import GATEWAY_IPV4, GATEWAY_IPV6, ID_PREFIX, TAP_NAME
+from agent.common.model import GATEWAY_IPV4, GATEWAY_IPV6, TAP_NAME
 from agent.daemon.host.syscalls import CLONE_NEWNET, MNT_DETACH, MS_BIND, mount, setns, umount, unshare
 from agent.daemon.host.tap import make_tap
 from agent.daemon.host.threads import run_in_thread
@@ -195,11 +195,3 @@ async def namespace(name: str) -> AsyncIterator[str]:
         yield name
     finally:
         await remove(name)
-
-
-def list_ours() -> list[str]:
-    """Return the names of all namespaces on this host that are named like a sandbox."""
-    try:
-        return sorted(entry.name for entry in NETNS_DIR.iterdir() if entry.name.startswith(ID_PREFIX))
-    except FileNotFoundError:
-        return []
