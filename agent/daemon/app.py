@@ -62,7 +62,7 @@ def _prepare_process() -> None:
 def _open_cgroups(settings: Settings) -> Cgroups:
     cgroups = Cgroups.open(settings.cgroups.parent)
     for sentence in cgroups.degraded:
-        log.warning("degraded", why=sentence)
+        log.warning("host feature missing", why=sentence)
     DEGRADED.set(len(cgroups.degraded))
     return cgroups
 

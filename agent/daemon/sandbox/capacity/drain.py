@@ -97,7 +97,7 @@ class Drain:
             self._evict_at = None
             self._node.set_draining("")
             DRAINING.set(0)
-        log.info("not draining")
+        log.info("drain ended")
 
     def restore(self) -> None:
         """Resume the drain that an earlier agent stored; after a reboot of the host, without its deadline."""

@@ -159,7 +159,8 @@ class Creator:
             raise
         finally:
             CREATES.labels(outcome).inc()
-            log.info("create", sandbox_id=record.id, outcome=outcome, image=record.spec.image)
+            event = "sandbox created" if outcome == "ok" else "sandbox not created"
+            log.info(event, sandbox_id=record.id, outcome=outcome, image=record.spec.image)
 
 
 def request_id_reused(request_id: str) -> AlreadyExists:

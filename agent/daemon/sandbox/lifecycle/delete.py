@@ -57,7 +57,7 @@ class Deleter:
                 log.error("delete failed", sandbox_id=entry.record.id, error=str(error))
                 raise
         DELETES.labels(reason).inc()
-        log.info("delete", sandbox_id=entry.record.id, reason=reason)
+        log.info("sandbox deleted", sandbox_id=entry.record.id, reason=reason)
 
     async def discard(self, entry: Entry, reason: str) -> None:
         """Remove what a failed create left, from the task of that create; a delete meanwhile waits for the removal.

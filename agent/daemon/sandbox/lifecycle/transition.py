@@ -43,7 +43,7 @@ class Transitions:
 
         await self._store.change(entry.record, edit, durable=durable)
         self._registry.publish(EventType.UPDATED, entry)
-        log.info("sandbox", sandbox_id=entry.record.id, state=state.value)
+        log.info("sandbox state changed", sandbox_id=entry.record.id, state=state.value)
 
     def pausable(self, entry: Entry) -> Machine:
         """Return the machine of a running or paused sandbox.
