@@ -76,7 +76,8 @@ class SandboxService:
         """Build a service and its parts; no sandbox is known before `recovery.run`."""
         settings = host.settings
         registry = Registry(events)
-        admission = Admission(settings.node, node, registry)
+        admission = Admission(settings.node, node, registry.reserved)
+        registry.on_change.add(admission.wake_first)
         monitor = Monitor(settings.sandbox, host.cgroups, store, registry)
         transitions = Transitions(store, registry, monitor, settings.sandbox.relink_timeout_s)
         deleter = Deleter(host, store, registry)

@@ -15,7 +15,6 @@ from agent.common.model import SandboxSpec
 from agent.common.telemetry import QUEUED, REFUSED, step
 from agent.daemon.sandbox.capacity.node import Node
 from agent.daemon.sandbox.capacity.quotas import Quotas
-from agent.daemon.sandbox.lifecycle.registry import Registry
 
 _RECHECK_S = 0.5  # interval while waiting: memory pressure has no notification
 _PRESSURE = Path("/proc/pressure/memory")
@@ -36,22 +35,24 @@ def memory_pressure() -> float:
 
 
 class Admission:
-    """Admits sandboxes to the node, in order of arrival."""
+    """Admits sandboxes to the node, in order of arrival.
 
-    def __init__(self, settings: NodeSettings, node: Node, registry: Registry) -> None:
+    :param reserved: returns the specifications of the sandboxes that occupy CPU and memory.
+    """
+
+    def __init__(self, settings: NodeSettings, node: Node, reserved: Callable[[], Sequence[SandboxSpec]]) -> None:
         self._settings = settings
         self._node = node
-        self._registry = registry
+        self._reserved = reserved
         self._quotas = Quotas(settings.quotas)
-        self._admitted: list[SandboxSpec] = []  # and not in the registry yet
+        self._admitted: list[SandboxSpec] = []  # and not in `reserved` yet
         self._queue: deque[asyncio.Event] = deque()
-        registry.on_change.add(self._wake_first)
 
     def reconfigure(self, settings: NodeSettings) -> None:
         """Apply other limits to new sandboxes; present ones stay."""
         self._settings = settings
         self._quotas = Quotas(settings.quotas)
-        self._wake_first()
+        self.wake_first()
 
     def check(self, wanted: Sequence[SandboxSpec]) -> None:
         """Check that sandboxes of one tenant fit on this node now.
@@ -61,7 +62,7 @@ class Admission:
         """
         if self._node.draining:
             raise NodeDraining(f"this node takes no sandboxes ({self._node.draining}); try another")
-        reserved = [*self._registry.reserved(), *self._admitted]
+        reserved = [*self._reserved(), *self._admitted]
         self._quotas.check(wanted, reserved)
         lacking = self._node.lacking(wanted, reserved)
         pressure = memory_pressure()
@@ -131,7 +132,7 @@ class Admission:
         finally:
             self._queue.remove(turn)
             QUEUED.set(len(self._queue))
-            self._wake_first()
+            self.wake_first()
 
     @staticmethod
     def _queue_full(waiting: int) -> ResourceExhausted:
@@ -146,7 +147,7 @@ class Admission:
             for spec in wanted:
                 self._admitted.remove(spec)
 
-    def _wake_first(self) -> None:
-        """Let the first in the queue check again: resources may have been freed."""
+    def wake_first(self) -> None:
+        """Let the first in the queue check again; for a change of sandboxes, which may have freed resources."""
         if self._queue:
             self._queue[0].set()

@@ -46,6 +46,22 @@ def test_quotas_are_read() -> None:
             Quota.parse(wrong)
 
 
+async def test_a_deleted_sandbox_wakes_the_first_in_the_queue(
+    node: Bench, rules: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "_RECHECK_S", 3600.0)
+    rules(max_sandboxes=10, queue_length=1, queue_timeout_s=3600.0)
+    made = [await node.sandboxes.create(spec()) for _ in range(10)]
+    waiting = asyncio.create_task(node.sandboxes.create(spec()))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await node.sandboxes.delete(made[0].id)
+    try:
+        await asyncio.wait_for(waiting, 10)
+    finally:
+        waiting.cancel()
+
+
 async def test_a_tenant_has_its_quota_and_no_more(node: Bench, rules: Callable[..., None]) -> None:
     rules(quotas={"acme": "sandboxes=2", "*": "memory=128MiB"}, queue_length=10)
     before = REFUSED.labels("TENANT_QUOTA")._value.get()
