@@ -57,8 +57,8 @@ EGRESS_STARTS = Counter(
 EGRESS_DENIALS = Counter(
     "sandboxd_egress_denials", "Actions of sandboxes that were denied, by reason", ["reason"], registry=registry
 )
-RECONCILED = Counter(
-    "sandboxd_reconciled", "Resources of an earlier agent found at start, by kind", ["kind"], registry=registry
+RECOVERED = Counter(
+    "sandboxd_recovered", "Sandboxes of an earlier agent found at start, by kind", ["kind"], registry=registry
 )
 STATE_REBUILT = Counter(
     "sandboxd_state_rebuilt", "Damaged state files that were rebuilt from the sandboxes' directories", registry=registry

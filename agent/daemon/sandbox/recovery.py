@@ -14,7 +14,7 @@ from pathlib import Path
 
 from agent.common.errors import AgentError
 from agent.common.model import State, is_sandbox_id
-from agent.common.telemetry import RECONCILED, log
+from agent.common.telemetry import RECOVERED, log
 from agent.daemon.sandbox.lifecycle import expiry
 from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
 from agent.daemon.sandbox.lifecycle.watch import Monitor
@@ -64,9 +64,9 @@ class Recovery:
         )
         counts = Counter(outcomes)
         for outcome, count in counts.items():
-            RECONCILED.labels(outcome).inc(count)
+            RECOVERED.labels(outcome).inc(count)
         if counts:
-            log.info("reconciled", **counts)
+            log.info("recovered", **counts)
 
     async def _remove_orphan(self, sandbox_id: str) -> str:
         await resources.remove(self._host, sandbox_id)
@@ -74,7 +74,7 @@ class Recovery:
         return "orphaned"
 
     async def _recover(self, record: Record) -> str:
-        """Recover one sandbox and return the outcome, a label of `RECONCILED`.
+        """Recover one sandbox and return the outcome, a label of `RECOVERED`.
 
         The record of a sandbox that ended is removed only after its resources.
         """

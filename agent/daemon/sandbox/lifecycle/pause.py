@@ -131,7 +131,7 @@ class Pauser:
                 with step("resume.record"):
                     # The next agent resumes the CPUs if this one dies first.
                     await self._transitions.move(
-                        entry, State.RUNNING, lambda draft: setattr(draft, "standing", True), durable=True
+                        entry, State.RUNNING, lambda draft: setattr(draft, "maybe_paused", True), durable=True
                     )
             except BaseException:
                 if record.state is State.SUSPENDED:

@@ -81,4 +81,4 @@ class Transitions:
         :raises HostError: the write failed.
         """
         with step("pause.note"):
-            await self._store.change(entry.record, lambda draft: setattr(draft, "standing", stopped))
+            await self._store.change(entry.record, lambda draft: setattr(draft, "maybe_paused", stopped))

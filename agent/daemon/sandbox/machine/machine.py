@@ -140,7 +140,7 @@ async def _adopt_network_and_link(host: HostServices, record: Record, vm: Vm) ->
     if record.state is State.PAUSED:
         await vm.pause()
         return None
-    if record.standing:  # the earlier agent died while it had the VM paused
+    if record.maybe_paused:  # the earlier agent died while it had the VM paused
         with step("adopt.resume"):
             await vm.resume()
     with step("adopt.link"):

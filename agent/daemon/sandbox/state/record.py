@@ -12,6 +12,9 @@ from agent.common.model import TRANSITIONS, NetSpec, SandboxSpec, SecretSpec, St
 from agent.common.policy.rules import Rule, parse_rule
 from agent.daemon.storage.volumes import is_snapshot
 
+# Former names of fields: copies of records that 0.1.0 wrote have them.
+_RENAMED = {"standing": "maybe_paused"}
+
 
 @dataclass(slots=True)
 class Record:
@@ -31,7 +34,7 @@ class Record:
     :param rules: digest of the kernel's rules in force; "": unknown.
     :param denials: number of refused connections and dropped packets, by reason.
     :param fingerprint: keyed digest of the secret values of the create, to recognize a repeated request.
-    :param standing: the CPUs may be stopped although the state is RUNNING; the next agent resumes them.
+    :param maybe_paused: the CPUs may be stopped although the state is RUNNING; the next agent resumes them.
     """
 
     id: str
@@ -56,7 +59,7 @@ class Record:
     secrets: tuple[SecretSpec, ...] = ()
     denials: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
-    standing: bool = False
+    maybe_paused: bool = False
 
     def move(self, state: State) -> None:
         """Change the state.
@@ -86,11 +89,11 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str) -> Record:
-        """Return the record that `to_json` wrote.
+        """Return the record that `to_json` wrote, of this version or an earlier one.
 
         :raises ValueError: not JSON, or a field is missing or of another type.
         """
-        return stored_json.decode(text, cls, _from_text)
+        return stored_json.decode(text, cls, _from_text, renamed=_RENAMED)
 
 
 def _to_text(value: Any) -> str:

@@ -33,6 +33,13 @@ T = TypeVar("T")
 _MIGRATIONS = (
     "CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    # The field `standing` is `maybe_paused` now. Damaged records stay as they are: reading them is the error to report.
+    """
+    UPDATE sandboxes SET record = json_remove(
+        json_set(record, '$.maybe_paused', json(CASE json_type(record, '$.standing') WHEN 'true' THEN 'true'
+        ELSE 'false' END)), '$.standing')
+    WHERE json_valid(record) AND json_type(record, '$.standing') IN ('true', 'false')
+    """,
 )
 _COPY = "record.json"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

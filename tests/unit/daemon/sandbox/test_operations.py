@@ -259,7 +259,7 @@ async def test_a_full_disk_changes_no_label_lease_or_time(node: Bench, disk: Dis
     ):
         with pytest.raises(HostError, match="disk is full"):
             await cast("Any", change)
-    assert [dataclasses.replace(node.sandboxes.get(one.id), standing=False) for one in (leased, plain)] == [
+    assert [dataclasses.replace(node.sandboxes.get(one.id), maybe_paused=False) for one in (leased, plain)] == [
         leased,
         plain,
     ]
@@ -326,7 +326,7 @@ async def test_a_state_that_is_stored_when_its_work_is_cancelled_keeps_what_it_n
     await machine.release()  # as the next agent removes it
     with pytest.raises(InvalidState):
         await node.sandboxes.resume(made.id)
-    assert (stored(node, made.id).state, stored(node, made.id).standing) == (State.RUNNING, True)
+    assert (stored(node, made.id).state, stored(node, made.id).maybe_paused) == (State.RUNNING, True)
     assert made.id in node.world.vms
 
 

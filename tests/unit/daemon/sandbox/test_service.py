@@ -270,7 +270,7 @@ async def test_stop_deletes_or_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert node.left() == []
 
 
-async def test_reconcile_adopts_what_lives_and_removes_the_rest(node: Bench) -> None:
+async def test_recovery_adopts_what_lives_and_removes_the_rest(node: Bench) -> None:
     ids = [f"sbx-{number:016}" for number in range(4)]
     for sandbox_id in ids:
         node.host.paths.sandbox_run(sandbox_id).mkdir(parents=True)
@@ -296,7 +296,7 @@ async def test_reconcile_adopts_what_lives_and_removes_the_rest(node: Bench) -> 
     assert node.left() == []
 
 
-async def test_reconcile_ends_a_vm_whose_guest_is_silent(node: Bench) -> None:
+async def test_recovery_ends_a_vm_whose_guest_is_silent(node: Bench) -> None:
     FakeVm(node.world, ID)
     node.world.hangs.add("dial")
     await node.sandboxes.recovery.run([record(state=State.RUNNING)])

@@ -42,13 +42,14 @@ RECORD_OF_0_1_0 = (
     r'"in_body":false,"redact":true}],"denials":{"not_allowed":3},'
     r'"fingerprint":"cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd","standing":true}'
 )
+RECORD_OF_NOW = RECORD_OF_0_1_0.replace('"standing":true', '"maybe_paused":true')
 
 
 def rules(*texts: str) -> tuple[Rule, ...]:
     return tuple(parse_rule(text) for text in texts)
 
 
-def test_a_record_of_0_1_0_is_read_and_written_as_it_was() -> None:
+def test_a_record_of_0_1_0_is_read_and_written_with_the_present_names() -> None:
     kept = Record.from_json(RECORD_OF_0_1_0)
     secret = SecretSpec("TOKEN", rules("api.example", "*.b.example:443"), "sbx_secret_0011", in_body=True, redact=False)
     assert kept == Record(
@@ -64,10 +65,12 @@ def test_a_record_of_0_1_0_is_read_and_written_as_it_was() -> None:
         phases=[("disk", 0.5), ("boot", 1.0)], token={"pid": "12", "started": "34"}, template="0f" * 8,
         shape=dataclasses.asdict(Shape("ab", 2, 1124073472, "quiet", "k", "vsock", 2)), parent="sbx-aaaaaaaaaaaaaaaa",
         slot=7, uid=1900000003, rules="00ff" * 4, net=NetSpec(None, "acme"),
-        secrets=(secret, SecretSpec("B", (), "p")), denials={"not_allowed": 3}, fingerprint="cd" * 32, standing=True,
+        secrets=(secret, SecretSpec("B", (), "p")), denials={"not_allowed": 3}, fingerprint="cd" * 32,
+        maybe_paused=True,
     )  # fmt: skip
-    assert kept.to_json() == RECORD_OF_0_1_0
-    assert set(json.loads(RECORD_OF_0_1_0)) == {field.name for field in dataclasses.fields(Record)}
+    assert kept.to_json() == RECORD_OF_NOW
+    assert Record.from_json(RECORD_OF_NOW) == kept
+    assert set(json.loads(RECORD_OF_NOW)) == {field.name for field in dataclasses.fields(Record)}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,9 @@ def test_a_record_of_0_1_0_is_read_and_written_as_it_was() -> None:
         RECORD_OF_0_1_0.replace('"slot":7', '"slot":"7"'),
         RECORD_OF_0_1_0.replace('"10.1.0.0/16"', '"http://a.example"'), RECORD_OF_0_1_0.replace('"10.1.0.0/16"', "7"),
         RECORD_OF_0_1_0.replace('"pid":"12"', '"pid":12'), RECORD_OF_0_1_0.replace("0.5]", '"half"]'),
-        RECORD_OF_0_1_0.replace('"standing":true', '"standing":1'), RECORD_OF_0_1_0.replace('"state"', '"status"'),
+        RECORD_OF_0_1_0.replace('"standing":true', '"standing":1'),
+        RECORD_OF_NOW.replace('"maybe_paused":true', '"maybe_paused":1'),
+        RECORD_OF_0_1_0.replace('"state"', '"status"'),
     ],
 )  # fmt: skip
 def test_what_is_no_record(text: str) -> None:
@@ -215,6 +220,48 @@ async def test_a_database_of_the_first_schema_is_brought_to_this_one(tmp_path: P
     assert again.rebooted
     assert again.facts["a"] == "b"
     await again.aclose()
+
+
+def _database_of_0_1_0(path: Path, *rows: tuple[str, str]) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID")
+        db.execute("CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+        db.executemany("INSERT INTO sandboxes VALUES (?, ?)", rows)
+        db.execute("PRAGMA user_version=2")
+    db.close()
+
+
+async def test_a_row_of_0_1_0_is_migrated(tmp_path: Path) -> None:
+    """All of it but the renamed field stays as it was, a lone surrogate included; a label of the old name, too."""
+    expected = Record.from_json(RECORD_OF_NOW)
+    running = record(labels={"standing": "true"})
+    of_0_1_0 = running.to_json().replace('"maybe_paused":false', '"standing":false')
+    path = tmp_path / "state.db"
+    _database_of_0_1_0(path, (expected.id, RECORD_OF_0_1_0), ("sbx-later", of_0_1_0))
+    store = Store(path, tmp_path / "sandboxes")
+    records = await store.open()
+    await store.aclose()
+    assert records == [expected, running]
+    with sqlite3.connect(path) as db:
+        rows = [text for (text,) in db.execute("SELECT record FROM sandboxes")]
+    db.close()
+    assert rows == [RECORD_OF_NOW, running.to_json()]
+
+
+async def test_a_damaged_database_of_0_1_0_is_rebuilt_from_copies_of_0_1_0(tmp_path: Path) -> None:
+    expected = Record.from_json(RECORD_OF_NOW)
+    copy = tmp_path / "sandboxes" / expected.id / "record.json"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(RECORD_OF_0_1_0)
+    _database_of_0_1_0(tmp_path / "state.db", (expected.id, "{"))
+    store = Store(tmp_path / "state.db", tmp_path / "sandboxes")
+    assert await store.open() == [expected]
+    await store.aclose()
+
+
+def test_the_present_name_of_a_field_wins() -> None:
+    both = RECORD_OF_0_1_0.replace('"standing":true', '"standing":true,"maybe_paused":false')
+    assert not Record.from_json(both).maybe_paused
 
 
 async def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
