@@ -144,7 +144,7 @@ def flip(path: Path) -> None:
 
 
 async def test_makers_that_are_killed(directory: Path, reliability: Reliability) -> None:
-    before = leaks.snapshot().namespaces
+    before = leaks.snapshot()
     for step in STEPS:
         daemon = start_daemon(directory)
         try:
@@ -163,16 +163,16 @@ async def test_makers_that_are_killed(directory: Path, reliability: Reliability)
     )
 
 
-async def nothing_left(daemon: Daemon, before: frozenset[str]) -> None:
+async def nothing_left(daemon: Daemon, before: leaks.Snapshot) -> None:
     """Fails unless a daemon that has just started has removed all that the one before it left.
 
-    `before` has the namespaces that were there before any of them.
+    `before` is what was there before any of them.
     """
     templates = templates_of(daemon.directory)
     assert not templates.exists() or list(templates.iterdir()) == []
     assert daemon.left() == []
     assert vmms_of(daemon.directory) == []
-    assert leaks.snapshot().namespaces == before
+    assert leaks.wait_for_leaks(before, grace_s=0).namespaces == frozenset()
     async with connected(daemon) as client:
         listed = await client.sandboxes.ListSandboxes(pb.ListSandboxesRequest())
         assert list(listed.sandboxes) == []

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sys
 import time
@@ -59,6 +60,7 @@ async def _show(daemon: Daemon) -> None:
 
 def main() -> int:
     """Runs the demo; returns the exit status."""
+    os.environ.setdefault(leaks.MARK, str(os.getpid()))
     before = leaks.snapshot()
     directory = leaks.make_directory()
     try:
