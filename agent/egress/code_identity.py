@@ -29,6 +29,7 @@ _IMPORT = re.compile(
 _COMMENT = re.compile(r"#[^\n]*")
 _NAME = re.compile(r"\w+")
 _DISTRIBUTION = "sandboxd"
+_OWN_PACKAGES = frozenset({"agent", "guest", "rootfs", "sandboxd"})
 _OF_AN_EXTRA = re.compile(r";.*\bextra\b")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -96,6 +97,8 @@ def import_closure(program: str, root: Path) -> tuple[dict[str, bytes], set[str]
 
 
 def _source_path(module: str, root: Path) -> Path | None:
+    if module.partition(".")[0] not in _OWN_PACKAGES:
+        return None  # an installed third-party package may be beside the project's own
     place = root.joinpath(*module.split("."))
     for path in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
         if path.is_file():

@@ -77,4 +77,4 @@ async def test_a_cancelled_setup_leaves_nothing(uplink: str, tmp_path: Path, del
         await networks.remove(ID)
     await networks.aclose()
     assert held(uplink) == (False, False)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # one of an earlier test may have been closed meanwhile

@@ -77,6 +77,15 @@ def test_times_and_code_of_other_programs_do_not_change_it(tree: Path) -> None:
     assert identity(tree) == before == own_identity()
 
 
+def test_a_third_party_package_beside_the_code_counts_by_its_version(tree: Path) -> None:
+    """As in the Debian package, whose site-packages has all of them."""
+    before = identity(tree)
+    beside = tree / "h2"
+    beside.mkdir()
+    (beside / "__init__.py").write_text("from . import connection\nfrom .config import H2Configuration\n")
+    assert identity(tree) == before
+
+
 def test_moved_module_changes_it(tree: Path) -> None:
     before = identity(tree)
     inner = tree / "agent" / "common" / "tls"
