@@ -82,7 +82,8 @@ def test_a_third_party_package_beside_the_code_counts_by_its_version(tree: Path)
     before = identity(tree)
     beside = tree / "h2"
     beside.mkdir()
-    (beside / "__init__.py").write_text("from . import connection\nfrom .config import H2Configuration\n")
+    (beside / "__init__.py").touch()
+    (beside / "connection.py").write_text("from . import events\nfrom .config import H2Configuration\n")
     assert identity(tree) == before
 
 
@@ -153,16 +154,18 @@ def test_settings_change_the_identity() -> None:
     [
         ("import a\n", {"a"}),
         ("import a.b as c, d\n", {"a.b", "d"}),
-        ("from a import (\n    b,  # not (c)\n    d as e,\n)\n", {"a", "a.b", "a.d"}),
+        ("from agent import (\n    b,  # not (c)\n    d as e,\n)\n", {"agent", "agent.b", "agent.d"}),
+        ("from a import b\n", {"a"}),  # not the project's own: b may be anything
         ("def f():\n    from a.b import c  # why\n", {"a.b"}),
         ('x = importlib.import_module("a.b")\n', {"a.b"}),
         ("reimport a\nfrom . import a\n# import a\n", {"."}),
     ],
 )
 def test_imports_of_a_source(source: str, expected: set[str], tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    for name in ("b", "d"):
-        (tmp_path / "a" / f"{name}.py").touch()
+    for package in ("agent", "a"):
+        (tmp_path / package).mkdir()
+        for name in ("b", "d"):
+            (tmp_path / package / f"{name}.py").touch()
     assert set(code_identity._imports(source, tmp_path)) == expected
 
 
