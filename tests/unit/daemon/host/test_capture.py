@@ -14,6 +14,7 @@ from agent.daemon.host.capture import stdout_of
 from agent.daemon.vmm.accelerator import AcceleratorProbe
 from agent.daemon.vmm.cloud_hypervisor import binary as cloud_hypervisor
 from agent.daemon.vmm.qemu.qemu_binary import find_qemu
+from tests.support.children import children
 
 pytestmark = pytest.mark.timeout(60)
 # As much as may happen at once when an agent starts; one alone meets the fault now and then only.
@@ -24,10 +25,6 @@ def script(path: Path, body: str) -> str:
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
     return str(path)
-
-
-def children() -> set[str]:
-    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
 async def test_output_and_its_end() -> None:
@@ -70,7 +67,8 @@ async def test_each_child_has_one_owner(kind: str, tmp_path: Path, caplog: pytes
         else:
             assert (await cloud_hypervisor.find(path, tmp_path))[1] == "53.0"
 
+    before = children()
     for _ in range(_ROUNDS):
         await asyncio.gather(*(start() for _ in range(_TOGETHER)))
     assert [record.getMessage() for record in caplog.records if "child" in record.getMessage()] == []
-    assert children() == set()
+    assert children() == before

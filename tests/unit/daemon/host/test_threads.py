@@ -14,6 +14,7 @@ from agent.common.errors import ResourceExhausted, VmmError
 from agent.daemon.host import tap
 from agent.daemon.host.process import spawn
 from agent.daemon.host.threads import run_in_thread
+from tests.support.children import children
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -94,10 +95,6 @@ async def test_a_cancelled_open_tap_closes_its_descriptor(monkeypatch: pytest.Mo
     await closed.wait()
 
 
-def children() -> str:
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-
-
 class NoThread(threading.Thread):
     """A thread that cannot be started, as under a limit of tasks."""
 
@@ -114,12 +111,13 @@ async def test_process_without_a_thread_for_it_is_not_left_behind(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cgroup.procs").touch()
+    before = children()
     monkeypatch.setattr(NoThread, "refused", (name,))
     monkeypatch.setattr(threading, "Thread", NoThread)
     with pytest.raises(ResourceExhausted, match="no more threads or processes") as caught:
         await spawn(["sleep", "60"], netns=None, stderr_path=tmp_path / "log", cgroup=tmp_path)
     assert caught.value.reason == "TOO_MANY_TASKS"
-    assert children() == ""
+    assert children() == before
 
 
 async def test_process_that_cannot_be_watched_is_not_left_behind(
@@ -129,8 +127,8 @@ async def test_process_that_cannot_be_watched_is_not_left_behind(
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(os, "pidfd_open", no_descriptor)
-    files = os.listdir("/proc/self/fd")
+    before, files = children(), os.listdir("/proc/self/fd")
     with pytest.raises(VmmError, match="Too many open files"):
         await spawn(["sleep", "60"], netns=None, stderr_path=tmp_path / "log")
-    assert children() == ""
+    assert children() == before
     assert len(os.listdir("/proc/self/fd")) == len(files)
