@@ -17,7 +17,7 @@ from guest.files import OPS as FILE_OPS
 from guest.oom import OomWatcher
 from guest.prepare import Preparer
 from guest.prewarm import Prewarmer
-from guest.process import Registry
+from guest.process import ProcessRegistry
 from guest.process_ops import ProcessOps
 from guest.stats import OPS as STATS_OPS
 from guest.trust import Trust
@@ -46,7 +46,7 @@ class System:
     """All handlers of the guest, and the state that they share."""
 
     def __init__(self) -> None:
-        self.registry = Registry(OomWatcher())
+        self.registry = ProcessRegistry(OomWatcher())
         self.processes = ProcessOps(self.registry)
         self.configurator = Configurator(self.processes)
         self.trust = Trust(self.processes)

@@ -15,7 +15,7 @@ from guest import reactor, wire
 from guest.call import Call, CallAbandoned
 from guest.reactor import Task, Waiters
 from guest.wire import WireError, find_sync
-from guest.yamux import Buffer, Session, Stream, YamuxError
+from guest.yamux import Buffer, Stream, YamuxError, YamuxSession
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Link:
         self._queue.clear()
         self._queued_bytes = 0
         self.unblocked.wake()
-        session = Session(client=False, write=self.write, on_stream=self._accept)
+        session = YamuxSession(client=False, write=self.write, on_stream=self._accept)
         try:
             self.write(wire.SYNC_REPLY + nonce)
             data: Buffer = bytes(pending)

@@ -1,7 +1,7 @@
 """Processes that the host has started, and the reaper of all children of PID 1.
 
-PID 1 inherits all orphans. So only `Registry.reap` calls waitpid(2), for any child, and passes each exit status to its
-`Process`: another caller would take statuses away.
+PID 1 inherits all orphans. So only `ProcessRegistry.reap` calls waitpid(2), for any child, and passes each exit status
+to its `Process`: another caller would take statuses away.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def signal_name(number: int) -> str:
         return f"SIGRTMIN+{number - signal.SIGRTMIN}"
 
 
-class Registry:
+class ProcessRegistry:
     """Processes that the host has started in this guest: the running ones and the last MAX_EXITED exited ones."""
 
     def __init__(self, oom: OomWatcher) -> None:

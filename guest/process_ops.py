@@ -8,7 +8,7 @@ import signal
 from guest import listeners, reactor, spawn
 from guest.call import Call, CallAbandoned
 from guest.dial import relay_channel
-from guest.process import Process, Registry, exited_error
+from guest.process import Process, ProcessRegistry, exited_error
 from guest.user import User, lookup_user
 from guest.wire import CallError, Frame, parse_json
 
@@ -74,7 +74,7 @@ def _size(value: object) -> tuple[int, int]:
 class ProcessOps:
     """Handlers of the operations on processes. `env` is the environment of the sandbox, set by sys.configure."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: ProcessRegistry) -> None:
         self.registry = registry
         self.env: dict[str, str] = {}
         self.ready = False

@@ -1,8 +1,8 @@
 """Yamux, the stream multiplexer on the link between host and guest, without I/O (sans-I/O).
 
-Both sides run this code: pass received bytes to `Session.feed`; the callback `write` gets the bytes to send. The format
-is HashiCorp's yamux specification (spec.md of hashicorp/yamux, version 0). Each stream has its own window, so that a
-slow reader stops only its own writer, and the memory of a stream is bounded by the window.
+Both sides run this code: pass received bytes to `YamuxSession.feed`; the callback `write` gets the bytes to send. The
+format is HashiCorp's yamux specification (spec.md of hashicorp/yamux, version 0). Each stream has its own window, so
+that a slow reader stops only its own writer, and the memory of a stream is bounded by the window.
 
     0         1       2         4             8            12
     | version | type  | flags   | stream id   | length      | payload of DATA frames
@@ -44,7 +44,7 @@ class Stream:
         "remote_closed", "send_credit", "session", "was_reset",
     )  # fmt: skip
 
-    def __init__(self, session: Session, stream_id: int) -> None:
+    def __init__(self, session: YamuxSession, stream_id: int) -> None:
         self.session = session
         self.id = stream_id
         self.inbox = bytearray()
@@ -140,7 +140,7 @@ class Stream:
             self.on_readable()
 
 
-class Session:
+class YamuxSession:
     """One yamux session over one reliable byte stream.
 
     :param client: whether this side initiated the link (the host).

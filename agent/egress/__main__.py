@@ -24,7 +24,7 @@ from agent.egress import privileges
 from agent.egress.control import Control
 from agent.egress.dns.resolver import Resolver, load_all, system_resolvers
 from agent.egress.dns.server import DnsServer
-from agent.egress.http.intercept import Interceptor
+from agent.egress.http.intercept import HttpInterceptor
 from agent.egress.launch import arguments_of, identity_of
 from agent.egress.sandbox_state import SandboxState
 from agent.egress.stderr_log import LoopLog, write_line
@@ -60,7 +60,7 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-async def _run(arguments: argparse.Namespace, interceptor: Interceptor) -> None:
+async def _run(arguments: argparse.Namespace, interceptor: HttpInterceptor) -> None:
     resolver = Resolver(arguments.resolver or system_resolvers())
     splice_relay = SpliceRelay()
     splice_relay.start()
@@ -98,7 +98,7 @@ def main() -> int:
     arguments = _arguments()
     privileges.set_name("sandboxd-egress")
     privileges.raise_file_limit()
-    interceptor = Interceptor(dial, arguments.ca_file)  # reads the host's CA certificates, as root
+    interceptor = HttpInterceptor(dial, arguments.ca_file)  # reads the host's CA certificates, as root
     _load_all()
     try:
         privileges.drop(arguments.uid, arguments.gid)

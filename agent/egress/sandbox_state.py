@@ -13,7 +13,7 @@ from agent.egress.dns_pins import DnsPins
 from agent.egress.report import Reporter
 
 
-class Connection(Protocol):
+class OpenConnection(Protocol):
     """Open connection of a sandbox, ended when a new policy forbids it."""
 
     def recheck(self) -> Reason | None:
@@ -42,7 +42,7 @@ class SandboxState:
     secrets: tuple[Secret, ...] = ()
     ca: LocalCa | None = None
     pins: DnsPins = field(default_factory=DnsPins)
-    connections: set[Connection] = field(default_factory=set)
+    connections: set[OpenConnection] = field(default_factory=set)
 
     def deny(self, reason: Reason, host: str, port: int, protocol: str) -> None:
         """Count a denial. `protocol` is dns, tls, http or tcp."""

@@ -14,7 +14,7 @@ from agent.common.config.egress import EgressSettings
 from agent.common.policy.policy import Policy
 from agent.common.policy.rules import parse_rules
 from agent.daemon.network.kernel import namespaces
-from agent.daemon.network.kernel.network import KernelNetwork
+from agent.daemon.network.kernel.kernel_network import KernelNetwork
 
 pytestmark = pytest.mark.vm  # root and namespaces, as for those
 

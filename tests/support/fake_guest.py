@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from agent.daemon.guestlink.channel import Channel
 from guest import wire
-from guest.yamux import Session, Stream
+from guest.yamux import Stream, YamuxSession
 
 
 class FakeGuest(asyncio.Protocol):
@@ -18,7 +18,7 @@ class FakeGuest(asyncio.Protocol):
     def __init__(self, on_stream: Callable[[Stream], None] | None = None) -> None:
         self.on_stream = on_stream or (lambda stream: None)
         self.received = bytearray()
-        self.session: Session | None = None
+        self.session: YamuxSession | None = None
         self.closed = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -38,7 +38,7 @@ class FakeGuest(asyncio.Protocol):
             self.answer(nonce)
 
     def answer(self, nonce: bytes) -> None:
-        self.session = Session(client=False, write=self.transport.write, on_stream=self.on_stream)
+        self.session = YamuxSession(client=False, write=self.transport.write, on_stream=self.on_stream)
         self.transport.write(wire.SYNC_REPLY + nonce)
 
 

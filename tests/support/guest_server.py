@@ -16,7 +16,7 @@ from guest.call import Call, CallAbandoned
 from guest.dial import OPS as DIAL_OPS
 from guest.files import OPS as FILE_OPS
 from guest.oom import OomWatcher
-from guest.process import Registry
+from guest.process import ProcessRegistry
 from guest.process_ops import ProcessOps
 from guest.stats import OPS as STATS_OPS
 from guest.wire import CallError, Frame
@@ -106,7 +106,7 @@ def main(kind: str, fd: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans come to us, as they come to PID 1
     os.umask(0o022)
     os.set_inheritable(fd, False)
-    registry = Registry(OomWatcher(os.environ.get("TEST_KMSG", "/dev/null")))
+    registry = ProcessRegistry(OomWatcher(os.environ.get("TEST_KMSG", "/dev/null")))
     processes = ProcessOps(registry)
     processes.ready = True
     handlers = {**processes.handlers(), **FILE_OPS, **DIAL_OPS, **STATS_OPS, **TEST_OPS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from guest import yamux
-from guest.yamux import DATA, Session
+from guest.yamux import DATA, YamuxSession
 
 MIB = 1 << 20
 
@@ -33,7 +33,7 @@ class End:
         self.out = bytearray()
         self.streams: list[yamux.Stream] = []
         self.pongs: list[int] = []
-        self.session = Session(
+        self.session = YamuxSession(
             client=client, write=self.out.extend, on_stream=self.streams.append, max_streams=max_streams
         )
         self.session.on_pong = self.pongs.append

@@ -153,11 +153,13 @@ def _uplink(settings: Settings) -> Check:
 
 def _pools(settings: Settings) -> Check:
     from agent.daemon.network.kernel import pool_users
-    from agent.daemon.network.kernel.pool import Pool
+    from agent.daemon.network.kernel.pool import AddressPool
 
     ranges = f"{settings.egress.pool_ipv4} and {settings.egress.pool_ipv6}"
     try:
-        found = pool_users.find(settings.egress.uplink, Pool(settings.egress.pool_ipv4, settings.egress.pool_ipv6))
+        found = pool_users.find(
+            settings.egress.uplink, AddressPool(settings.egress.pool_ipv4, settings.egress.pool_ipv6)
+        )
     except AgentError as error:
         return Check("address pools", Status.WARN, error.message, "run as root" if os.geteuid() else "")
     if found:

@@ -12,7 +12,7 @@ from agent.cli.formatting import printable
 from agent.cli.transfer.entry import Entry, Kind, copy_name
 from agent.cli.transfer.guest_files import GuestFiles
 from agent.cli.transfer.host_tree import HostTree, Names, names_below, set_metadata
-from agent.cli.transfer.progress import Pool, Transfer
+from agent.cli.transfer.progress import Transfer, WorkerPool
 
 
 async def download(files: GuestFiles, transfer: Transfer, source: bytes, target: str, *, follow: bool) -> None:
@@ -72,7 +72,7 @@ class _TreeDownload:
     async def run(self, root: Entry) -> None:
         if self._names:
             self._make_directory(self._names, root)
-        async with Pool() as pool:
+        async with WorkerPool() as pool:
             async for entry in self._files.walk(self._root):
                 names = (*self._names, *names_below(self._root, entry.path))
                 if entry.kind is Kind.DIRECTORY:

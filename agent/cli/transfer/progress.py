@@ -55,7 +55,7 @@ def _bar() -> Any:
     )  # fmt: skip
 
 
-class Pool:
+class WorkerPool:
     """Runs up to eight copies at a time inside `async with`; the first error cancels the others and is raised."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from agent.cli.errors import CliError
 from agent.cli.formatting import printable
 from agent.cli.transfer.entry import Entry, Kind, copy_name, guest_path, local_entry
 from agent.cli.transfer.guest_files import GuestFiles
-from agent.cli.transfer.progress import Pool, Transfer
+from agent.cli.transfer.progress import Transfer, WorkerPool
 
 _CHUNK_BYTES = 256 << 10
 
@@ -79,7 +79,7 @@ class _TreeUpload:
     async def run(self, root: Entry) -> None:
         self._transfer.expect(sum(entry.size_bytes for entry in _walk(self._root) if entry.kind is Kind.FILE))
         await self._make_directory(self._destination, root)
-        async with Pool() as pool:
+        async with WorkerPool() as pool:
             for entry in _walk(self._root):
                 destination = self._destination.rstrip(b"/") + entry.path[len(self._root.rstrip(b"/")) :]
                 if entry.kind is Kind.DIRECTORY:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from agent.common.errors import GuestUnreachable
-from guest.yamux import Buffer, Session, Stream, YamuxError
+from guest.yamux import Buffer, Stream, YamuxError, YamuxSession
 
 _READ_BYTES = 256 << 10
 _HIGH_WATER_BYTES = 512 << 10
@@ -21,7 +21,7 @@ class LinkProtocol(asyncio.BufferedProtocol):
     """Carries one yamux session; the future `lost` completes with the reason once the link is lost."""
 
     def __init__(self) -> None:
-        self.session = Session(client=True, write=self._write, on_stream=None)
+        self.session = YamuxSession(client=True, write=self._write, on_stream=None)
         self.lost: asyncio.Future[GuestUnreachable] = asyncio.get_running_loop().create_future()
         self.received_bytes = 0
         self._transport: asyncio.Transport | None = None

@@ -27,7 +27,7 @@ from agent.common.telemetry import log, step
 from agent.daemon.network.egress.client import EgressClient, order_digest
 from agent.daemon.network.egress.supervisor import EgressFiles, EgressProcess, ExternalEgress, ManagedEgress
 from agent.daemon.network.kernel import namespaces
-from agent.daemon.network.kernel.network import KernelNetwork
+from agent.daemon.network.kernel.kernel_network import KernelNetwork
 from agent.egress.control_protocol import SOCKETS
 
 

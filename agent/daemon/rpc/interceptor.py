@@ -118,7 +118,7 @@ async def _observed(
                 log.info("audit", who=_who(context), target=target.name, code=code.name, ms=round(seconds * 1000, 2))
 
 
-class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Wraps the handlers of all calls.
 
     :param audit: write a line to the audit log for each call.

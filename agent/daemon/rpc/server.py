@@ -20,7 +20,7 @@ from agent.common.config.settings import Settings
 from agent.common.errors import ConfigError
 from agent.daemon.rpc.auth.certificates import Certificates
 from agent.daemon.rpc.auth.peercred import PeerSocket
-from agent.daemon.rpc.interceptor import Interceptor
+from agent.daemon.rpc.interceptor import CallInterceptor
 from agent.daemon.rpc.services.file_service import FileServicer
 from agent.daemon.rpc.services.network_service import NetworkServicer
 from agent.daemon.rpc.services.node_service import ImageServicer, NodeServicer
@@ -77,7 +77,7 @@ class ApiServer:
         self._certificates = Certificates(settings.api)
         self.sandboxes = sandboxes
         self._paths = Paths.of(settings)
-        self._server = grpc.aio.server(interceptors=[Interceptor(audit=settings.log.audit)], options=_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[CallInterceptor(audit=settings.log.audit)], options=_OPTIONS)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self.tcp_port = 0
         self._peers = PeerSocket(

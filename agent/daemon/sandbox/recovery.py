@@ -16,7 +16,7 @@ from agent.common.errors import AgentError
 from agent.common.model import State, is_sandbox_id
 from agent.common.telemetry import RECOVERED, log
 from agent.daemon.sandbox.lifecycle import expiry
-from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxEntry, SandboxRegistry
 from agent.daemon.sandbox.lifecycle.watch import Monitor
 from agent.daemon.sandbox.machine import machine, resources
 from agent.daemon.sandbox.machine.host_services import HostServices
@@ -37,7 +37,7 @@ class Recovery:
     """
 
     def __init__(
-        self, host: HostServices, store: Store, registry: Registry, monitor: Monitor, templates: Templates | None
+        self, host: HostServices, store: Store, registry: SandboxRegistry, monitor: Monitor, templates: Templates | None
     ) -> None:
         self._host = host
         self._store = store
@@ -146,9 +146,9 @@ class Recovery:
             if vm is not None:
                 await vm.stop()
 
-    def _register(self, record: Record, adopted: Machine | None) -> Entry:
+    def _register(self, record: Record, adopted: Machine | None) -> SandboxEntry:
         self._host.uids.reserve_existing(record.uid)
-        entry = Entry(record, adopted)
+        entry = SandboxEntry(record, adopted)
         self._registry.add(entry)
         self._registry.publish(EventType.UPDATED, entry)
         return entry

@@ -19,7 +19,7 @@ from agent.daemon.sandbox.lifecycle.expiry import Expiry
 from agent.daemon.sandbox.lifecycle.fork import Forker
 from agent.daemon.sandbox.lifecycle.pause import Pauser
 from agent.daemon.sandbox.lifecycle.policy_change import PolicyChange
-from agent.daemon.sandbox.lifecycle.registry import Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxRegistry
 from agent.daemon.sandbox.lifecycle.transition import Transitions
 from agent.daemon.sandbox.lifecycle.update import Updater
 from agent.daemon.sandbox.lifecycle.watch import Monitor
@@ -51,7 +51,7 @@ class SandboxService:
     images: ImageStore
     templates: Templates | None
     node: Node
-    registry: Registry
+    registry: SandboxRegistry
     admission: Admission
     creator: Creator
     deleter: Deleter
@@ -75,7 +75,7 @@ class SandboxService:
     ) -> SandboxService:
         """Build a service and its parts; no sandbox is known before `recovery.run`."""
         settings = host.settings
-        registry = Registry(events)
+        registry = SandboxRegistry(events)
         admission = Admission(settings.node, node, registry.reserved)
         registry.on_change.add(admission.wake_first)
         monitor = Monitor(settings.sandbox, host.cgroups, store, registry)
@@ -106,7 +106,7 @@ class SandboxService:
     # -- lookup --------------------------------------------------------------------------------------------------------
 
     def get(self, sandbox_id: str) -> Record:
-        """Return a copy of a sandbox's record; see `Registry.get`."""
+        """Return a copy of a sandbox's record; see `SandboxRegistry.get`."""
         return self.registry.get(sandbox_id)
 
     async def inspect(self, sandbox_id: str) -> Record:
@@ -128,11 +128,11 @@ class SandboxService:
         return self.registry.watch(wanted)
 
     def running(self, sandbox_id: str) -> Machine:
-        """Return the machine of a running sandbox; see `Registry.running`."""
+        """Return the machine of a running sandbox; see `SandboxRegistry.running`."""
         return self.registry.running(sandbox_id)
 
     def channel(self, sandbox_id: str) -> Channel:
-        """Return the link to the guest of a running sandbox; see `Registry.running`."""
+        """Return the link to the guest of a running sandbox; see `SandboxRegistry.running`."""
         return self.registry.running(sandbox_id).channel
 
     def console(self, sandbox_id: str, limit_bytes: int) -> bytes:

@@ -30,7 +30,7 @@ _SUPPORTED = (_H2, _HTTP1)
 Dial = Callable[[Policy, Sequence[Address], int], Awaitable[socket.socket]]
 
 
-class Interceptor:
+class HttpInterceptor:
     """Interceptor of connections of all sandboxes.
 
     :param dial: connects to servers, as `agent.egress.transport.dial.dial`.

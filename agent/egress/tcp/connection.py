@@ -13,7 +13,7 @@ from agent.common.aio import cancel_and_wait
 from agent.common.policy.addresses import Address
 from agent.common.policy.reasons import Reason
 from agent.egress.dns.resolver import Resolver
-from agent.egress.http.intercept import Interceptor
+from agent.egress.http.intercept import HttpInterceptor
 from agent.egress.http.request_policy import RequestPolicy, Target
 from agent.egress.sandbox_state import Denied, SandboxState
 from agent.egress.tcp import peek, sniff
@@ -38,11 +38,11 @@ class Dependencies:
 
     resolver: Resolver
     splice_relay: SpliceRelay
-    interceptor: Interceptor
+    interceptor: HttpInterceptor
 
 
 class TcpConnection:
-    """A connection from accept to close; see `agent.egress.sandbox_state.Connection`."""
+    """A connection from accept to close; see `agent.egress.sandbox_state.OpenConnection`."""
 
     def __init__(
         self, sandbox: SandboxState, dependencies: Dependencies, client: socket.socket, address: Address, port: int
@@ -59,13 +59,13 @@ class TcpConnection:
     # -- changes of the policy -----------------------------------------------------------------------------------------
 
     def recheck(self) -> Reason | None:
-        """See `agent.egress.sandbox_state.Connection`."""
+        """See `agent.egress.sandbox_state.OpenConnection`."""
         # A connection without authorizations has not evaluated the policy yet.
         refusals = (authorization.denial_reason(self._sandbox) for authorization in self._authorizations)
         return next((reason for reason in refusals if reason is not None), None)
 
     def abort(self) -> None:
-        """See `agent.egress.sandbox_state.Connection`."""
+        """See `agent.egress.sandbox_state.OpenConnection`."""
         if self._relayed is not None:
             self._relayed.abort()
         elif self._task is not None:

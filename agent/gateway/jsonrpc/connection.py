@@ -24,7 +24,7 @@ _CLOSE_GOING_AWAY = 1001
 _MAX_REASON_BYTES = 120  # of a close frame, RFC 6455, 5.5
 
 
-class Connection:
+class RpcConnection:
     """One client's socket to one sandbox. Resources and tasks of its calls end with it.
 
     :param is_python: the client is the Python SDK, whose protocol differs in places.

@@ -13,7 +13,7 @@ import msgspec
 
 from agent.common.telemetry import log, tracer
 from agent.gateway.errors import CallError, call_error_from_rpc
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.jsonrpc.messages import (
     INTERNAL_ERROR,
     INVALID_PARAMS,
@@ -26,7 +26,7 @@ from agent.gateway.jsonrpc.stream_table import call_answered
 from agent.gateway.metrics import CALL_SECONDS, CALLS_OPEN
 
 # Takes the parameters in the type of the method's table row; returns the value of "ok", which must encode to JSON.
-Handler = Callable[[Connection, Any], Coroutine[Any, Any, object]]
+Handler = Callable[[RpcConnection, Any], Coroutine[Any, Any, object]]
 
 
 class Method(NamedTuple):
@@ -39,7 +39,7 @@ class Method(NamedTuple):
 MethodTable = Mapping[str, Method]
 
 
-async def run_call(connection: Connection, methods: MethodTable, message: Message) -> None:
+async def run_call(connection: RpcConnection, methods: MethodTable, message: Message) -> None:
     """Run one call and answer it; no exception of a handler leaves this function."""
     start = time.perf_counter()
     label, outcome = message.method if message.method in methods else "unknown", "ok"
@@ -55,7 +55,7 @@ async def run_call(connection: Connection, methods: MethodTable, message: Messag
         CALL_SECONDS.labels(label, outcome).observe(time.perf_counter() - start)
 
 
-async def _run(connection: Connection, methods: MethodTable, message: Message) -> str:
+async def _run(connection: RpcConnection, methods: MethodTable, message: Message) -> str:
     """Run a call and answer it; return its outcome for the metrics."""
     request_id, method = message.id, methods.get(message.method)
     assert request_id is not None
@@ -84,7 +84,7 @@ async def _run(connection: Connection, methods: MethodTable, message: Message) -
     return "error" if "error" in result else "ok"
 
 
-async def _call(connection: Connection, handler: Handler, params: Params) -> object:
+async def _call(connection: RpcConnection, handler: Handler, params: Params) -> object:
     abort_id: int | None = getattr(params, "abort_id", None)
     work = handler(connection, params)
     return await (work if abort_id is None else connection.run_abortable(abort_id, work))

@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import WSMsgType, web
 
 from agent.common.telemetry import log
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.jsonrpc.dispatch import MethodTable, run_call
 from agent.gateway.jsonrpc.messages import (
     INVALID_REQUEST,
@@ -39,7 +39,7 @@ class ConnectionServer:
     """Reads the messages of one connection and runs its calls."""
 
     def __init__(
-        self, ws: web.WebSocketResponse, connection: Connection, methods: MethodTable, limits: ConnectionLimits
+        self, ws: web.WebSocketResponse, connection: RpcConnection, methods: MethodTable, limits: ConnectionLimits
     ) -> None:
         self._ws = ws
         self._connection = connection

@@ -10,7 +10,7 @@ from opentelemetry import trace
 
 from agent.common.aio import cancel_and_wait
 from agent.common.config.gateway import GatewaySettings
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.jsonrpc.dispatch import MethodTable
 from agent.gateway.jsonrpc.server import ConnectionLimits, ConnectionServer
 from agent.gateway.metrics import CONNECTIONS
@@ -30,7 +30,7 @@ class WebSockets:
         self._settings = settings
         self._sandboxes = sandboxes
         self._methods = methods
-        self._open: set[Connection] = set()
+        self._open: set[RpcConnection] = set()
 
     def routes(self) -> list[web.RouteDef]:
         """Return the route table."""
@@ -89,7 +89,7 @@ class WebSockets:
     async def _serve(self, request: web.Request, ws: web.WebSocketResponse, session: Session) -> None:
         limits = ConnectionLimits(self._settings.max_message_bytes, self._settings.spool_bytes)
         is_python = "websockets/" in request.headers.get("User-Agent", "")
-        connection = Connection(ws, session, is_python=is_python)
+        connection = RpcConnection(ws, session, is_python=is_python)
         self._open.add(connection)
         session.connections.add(connection)
         try:

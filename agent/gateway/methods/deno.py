@@ -15,7 +15,7 @@ import grpc
 from agent.common.api_client import reason_of
 from agent.gateway.errors import CallError, process_gone
 from agent.gateway.jsonrpc.child_process import ChildProcess
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.jsonrpc.messages import notification
 from agent.gateway.methods.files import file_fields, make_temp
 from agent.gateway.methods.network import wait_for_listener
@@ -41,7 +41,7 @@ _VSCODE_SETTINGS = ".local/share/code-server/User/settings.json"
 # -- programs ----------------------------------------------------------------------------------------------------------
 
 
-async def spawn_deno(connection: Connection, params: process_params.SpawnDeno) -> object:
+async def spawn_deno(connection: RpcConnection, params: process_params.SpawnDeno) -> object:
     """Run a program, given as a file or as source code."""
     folder = ""
     if params.entrypoint is not None:
@@ -68,7 +68,7 @@ def _watch_options(watch: bool | list[str] | None) -> list[str]:
     return [f"--watch={paths}" if paths else "--watch", "--no-clear-screen"]
 
 
-async def _write_text(connection: Connection, path: str, text: str) -> None:
+async def _write_text(connection: RpcConnection, path: str, text: str) -> None:
     opening = file_pb2.WriteFileRequest.Open(**file_fields(connection), path=path, make_parents=True)
     requests = [file_pb2.WriteFileRequest(open=opening)]
     data = text.encode()
@@ -77,7 +77,7 @@ async def _write_text(connection: Connection, path: str, text: str) -> None:
     await connection.session.api.files.WriteFile(iter(requests))
 
 
-def _restart_notifier(connection: Connection, watcher: str) -> Callable[[bytes], None]:
+def _restart_notifier(connection: RpcConnection, watcher: str) -> Callable[[bytes], None]:
     """Return a function that takes pieces of stderr, and notifies the client of each restart of the program."""
     tail = b""
 
@@ -92,14 +92,14 @@ def _restart_notifier(connection: Connection, watcher: str) -> Callable[[bytes],
     return search
 
 
-async def _remove_after(connection: Connection, child: ChildProcess, folder: str) -> None:
+async def _remove_after(connection: RpcConnection, child: ChildProcess, folder: str) -> None:
     with contextlib.suppress(CallError, grpc.aio.AioRpcError, asyncio.CancelledError):
         await asyncio.shield(child.exit)
         request = file_pb2.RemoveRequest(**file_fields(connection), path=folder, recursive=True)
         await connection.session.api.files.Remove(request)
 
 
-async def http_wait(connection: Connection, params: process_params.Pid) -> object:
+async def http_wait(connection: RpcConnection, params: process_params.Pid) -> object:
     """Wait until a program listens on a port; return false if it exits first."""
     session = connection.session
     if params.pid in session.repls:  # the SDKs call this for each REPL, which is not a server
@@ -111,7 +111,7 @@ async def http_wait(connection: Connection, params: process_params.Pid) -> objec
 # -- REPLs -------------------------------------------------------------------------------------------------------------
 
 
-async def spawn_repl(connection: Connection, params: process_params.SpawnRepl) -> object:
+async def spawn_repl(connection: RpcConnection, params: process_params.SpawnRepl) -> object:
     """Start a REPL."""
     session = connection.session
     script_args = ["--", *params.script_args] if params.script_args else []
@@ -133,24 +133,24 @@ async def _close_after(session: Session, child: ChildProcess, repl: GuestRepl) -
             del session.repls[child.pid]
 
 
-def _repl(connection: Connection, pid: int) -> GuestRepl:
+def _repl(connection: RpcConnection, pid: int) -> GuestRepl:
     repl = connection.session.repls.get(pid)
     if repl is None:
         raise process_gone(pid)
     return repl
 
 
-async def repl_eval(connection: Connection, params: process_params.ReplEval) -> object:
+async def repl_eval(connection: RpcConnection, params: process_params.ReplEval) -> object:
     """Evaluate a snippet and return its value."""
     return await _repl(connection, params.pid).evaluate(params.code)
 
 
-async def repl_call(connection: Connection, params: process_params.ReplCall) -> object:
+async def repl_call(connection: RpcConnection, params: process_params.ReplCall) -> object:
     """Call a function and return its result."""
     return await _repl(connection, params.pid).call(params.fn, params.args)
 
 
-async def repl_close(connection: Connection, params: process_params.Pid) -> object:
+async def repl_close(connection: RpcConnection, params: process_params.Pid) -> object:
     """Ask a REPL to exit; kill one that is still busy after 2 s."""
     await _repl(connection, params.pid).exit()
     try:
@@ -165,7 +165,7 @@ async def repl_close(connection: Connection, params: process_params.Pid) -> obje
 # -- VS Code -----------------------------------------------------------------------------------------------------------
 
 
-async def vscode(connection: Connection, params: process_params.Vscode) -> object:
+async def vscode(connection: RpcConnection, params: process_params.Vscode) -> object:
     """Start code-server, if the image has it."""
     port = secrets.choice(_VSCODE_PORTS)
     argv = [

@@ -12,7 +12,7 @@ import grpc
 from agent.common.aio import cancel_and_wait
 from agent.common.api_client import is_cut_off, opened
 from agent.gateway.errors import CallError
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.jsonrpc.streams import InboundStream
 from agent.gateway.methods.files import apply_umask, file_fields
 from agent.gateway.methods.params import path_params
@@ -22,28 +22,28 @@ _WRITE_BYTES = 256 << 10
 _FILE_MODE = 0o666
 
 
-async def _contents(connection: Connection, path: str) -> bytes:
+async def _contents(connection: RpcConnection, path: str) -> bytes:
     request = pb.ReadFileRequest(**file_fields(connection), path=path)
     return b"".join([piece.data async for piece in connection.session.api.files.ReadFile(request)])
 
 
-async def read_file(connection: Connection, params: path_params.Read) -> object:
+async def read_file(connection: RpcConnection, params: path_params.Read) -> object:
     """Return the bytes of a file."""
     return await _contents(connection, params.path)
 
 
-async def read_text_file(connection: Connection, params: path_params.Read) -> object:
+async def read_text_file(connection: RpcConnection, params: path_params.Read) -> object:
     """Return the text of a file; invalid UTF-8 is replaced, as TextDecoder does."""
     return (await _contents(connection, params.path)).decode(errors="replace")
 
 
-async def write_file(connection: Connection, params: path_params.Write) -> object:
+async def write_file(connection: RpcConnection, params: path_params.Write) -> object:
     """Write bytes from the request or from a stream."""
     await _write(connection, params, params.content)
     return None
 
 
-async def write_text_file(connection: Connection, params: path_params.WriteText) -> object:
+async def write_text_file(connection: RpcConnection, params: path_params.WriteText) -> object:
     """Write text from the request or from a stream."""
     await _write(connection, params, None if params.content is None else params.content.encode())
     return None
@@ -59,7 +59,7 @@ def _disposition(options: path_params.WriteOptions) -> tuple[Any, bool]:
 
 
 async def _write(
-    connection: Connection, params: path_params.Write | path_params.WriteText, content: bytes | None
+    connection: RpcConnection, params: path_params.Write | path_params.WriteText, content: bytes | None
 ) -> None:
     options = params.options or path_params.WriteOptions()
     disposition, must_exist = _disposition(options)
@@ -94,7 +94,9 @@ async def stream_pieces(source: InboundStream) -> AsyncIterator[bytes]:
         yield data
 
 
-async def write_stream(connection: Connection, opening: pb.WriteFileRequest.Open, pieces: AsyncIterator[bytes]) -> None:
+async def write_stream(
+    connection: RpcConnection, opening: pb.WriteFileRequest.Open, pieces: AsyncIterator[bytes]
+) -> None:
     """Write a file from pieces.
 
     :raises grpc.aio.AioRpcError: the file cannot be written.

@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.common.model import DEFAULT_USER
 from agent.gateway.errors import CallError
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.methods.file_info import entry_kind, file_info, times
 from agent.gateway.methods.params import path_params
 from sandboxd.v1 import file_pb2 as pb
@@ -16,12 +16,12 @@ from sandboxd.v1 import file_pb2 as pb
 _DIRECTORY_MODE = 0o777
 
 
-def file_fields(connection: Connection) -> dict[str, Any]:
+def file_fields(connection: RpcConnection) -> dict[str, Any]:
     """Return the fields that all file requests of the API have in common."""
     return {"sandbox_id": connection.session.sandbox_id, "user": DEFAULT_USER}
 
 
-def apply_umask(connection: Connection, mode: int | None, default: int) -> int:
+def apply_umask(connection: RpcConnection, mode: int | None, default: int) -> int:
     """Return the permission bits of a new file: `mode`, or `default` if it is None, without the bits of the umask."""
     return (default if mode is None else mode & 0o7777) & ~connection.session.umask
 
@@ -29,20 +29,20 @@ def apply_umask(connection: Connection, mode: int | None, default: int) -> int:
 # -- queries -----------------------------------------------------------------------------------------------------------
 
 
-async def stat_file(connection: Connection, params: path_params.PathOnly) -> object:
+async def stat_file(connection: RpcConnection, params: path_params.PathOnly) -> object:
     """Return metadata of a file; symbolic links are followed."""
     return file_info(
         await connection.session.api.files.Stat(pb.StatRequest(**file_fields(connection), path=params.path))
     )
 
 
-async def lstat_file(connection: Connection, params: path_params.PathOnly) -> object:
+async def lstat_file(connection: RpcConnection, params: path_params.PathOnly) -> object:
     """Return metadata of a file; a symbolic link is not followed."""
     request = pb.StatRequest(**file_fields(connection), path=params.path, no_follow=True)
     return file_info(await connection.session.api.files.Stat(request))
 
 
-async def read_dir(connection: Connection, params: path_params.PathOnly) -> object:
+async def read_dir(connection: RpcConnection, params: path_params.PathOnly) -> object:
     """Return the entries of a directory, unordered."""
     return [
         {"name": posixpath.basename(info.path), **entry_kind(info)}
@@ -50,7 +50,7 @@ async def read_dir(connection: Connection, params: path_params.PathOnly) -> obje
     ]
 
 
-async def list_directory(connection: Connection, path: str) -> AsyncIterator[pb.FileInfo]:
+async def list_directory(connection: RpcConnection, path: str) -> AsyncIterator[pb.FileInfo]:
     """Yield the entries of a directory, unordered.
 
     :raises grpc.aio.AioRpcError: it is not a readable directory.
@@ -61,7 +61,7 @@ async def list_directory(connection: Connection, path: str) -> AsyncIterator[pb.
             yield info
 
 
-async def lstat(connection: Connection, path: str) -> pb.FileInfo:
+async def lstat(connection: RpcConnection, path: str) -> pb.FileInfo:
     """Return metadata of a file without following a symbolic link.
 
     :raises grpc.aio.AioRpcError: it does not exist.
@@ -69,7 +69,7 @@ async def lstat(connection: Connection, path: str) -> pb.FileInfo:
     return await connection.session.api.files.Stat(pb.StatRequest(**file_fields(connection), path=path, no_follow=True))
 
 
-async def real_path(connection: Connection, path: str) -> str:
+async def real_path(connection: RpcConnection, path: str) -> str:
     """Return a path with all symbolic links resolved.
 
     :raises grpc.aio.AioRpcError: it does not exist.
@@ -77,13 +77,13 @@ async def real_path(connection: Connection, path: str) -> str:
     return (await connection.session.api.files.RealPath(pb.RealPathRequest(**file_fields(connection), path=path))).path
 
 
-async def read_link(connection: Connection, params: path_params.PathOnly) -> object:
+async def read_link(connection: RpcConnection, params: path_params.PathOnly) -> object:
     """Return the target of a symbolic link."""
     request = pb.ReadLinkRequest(**file_fields(connection), path=params.path)
     return (await connection.session.api.files.ReadLink(request)).target
 
 
-async def real_path_of(connection: Connection, params: path_params.PathOnly) -> object:
+async def real_path_of(connection: RpcConnection, params: path_params.PathOnly) -> object:
     """Return a path with all symbolic links resolved."""
     return await real_path(connection, params.path)
 
@@ -91,7 +91,7 @@ async def real_path_of(connection: Connection, params: path_params.PathOnly) -> 
 # -- changes -----------------------------------------------------------------------------------------------------------
 
 
-async def remove(connection: Connection, params: path_params.Remove) -> object:
+async def remove(connection: RpcConnection, params: path_params.Remove) -> object:
     """Remove a file or directory."""
     recursive = bool(params.options and params.options.recursive)
     await connection.session.api.files.Remove(
@@ -100,7 +100,7 @@ async def remove(connection: Connection, params: path_params.Remove) -> object:
     return None
 
 
-async def mkdir(connection: Connection, params: path_params.Mkdir) -> object:
+async def mkdir(connection: RpcConnection, params: path_params.Mkdir) -> object:
     """Create a directory."""
     options = params.options or path_params.MkdirOptions()
     mode = apply_umask(connection, options.mode, _DIRECTORY_MODE)
@@ -111,21 +111,21 @@ async def mkdir(connection: Connection, params: path_params.Mkdir) -> object:
     return None
 
 
-async def rename(connection: Connection, params: path_params.Rename) -> object:
+async def rename(connection: RpcConnection, params: path_params.Rename) -> object:
     """Rename a file or directory."""
     request = pb.RenameRequest(**file_fields(connection), path=params.old_path, new_path=params.new_path)
     await connection.session.api.files.Rename(request)
     return None
 
 
-async def chmod(connection: Connection, params: path_params.Chmod) -> object:
+async def chmod(connection: RpcConnection, params: path_params.Chmod) -> object:
     """Set permission bits."""
     request = pb.ChmodRequest(**file_fields(connection), path=params.path, mode=params.mode & 0o7777)
     await connection.session.api.files.Chmod(request)
     return None
 
 
-async def chown(connection: Connection, params: path_params.Chown) -> object:
+async def chown(connection: RpcConnection, params: path_params.Chown) -> object:
     """Set owner and group."""
     request = pb.ChownRequest(**file_fields(connection), path=params.path)
     for name in ("uid", "gid"):
@@ -138,28 +138,28 @@ async def chown(connection: Connection, params: path_params.Chown) -> object:
     return None
 
 
-async def copy_file(connection: Connection, params: path_params.CopyFile) -> object:
+async def copy_file(connection: RpcConnection, params: path_params.CopyFile) -> object:
     """Copy contents and permission bits."""
     request = pb.CopyRequest(**file_fields(connection), path=params.from_path, new_path=params.to_path)
     await connection.session.api.files.Copy(request)
     return None
 
 
-async def link(connection: Connection, params: path_params.MakeLink) -> object:
+async def link(connection: RpcConnection, params: path_params.MakeLink) -> object:
     """Create a hard link."""
     request = pb.LinkRequest(**file_fields(connection), path=params.target, new_path=params.path)
     await connection.session.api.files.Link(request)
     return None
 
 
-async def symlink(connection: Connection, params: path_params.MakeLink) -> object:
+async def symlink(connection: RpcConnection, params: path_params.MakeLink) -> object:
     """Create a symbolic link."""
     request = pb.SymlinkRequest(**file_fields(connection), target=params.target, new_path=params.path)
     await connection.session.api.files.Symlink(request)
     return None
 
 
-async def make_temp(connection: Connection, options: path_params.TempOptions | None, *, directory: bool) -> str:
+async def make_temp(connection: RpcConnection, options: path_params.TempOptions | None, *, directory: bool) -> str:
     """Create a temporary file or directory and return its path.
 
     :raises grpc.aio.AioRpcError: it cannot be created.
@@ -172,24 +172,24 @@ async def make_temp(connection: Connection, options: path_params.TempOptions | N
     return (await connection.session.api.files.MakeTemp(request)).path
 
 
-async def make_temp_dir(connection: Connection, params: path_params.Temp) -> object:
+async def make_temp_dir(connection: RpcConnection, params: path_params.Temp) -> object:
     """Create a temporary directory."""
     return await make_temp(connection, params.options, directory=True)
 
 
-async def make_temp_file(connection: Connection, params: path_params.Temp) -> object:
+async def make_temp_file(connection: RpcConnection, params: path_params.Temp) -> object:
     """Create a temporary file."""
     return await make_temp(connection, params.options, directory=False)
 
 
-async def truncate(connection: Connection, params: path_params.Truncate) -> object:
+async def truncate(connection: RpcConnection, params: path_params.Truncate) -> object:
     """Set a file's size."""
     request = pb.TruncateRequest(**file_fields(connection), path=params.name, size_bytes=params.length or 0)
     await connection.session.api.files.Truncate(request)
     return None
 
 
-async def umask(connection: Connection, params: path_params.Umask) -> object:
+async def umask(connection: RpcConnection, params: path_params.Umask) -> object:
     """Set the session's umask, if one is given; return the previous one."""
     before = connection.session.umask
     if params.mask is not None:
@@ -197,7 +197,7 @@ async def umask(connection: Connection, params: path_params.Umask) -> object:
     return before
 
 
-async def utime(connection: Connection, params: path_params.Utime) -> object:
+async def utime(connection: RpcConnection, params: path_params.Utime) -> object:
     """Set access and modification time."""
     request = pb.SetTimesRequest(**file_fields(connection), path=params.path, **times(params.atime, params.mtime))
     await connection.session.api.files.SetTimes(request)

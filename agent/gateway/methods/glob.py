@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import grpc
 
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.methods import patterns
 from agent.gateway.methods.files import lstat, real_path
 from agent.gateway.methods.params import path_params
@@ -20,7 +20,7 @@ _GLOB_CHARACTERS = frozenset("*?[{(")
 
 @dataclass(frozen=True)
 class _GlobSearch:
-    connection: Connection
+    connection: RpcConnection
     options: WalkFilter
     globstar: bool
     compile: Callable[[str], Matcher]
@@ -49,7 +49,7 @@ class _GlobSearch:
 
 
 async def _expand(
-    connection: Connection, params: path_params.Glob, options: path_params.GlobOptions
+    connection: RpcConnection, params: path_params.Glob, options: path_params.GlobOptions
 ) -> AsyncIterator[Entry]:
     """Yield the entries that match a glob, ordered by path."""
     root = await real_path(connection, options.root or ".")
@@ -72,7 +72,7 @@ async def _expand(
             yield entry
 
 
-def _search(connection: Connection, root: str, options: path_params.GlobOptions) -> _GlobSearch:
+def _search(connection: RpcConnection, root: str, options: path_params.GlobOptions) -> _GlobSearch:
     flags = {
         "extended": value_or(options.extended, True), "globstar": value_or(options.globstar, True),
         "case_insensitive": value_or(options.case_insensitive, False),
@@ -97,6 +97,6 @@ def _literal_start(root: str, glob: str) -> tuple[str, list[str]]:
     return start, segments
 
 
-async def expand_glob(connection: Connection, params: path_params.Glob) -> object:
+async def expand_glob(connection: RpcConnection, params: path_params.Glob) -> object:
     """Return the entries that match a glob."""
     return await deliver_entries(connection, _expand(connection, params, params.options or params))

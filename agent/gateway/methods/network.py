@@ -10,7 +10,7 @@ import httpcore
 
 from agent.common.api_client import reason_of
 from agent.gateway.errors import CallError, process_gone
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.jsonrpc.streams import OutboundStream
 from agent.gateway.methods import http_client
 from agent.gateway.methods.file_io import stream_pieces
@@ -39,7 +39,7 @@ async def wait_for_listener(session: Session, pid: int) -> network_pb2.Listener 
         raise
 
 
-async def expose_http(connection: Connection, params: network_params.Expose) -> object:
+async def expose_http(connection: RpcConnection, params: network_params.Expose) -> object:
     """Set the target of a domain that REST has reserved: a port, or the listening port of a process."""
     session = connection.session
     if params.port is not None:
@@ -52,7 +52,7 @@ async def expose_http(connection: Connection, params: network_params.Expose) -> 
     return None
 
 
-async def fetch(connection: Connection, params: network_params.Fetch) -> object:
+async def fetch(connection: RpcConnection, params: network_params.Fetch) -> object:
     """Send an HTTP request and return the head of the response; the body is a stream."""
     http_client.parse_target(params.url)
     session = connection.session
@@ -77,7 +77,7 @@ async def fetch(connection: Connection, params: network_params.Fetch) -> object:
 
 
 async def _relay_body(
-    connection: Connection, response: httpcore.Response, stream: OutboundStream, stack: contextlib.AsyncExitStack
+    connection: RpcConnection, response: httpcore.Response, stream: OutboundStream, stack: contextlib.AsyncExitStack
 ) -> None:
     async with stack:
         try:

@@ -16,7 +16,7 @@ from agent.common.api_client import opened, reason_of
 from agent.common.model import DEFAULT_USER
 from agent.gateway.errors import CallError, call_error_from_rpc, process_gone
 from agent.gateway.jsonrpc.child_process import ChildProcess
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.methods.params import process_params
 from agent.gateway.methods.params.common import NoParams
 from agent.gateway.sandboxes.session import Session
@@ -27,7 +27,7 @@ _SIGNAL_EXIT_BASE = 128  # exit code of a process that a signal ended, as in she
 
 
 async def start_process(
-    connection: Connection,
+    connection: RpcConnection,
     argv: list[str],
     params: process_params.StartProcess,
     *,
@@ -65,7 +65,7 @@ async def start_process(
     return child
 
 
-async def _relay(connection: Connection, child: ChildProcess, stdin_stream_id: int | None) -> None:
+async def _relay(connection: RpcConnection, child: ChildProcess, stdin_stream_id: int | None) -> None:
     input_task = None
     if stdin_stream_id is not None:
         input_task = asyncio.create_task(_relay_input(connection, child, stdin_stream_id))
@@ -85,12 +85,12 @@ async def _relay(connection: Connection, child: ChildProcess, stdin_stream_id: i
             await child.fail(CallError("Error", "the sandbox did not report how the process ended"))
 
 
-async def _relay_input(connection: Connection, child: ChildProcess, stream_id: int) -> None:
+async def _relay_input(connection: RpcConnection, child: ChildProcess, stream_id: int) -> None:
     async with connection.streams.inbound(stream_id) as source:
         await child.relay_input(source)
 
 
-async def spawn(connection: Connection, params: process_params.Spawn) -> object:
+async def spawn(connection: RpcConnection, params: process_params.Spawn) -> object:
     """Start a program."""
     return (await start_process(connection, [params.command, *(params.args or [])], params)).to_json()
 
@@ -104,7 +104,7 @@ def exit_status(ended: pb.Exit) -> dict[str, object]:
     }  # fmt: skip
 
 
-async def wait_for_exit(connection: Connection, pid: int) -> pb.Exit:
+async def wait_for_exit(connection: RpcConnection, pid: int) -> pb.Exit:
     """Wait until a process exits, and return how; also for a process that has exited already.
 
     :raises CallError: there is no such process, or its exit is unknown.
@@ -121,7 +121,7 @@ async def wait_for_exit(connection: Connection, pid: int) -> pb.Exit:
         raise _process_error(error, pid) from error
 
 
-async def wait(connection: Connection, params: process_params.Pid) -> object:
+async def wait(connection: RpcConnection, params: process_params.Pid) -> object:
     """Wait until a process exits, and return its exit status."""
     return exit_status(await wait_for_exit(connection, params.pid))
 
@@ -144,13 +144,13 @@ def _process_error(error: grpc.aio.AioRpcError, pid: int) -> CallError:
     return process_gone(pid) if missing or reason_of(error) == "PROCESS_EXITED" else call_error_from_rpc(error)
 
 
-async def kill(connection: Connection, params: process_params.Kill) -> object:
+async def kill(connection: RpcConnection, params: process_params.Kill) -> object:
     """Send a signal to a process, SIGTERM by default."""
     await send_signal(connection.session, params.pid, params.signal or "SIGTERM")
     return None
 
 
-async def abort(connection: Connection, params: process_params.Abort) -> object:
+async def abort(connection: RpcConnection, params: process_params.Abort) -> object:
     """End the running call with this abort id."""
     connection.abort(params.target)
     return None
@@ -159,22 +159,22 @@ async def abort(connection: Connection, params: process_params.Abort) -> object:
 # -- environment -------------------------------------------------------------------------------------------------------
 
 
-async def _variables(connection: Connection) -> dict[str, str]:
+async def _variables(connection: RpcConnection) -> dict[str, str]:
     request = pb.GetEnvironmentRequest(sandbox_id=connection.session.sandbox_id, user=DEFAULT_USER)
     return dict((await connection.session.api.processes.GetEnvironment(request)).variables)
 
 
-async def env_get(connection: Connection, params: process_params.EnvKey) -> object:
+async def env_get(connection: RpcConnection, params: process_params.EnvKey) -> object:
     """Return the value of a variable, or null."""
     return (await _variables(connection)).get(params.key)
 
 
-async def env_to_object(connection: Connection, params: NoParams) -> object:  # noqa: ARG001  of all handlers
+async def env_to_object(connection: RpcConnection, params: NoParams) -> object:  # noqa: ARG001  of all handlers
     """Return all variables."""
     return await _variables(connection)
 
 
-async def env_set(connection: Connection, params: process_params.EnvKeyValue) -> object:
+async def env_set(connection: RpcConnection, params: process_params.EnvKeyValue) -> object:
     """Set a variable."""
     sandbox_id, variables = connection.session.sandbox_id, {params.key: params.value}
     request = pb.UpdateEnvironmentRequest(sandbox_id=sandbox_id, set=variables)
@@ -182,7 +182,7 @@ async def env_set(connection: Connection, params: process_params.EnvKeyValue) ->
     return None
 
 
-async def env_delete(connection: Connection, params: process_params.EnvKey) -> object:
+async def env_delete(connection: RpcConnection, params: process_params.EnvKey) -> object:
     """Remove a variable."""
     request = pb.UpdateEnvironmentRequest(sandbox_id=connection.session.sandbox_id, remove=[params.key])
     await connection.session.api.processes.UpdateEnvironment(request)

@@ -11,7 +11,7 @@ import grpc
 import msgspec
 
 from agent.gateway.errors import CallError, call_error_from_rpc
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.methods import patterns
 from agent.gateway.methods.file_info import entry_kind
 from agent.gateway.methods.files import list_directory, lstat, real_path
@@ -58,7 +58,7 @@ def make_entry(path: str, info: pb.FileInfo) -> Entry:
     return {"path": path, "name": posixpath.basename(path) or path, **entry_kind(info)}
 
 
-async def walk_tree(connection: Connection, root: str, options: WalkFilter, depth: int = 0) -> AsyncIterator[Entry]:
+async def walk_tree(connection: RpcConnection, root: str, options: WalkFilter, depth: int = 0) -> AsyncIterator[Entry]:
     """Yield the root and the entries below it, parents first.
 
     :raises grpc.aio.AioRpcError: a directory cannot be read.
@@ -112,14 +112,14 @@ def _filter(options: path_params.WalkOptions) -> WalkFilter:
     )  # fmt: skip
 
 
-async def walk(connection: Connection, params: path_params.Walk) -> object:
+async def walk(connection: RpcConnection, params: path_params.Walk) -> object:
     """Return the entries of a tree."""
     options = _filter(params.options or params)
     await lstat(connection, params.path)  # a missing root fails the call instead of the stream
     return await deliver_entries(connection, walk_tree(connection, params.path, options))
 
 
-async def deliver_entries(connection: Connection, entries: AsyncIterator[Entry]) -> object:
+async def deliver_entries(connection: RpcConnection, entries: AsyncIterator[Entry]) -> object:
     """Return the result of a walk: for JavaScript a stream of JSON documents, for Python a list."""
     if connection.is_python:
         return [entry async for entry in entries]

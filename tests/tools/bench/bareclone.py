@@ -36,7 +36,7 @@ from agent.daemon.vmm.driver import VmSpec
 from agent.daemon.vmm.qemu.qemu_args import device_args, machine_args
 from guest import wire
 from guest.wire import Frame, FrameReader
-from guest.yamux import Session
+from guest.yamux import YamuxSession
 from tests.support import leaks
 from tests.support.daemon import Daemon
 from tests.tools.bench.qmp import Qmp
@@ -56,7 +56,7 @@ class _Guest:
         received = bytearray()
         while wire.find_sync(received, wire.SYNC_REPLY) != nonce:
             received += sock.recv(1 << 16)
-        self._session = Session(client=True, write=sock.sendall, on_stream=None)
+        self._session = YamuxSession(client=True, write=sock.sendall, on_stream=None)
 
     def call(self, op: str, until: int, **fields: object) -> bytes:
         """Returns the first frame of the kind `until`."""

@@ -20,7 +20,7 @@ from agent.cli.transfer.entry import Entry, Kind, copy_name, local_entry
 from agent.cli.transfer.guest_files import GuestFiles
 from agent.cli.transfer.guest_shell import escaped
 from agent.cli.transfer.host_tree import HostTree, names_below
-from agent.cli.transfer.progress import Pool, Transfer
+from agent.cli.transfer.progress import Transfer, WorkerPool
 from agent.cli.transfer.upload import upload
 from agent.common.api_client import api_over
 from sandboxd.v1 import file_pb2 as pb
@@ -266,7 +266,7 @@ async def test_the_first_error_of_a_pool_is_raised_as_itself() -> None:
         raise CliError("first")
 
     async def fill() -> None:
-        async with Pool() as pool:
+        async with WorkerPool() as pool:
             for _ in range(20):
                 await pool.start(fail)
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from aiohttp import WSMessage, WSMsgType
 
 from agent.gateway.errors import CallError
-from agent.gateway.jsonrpc.connection import Connection
+from agent.gateway.jsonrpc.connection import RpcConnection
 from agent.gateway.jsonrpc.dispatch import Method
 from agent.gateway.jsonrpc.messages import Params
 from agent.gateway.jsonrpc.server import ConnectionLimits, ConnectionServer
@@ -62,19 +62,19 @@ class Text(Params):
     abort_id: int | None = None
 
 
-async def echo(connection: Connection, params: Text) -> object:
+async def echo(connection: RpcConnection, params: Text) -> object:
     return params.text
 
 
-async def fail(connection: Connection, params: Text) -> object:
+async def fail(connection: RpcConnection, params: Text) -> object:
     raise CallError("NotFound", params.text, code="ENOENT")
 
 
-async def crash(connection: Connection, params: Text) -> object:
+async def crash(connection: RpcConnection, params: Text) -> object:
     raise ZeroDivisionError
 
 
-async def sleep(connection: Connection, params: Text) -> object:
+async def sleep(connection: RpcConnection, params: Text) -> object:
     await asyncio.Event().wait()
     return None
 
@@ -92,7 +92,7 @@ class Client:
         self.socket = FakeSocket()
         ws = cast("Any", self.socket)
         session = Session(cast("Any", None), "sbx-1", "sbx_loc_1", "acme", cast("Any", None))
-        self.connection = Connection(ws, session, is_python=is_python)
+        self.connection = RpcConnection(ws, session, is_python=is_python)
         self._server = ConnectionServer(ws, self.connection, methods, limits)
 
     async def __aenter__(self) -> Client:

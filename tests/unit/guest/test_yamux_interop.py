@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from agent.daemon.guestlink.protocol import LinkProtocol, set_callbacks
-from guest.yamux import Session, Stream, YamuxError
+from guest.yamux import Stream, YamuxError, YamuxSession
 
 pytestmark = pytest.mark.timeout(30)
 SOURCE = Path(__file__).parents[2] / "support" / "interop" / "yamux_peer.go"
@@ -55,7 +55,7 @@ class EchoServer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self.session = Session(client=False, write=transport.write, on_stream=self.accept)
+        self.session = YamuxSession(client=False, write=transport.write, on_stream=self.accept)
 
     def data_received(self, data: bytes) -> None:
         self.session.feed(data)

@@ -53,7 +53,7 @@ def test_a_finished_stream_is_not_opened_again() -> None:
 
 
 def test_a_session_without_a_handler_takes_no_streams() -> None:
-    session = yamux.Session(client=True, write=lambda data: None, on_stream=None)
+    session = yamux.YamuxSession(client=True, write=lambda data: None, on_stream=None)
     with pytest.raises(YamuxError, match="may not open"):
         session.feed(frame(DATA, SYN, 2, 0))
 

@@ -22,7 +22,7 @@ class Pair:
     outer6: IPv6Address
 
 
-class Pool:
+class AddressPool:
     """Allocates slots, the lowest free one first.
 
     :param ipv4: range such as "100.64.0.0/10"; the smaller of both ranges limits the number of slots.

@@ -15,12 +15,12 @@ from typing import Any
 from agent.common.errors import HostError
 from agent.daemon.network.kernel import namespaces, uplink
 from agent.daemon.network.kernel.links import OUTER_PREFIX
-from agent.daemon.network.kernel.pool import Pool
+from agent.daemon.network.kernel.pool import AddressPool
 
 _LOCAL_TABLE = 255  # one route for each address, which is listed itself (rtnetlink(7), RT_TABLE_LOCAL)
 
 
-def find(namespace: str, pool: Pool) -> list[str]:
+def find(namespace: str, pool: AddressPool) -> list[str]:
     """Return a description of each address and route in the pool's ranges that is not a sandbox's.
 
     :param namespace: name of the uplink's namespace; "" for the caller's own.

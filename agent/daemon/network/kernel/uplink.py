@@ -10,13 +10,13 @@ from pathlib import Path
 
 from agent.common.errors import HostError
 from agent.daemon.network.kernel import links, nft
-from agent.daemon.network.kernel.pool import Pool
+from agent.daemon.network.kernel.pool import AddressPool
 
 TABLE = "inet sandboxd"
 _LINKS = '"sbx*"'
 
 
-def render(pool: Pool) -> str:
+def render(pool: AddressPool) -> str:
     """Return the commands that load the table in place of an existing one."""
     neighbours = "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert }"
     return f"""table {TABLE}
@@ -43,7 +43,7 @@ table {TABLE} {{
 """
 
 
-def set_up(pool: Pool) -> None:
+def set_up(pool: AddressPool) -> None:
     """Load the table and enable forwarding; call it in the uplink namespace.
 
     :raises HostError: the kernel refused.

@@ -14,7 +14,7 @@ from agent.daemon.sandbox.capacity.admission import Admission
 from agent.daemon.sandbox.lifecycle import expiry
 from agent.daemon.sandbox.lifecycle.delete import Deleter
 from agent.daemon.sandbox.lifecycle.launch import Launch
-from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxEntry, SandboxRegistry
 from agent.daemon.sandbox.lifecycle.watch import Monitor
 from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.machine.machine import Machine
@@ -41,7 +41,7 @@ class Creator:
         images: ImageStore,
         templates: Templates | None,
         store: Store,
-        registry: Registry,
+        registry: SandboxRegistry,
         admission: Admission,
         monitor: Monitor,
         deleter: Deleter,
@@ -95,7 +95,7 @@ class Creator:
         """Return a digest of secret values, to compare requests of one id: records never hold the values."""
         return self._host.secrets.fingerprint(secret_values) if spec.request_id and secret_values else ""
 
-    def _begin(self, spec: SandboxSpec, secret_values: Mapping[str, str]) -> Entry:
+    def _begin(self, spec: SandboxSpec, secret_values: Mapping[str, str]) -> SandboxEntry:
         image = self.fitting_image(spec)
         record = Record(
             new_sandbox_id(), spec, State.CREATING, time.time(), labels=dict(spec.labels), image_digest=image.digest,
@@ -115,7 +115,7 @@ class Creator:
 
     def begin(
         self, record: Record, store_secrets: Callable[[], Awaitable[None]], make: Callable[[], Awaitable[Machine]]
-    ) -> Entry:
+    ) -> SandboxEntry:
         """Register a new sandbox and start its create; the caller has checked that there is room.
 
         :param store_secrets: stores the values of the sandbox's secrets.
@@ -125,14 +125,14 @@ class Creator:
         if (duration := record.spec.lifetime.duration_s or record.spec.lifetime.lease_s) is not None:
             expiry.live_for(record, duration)
         record.uid = self._host.uids.reserve()
-        entry = Entry(record)
+        entry = SandboxEntry(record)
         self._registry.add(entry)
         self._registry.publish(EventType.CREATED, entry)
         entry.operations.start_create(lambda: self._create(entry, store_secrets, make))
         return entry
 
     async def _create(
-        self, entry: Entry, store_secrets: Callable[[], Awaitable[None]], make: Callable[[], Awaitable[Machine]]
+        self, entry: SandboxEntry, store_secrets: Callable[[], Awaitable[None]], make: Callable[[], Awaitable[Machine]]
     ) -> None:
         record = entry.record
         outcome = "failed"

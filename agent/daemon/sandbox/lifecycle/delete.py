@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from agent.common.errors import AgentError
 from agent.common.model import State
 from agent.common.telemetry import DELETES, log, step
-from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxEntry, SandboxRegistry
 from agent.daemon.sandbox.machine import resources
 from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.state.events import EventType
@@ -19,12 +19,12 @@ from agent.daemon.sandbox.state.store import Store
 class Deleter:
     """Deletes sandboxes, and removes what a failed create left."""
 
-    def __init__(self, host: HostServices, store: Store, registry: Registry) -> None:
+    def __init__(self, host: HostServices, store: Store, registry: SandboxRegistry) -> None:
         self._host = host
         self._store = store
         self._registry = registry
 
-    async def delete(self, entry: Entry, reason: str) -> None:
+    async def delete(self, entry: SandboxEntry, reason: str) -> None:
         """Delete a sandbox and return when nothing of it is left; a delete in progress is awaited.
 
         Cancelling the caller does not stop the delete.
@@ -33,18 +33,18 @@ class Deleter:
         """
         await asyncio.shield(self.start(entry, reason))
 
-    async def delete_all(self, entries: Iterable[Entry], reason: str) -> None:
+    async def delete_all(self, entries: Iterable[SandboxEntry], reason: str) -> None:
         """Delete sandboxes side by side; failures are logged only."""
         await asyncio.gather(*(self.start(entry, reason) for entry in entries), return_exceptions=True)
 
-    def start(self, entry: Entry, reason: str) -> asyncio.Task[None]:
+    def start(self, entry: SandboxEntry, reason: str) -> asyncio.Task[None]:
         """Return the task that deletes a sandbox, started unless there is one.
 
         :param reason: label of metrics, and reason of the event: one of a small fixed set.
         """
         return entry.operations.start_delete(lambda: self._delete(entry, reason))
 
-    async def _delete(self, entry: Entry, reason: str) -> None:
+    async def _delete(self, entry: SandboxEntry, reason: str) -> None:
         with step("delete"):
             await entry.operations.cancel()
             entry.record.state = State.DELETING
@@ -59,14 +59,14 @@ class Deleter:
         DELETES.labels(reason).inc()
         log.info("sandbox deleted", sandbox_id=entry.record.id, reason=reason)
 
-    async def discard(self, entry: Entry, reason: str) -> None:
+    async def discard(self, entry: SandboxEntry, reason: str) -> None:
         """Remove what a failed create left, from the task of that create; a delete meanwhile waits for the removal.
 
         :raises AgentError: a resource could not be removed; the next delete tries again.
         """
         await asyncio.shield(entry.operations.start_delete(lambda: self._remove(entry, reason)))
 
-    async def _remove(self, entry: Entry, reason: str) -> None:
+    async def _remove(self, entry: SandboxEntry, reason: str) -> None:
         """Remove the host resources of a sandbox, then its record: recovery finishes the work after a crash."""
         if entry.machine is not None:
             if (spec := entry.record.spec).root or spec.volumes:

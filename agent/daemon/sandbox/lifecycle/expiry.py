@@ -14,7 +14,7 @@ from agent.common.errors import AgentError
 from agent.common.model import State
 from agent.common.telemetry import log
 from agent.daemon.sandbox.lifecycle.delete import Deleter
-from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxEntry, SandboxRegistry
 from agent.daemon.sandbox.state.events import EventType
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
@@ -41,7 +41,7 @@ def after_reboot(record: Record) -> None:
         record.expire_uptime = uptime_s() + record.expire_time - time.time()
 
 
-def expiry_reason(entry: Entry) -> str:
+def expiry_reason(entry: SandboxEntry) -> str:
     """Return why a sandbox is to be deleted now; "" while it may live on."""
     record, lifetime = entry.record, entry.record.spec.lifetime
     if lifetime.lease_s is not None and record.state is State.CREATING:
@@ -60,7 +60,7 @@ def expiry_reason(entry: Entry) -> str:
 class Expiry:
     """Deletes sandboxes when they expire."""
 
-    def __init__(self, store: Store, registry: Registry, deleter: Deleter) -> None:
+    def __init__(self, store: Store, registry: SandboxRegistry, deleter: Deleter) -> None:
         self._store = store
         self._registry = registry
         self._deleter = deleter
@@ -88,7 +88,7 @@ class Expiry:
             if failures:
                 raise ExceptionGroup("sandboxes cannot be ended", failures)
 
-    async def _follow_clock(self, entry: Entry) -> float:
+    async def _follow_clock(self, entry: SandboxEntry) -> float:
         """Adapt the time of day of a sandbox's expiry after the host's clock was set; return the jump in seconds."""
         record = entry.record
         if record.expire_uptime is None or record.expire_time is None:

@@ -16,7 +16,7 @@ from agent.daemon.host.sparse_copy import copy_sparse
 from agent.daemon.sandbox.capacity.admission import Admission
 from agent.daemon.sandbox.lifecycle.create import Creator, request_id_reused
 from agent.daemon.sandbox.lifecycle.delete import Deleter
-from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxEntry, SandboxRegistry
 from agent.daemon.sandbox.lifecycle.transition import Transitions
 from agent.daemon.sandbox.machine import resources, snapshot
 from agent.daemon.sandbox.machine.host_services import HostServices
@@ -40,7 +40,7 @@ class _Fork:
     :param frozen: done once the children's files are there, or failed with the reason why not.
     """
 
-    parent: Entry
+    parent: SandboxEntry
     image: Image
     directory: Path
     frozen: asyncio.Future[None]
@@ -58,7 +58,7 @@ class Forker:
         host: HostServices,
         images: ImageStore,
         store: Store,
-        registry: Registry,
+        registry: SandboxRegistry,
         admission: Admission,
         creator: Creator,
         deleter: Deleter,
@@ -104,7 +104,7 @@ class Forker:
             raise failed[0]
         return [entry.record.copy() for entry in entries]
 
-    def _find_children(self, parent: Entry, count: int, request_id: str) -> list[Entry]:
+    def _find_children(self, parent: SandboxEntry, count: int, request_id: str) -> list[SandboxEntry]:
         """Return the children of an earlier request with this id.
 
         :raises AlreadyExists: that request had another parent or count.
@@ -116,8 +116,8 @@ class Forker:
         return found
 
     def _begin(
-        self, parent: Entry, count: int, labels: Mapping[str, str], lifetime: Lifetime | None, request_id: str
-    ) -> list[Entry]:
+        self, parent: SandboxEntry, count: int, labels: Mapping[str, str], lifetime: Lifetime | None, request_id: str
+    ) -> list[SandboxEntry]:
         """Register all children, and start to freeze the parent.
 
         :raises ResourceExhausted: the node has no room, or no UID is left for a child.
@@ -130,7 +130,7 @@ class Forker:
         directory = self._host.paths.forks(record.id) / new_sandbox_id()
         fork = _Fork(parent, image, directory, asyncio.get_running_loop().create_future())
         fork.frozen.add_done_callback(lambda done: done.exception())  # retrieved: all children may be gone by then
-        entries: list[Entry] = []
+        entries: list[SandboxEntry] = []
         ready: list[asyncio.Event] = []
         try:
             for number in range(count):
@@ -149,7 +149,7 @@ class Forker:
             raise
         return entries
 
-    def _begin_child(self, fork: _Fork, child: Record) -> tuple[Entry, asyncio.Event]:
+    def _begin_child(self, fork: _Fork, child: Record) -> tuple[SandboxEntry, asyncio.Event]:
         """Start the create of one child; return its entry, and an event set once it waits for the parent or ended."""
         ready = asyncio.Event()
 
@@ -177,7 +177,7 @@ class Forker:
         entry.operations.creating.add_done_callback(lambda _: ready.set())
         return entry, ready
 
-    async def _fork(self, fork: _Fork, children: list[Entry], ready: list[asyncio.Event]) -> None:
+    async def _fork(self, fork: _Fork, children: list[SandboxEntry], ready: list[asyncio.Event]) -> None:
         """Freeze the parent once all children wait for it, and remove the saved memory once all have read it."""
         try:
             try:
@@ -195,7 +195,7 @@ class Forker:
         finally:
             await run_to_completion(asyncio.to_thread(resources.remove_tree, fork.directory))
 
-    async def _freeze(self, parent: Entry, children: list[Record], directory: Path) -> None:
+    async def _freeze(self, parent: SandboxEntry, children: list[Record], directory: Path) -> None:
         """Save the parent's memory and copy its disk for each child while its CPUs are stopped."""
         machine = self._transitions.pausable(parent)
         async with self._transitions.unmonitored(parent, machine):

@@ -12,7 +12,7 @@ from agent.common.errors import AgentError
 from agent.common.model import State
 from agent.common.telemetry import step
 from agent.daemon.sandbox.capacity.admission import Admission
-from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxEntry, SandboxRegistry
 from agent.daemon.sandbox.lifecycle.transition import Transitions
 from agent.daemon.sandbox.lifecycle.watch import Monitor
 from agent.daemon.sandbox.machine import resources, snapshot
@@ -29,7 +29,7 @@ class Pauser:
         self,
         host: HostServices,
         images: ImageStore,
-        registry: Registry,
+        registry: SandboxRegistry,
         admission: Admission,
         monitor: Monitor,
         transitions: Transitions,
@@ -61,12 +61,14 @@ class Pauser:
         """
         return await self._run(sandbox_id, "resume", self._resume)
 
-    async def _run(self, sandbox_id: str, name: str, work: Callable[[Entry], Coroutine[Any, Any, None]]) -> Record:
+    async def _run(
+        self, sandbox_id: str, name: str, work: Callable[[SandboxEntry], Coroutine[Any, Any, None]]
+    ) -> Record:
         entry = self._registry.entry(sandbox_id)
         await entry.operations.run(name, lambda: work(entry))
         return entry.record.copy()
 
-    async def _pause(self, entry: Entry) -> None:
+    async def _pause(self, entry: SandboxEntry) -> None:
         if entry.record.state in (State.PAUSED, State.SUSPENDED):
             return
         machine = self._registry.running(entry.record.id)
@@ -77,7 +79,7 @@ class Pauser:
             with step("pause.record"):
                 await self._transitions.move(entry, State.PAUSED)
 
-    async def _suspend(self, entry: Entry) -> None:
+    async def _suspend(self, entry: SandboxEntry) -> None:
         record = entry.record
         if record.state is State.SUSPENDED:
             return
@@ -99,7 +101,7 @@ class Pauser:
         with step("pause.machine"):
             await machine.release()
 
-    async def _resume(self, entry: Entry) -> None:
+    async def _resume(self, entry: SandboxEntry) -> None:
         record = entry.record
         if record.state is State.RUNNING:
             return
@@ -121,7 +123,7 @@ class Pauser:
         else:
             self._registry.running(record.id)  # raises an error that says why not
 
-    async def _restore(self, entry: Entry, image: Image, saved: Path) -> Machine:
+    async def _restore(self, entry: SandboxEntry, image: Image, saved: Path) -> Machine:
         """Return the machine of a suspended sandbox, its CPUs stopped and its record RUNNING; undo all on failure."""
         record = entry.record
         of_machine = record.token, record.slot, record.rules  # set by `snapshot.restore`
@@ -145,7 +147,7 @@ class Pauser:
             raise
         return machine
 
-    async def _resume_guest(self, entry: Entry, machine: Machine) -> None:
+    async def _resume_guest(self, entry: SandboxEntry, machine: Machine) -> None:
         """Start the CPUs, refresh the guest, and restart the monitor; a guest that does not answer has failed."""
         try:
             with step("resume.guest"):
@@ -159,7 +161,7 @@ class Pauser:
         self._monitor.start(entry)
 
 
-async def _sync_volumes(entry: Entry, machine: Machine) -> None:
+async def _sync_volumes(entry: SandboxEntry, machine: Machine) -> None:
     """Flush the guest's writes to its volumes: these outlive the sandbox, whatever becomes of it."""
     if entry.record.spec.root or entry.record.spec.volumes:
         await machine.sync()

@@ -19,7 +19,7 @@ _NO_RESOURCES = frozenset({State.LOST, State.FAILED, State.SUSPENDED, State.DELE
 
 
 @dataclass(eq=False, slots=True)
-class Entry:
+class SandboxEntry:
     """A sandbox in memory.
 
     :param needs_cleanup: its host resources must be removed by id, since no machine owns all of them.
@@ -42,13 +42,13 @@ class Entry:
         return self.record.state is State.RUNNING and not self.operations.deleting
 
 
-class Registry:
+class SandboxRegistry:
     """All sandboxes of this node. `on_change` has callbacks for every published change."""
 
     def __init__(self, events: Events) -> None:
         self._events = events
-        self._entries: dict[str, Entry] = {}
-        self._by_request: dict[str, Entry] = {}
+        self._entries: dict[str, SandboxEntry] = {}
+        self._by_request: dict[str, SandboxEntry] = {}
         self.on_change: set[Callable[[], None]] = set()
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Registry:
 
     # -- lookup --------------------------------------------------------------------------------------------------------
 
-    def entry(self, sandbox_id: str) -> Entry:
+    def entry(self, sandbox_id: str) -> SandboxEntry:
         """Return the entry of a sandbox.
 
         :raises InvalidSpec: malformed id.
@@ -73,11 +73,11 @@ class Registry:
             )
         return entry
 
-    def by_request(self, request_id: str) -> Entry | None:
+    def by_request(self, request_id: str) -> SandboxEntry | None:
         """Return the sandbox that a create with this request_id made; None for an unknown or empty one."""
         return self._by_request.get(request_id)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[SandboxEntry]:
         """Return all entries, oldest first."""
         return list(self._entries.values())
 
@@ -116,13 +116,13 @@ class Registry:
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: SandboxEntry) -> None:
         """Add a sandbox, under its request_id as well."""
         self._entries[entry.record.id] = entry
         if entry.record.spec.request_id:
             self._by_request[entry.record.spec.request_id] = entry
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, entry: SandboxEntry) -> None:
         """Remove a sandbox. Idempotent."""
         self._entries.pop(entry.record.id, None)
         if self._by_request.get(entry.record.spec.request_id) is entry:
@@ -133,7 +133,7 @@ class Registry:
         self._entries.clear()
         self._by_request.clear()
 
-    def publish(self, kind: EventType, entry: Entry, reason: str = "") -> None:
+    def publish(self, kind: EventType, entry: SandboxEntry, reason: str = "") -> None:
         """Notify watchers and `on_change` of a change, and update the gauge of sandboxes by state."""
         for notify in self.on_change:
             notify()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from agent.common.errors import AgentError
 from agent.common.model import State
 from agent.common.telemetry import log, step
-from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxEntry, SandboxRegistry
 from agent.daemon.sandbox.lifecycle.watch import Monitor
 from agent.daemon.sandbox.machine.machine import Machine
 from agent.daemon.sandbox.state.events import EventType
@@ -20,14 +20,19 @@ from agent.daemon.sandbox.state.store import Store
 class Transitions:
     """What pause, resume and fork share. All methods are called with the lock of the sandbox held."""
 
-    def __init__(self, store: Store, registry: Registry, monitor: Monitor, relink_timeout_s: float) -> None:
+    def __init__(self, store: Store, registry: SandboxRegistry, monitor: Monitor, relink_timeout_s: float) -> None:
         self._store = store
         self._registry = registry
         self._monitor = monitor
         self._relink_timeout_s = relink_timeout_s
 
     async def move(
-        self, entry: Entry, state: State, also: Callable[[Record], None] = lambda _: None, *, durable: bool = False
+        self,
+        entry: SandboxEntry,
+        state: State,
+        also: Callable[[Record], None] = lambda _: None,
+        *,
+        durable: bool = False,
     ) -> None:
         """Store a new state, then apply it in memory and publish it.
 
@@ -45,7 +50,7 @@ class Transitions:
         self._registry.publish(EventType.UPDATED, entry)
         log.info("sandbox state changed", sandbox_id=entry.record.id, state=state.value)
 
-    def pausable(self, entry: Entry) -> Machine:
+    def pausable(self, entry: SandboxEntry) -> Machine:
         """Return the machine of a running or paused sandbox.
 
         :raises InvalidState: the sandbox is neither.
@@ -55,7 +60,7 @@ class Transitions:
         return self._registry.running(entry.record.id)
 
     @contextlib.asynccontextmanager
-    async def unmonitored(self, entry: Entry, machine: Machine) -> AsyncIterator[None]:
+    async def unmonitored(self, entry: SandboxEntry, machine: Machine) -> AsyncIterator[None]:
         """Suspend monitoring while the VM may be paused; on failure resume a running sandbox's VM.
 
         The monitor is restarted afterwards, unless the sandbox was suspended or is being deleted.
@@ -75,7 +80,7 @@ class Transitions:
                 with contextlib.suppress(AgentError):  # at worst the next agent resumes running CPUs
                     await asyncio.shield(self.note_cpus_stopped(entry, stopped=False))
 
-    async def note_cpus_stopped(self, entry: Entry, *, stopped: bool) -> None:
+    async def note_cpus_stopped(self, entry: SandboxEntry, *, stopped: bool) -> None:
         """Store whether the CPUs of a RUNNING sandbox may be stopped, so that the next agent resumes them.
 
         :raises HostError: the write failed.

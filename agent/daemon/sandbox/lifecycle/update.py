@@ -10,7 +10,7 @@ from agent.common.errors import InvalidState
 from agent.common.model import Lifetime
 from agent.daemon.sandbox.lifecycle import expiry, policy_change
 from agent.daemon.sandbox.lifecycle.policy_change import PolicyChange
-from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxEntry, SandboxRegistry
 from agent.daemon.sandbox.machine.host_services import HostServices
 from agent.daemon.sandbox.state.events import EventType
 from agent.daemon.sandbox.state.record import Record
@@ -23,7 +23,7 @@ _NO_CHANGE = PolicyChange()
 class Updater:
     """Changes records of sandboxes, and the policy in force. A change is stored first, or undone."""
 
-    def __init__(self, host: HostServices, store: Store, registry: Registry) -> None:
+    def __init__(self, host: HostServices, store: Store, registry: SandboxRegistry) -> None:
         self._host = host
         self._store = store
         self._registry = registry
@@ -61,7 +61,7 @@ class Updater:
         await entry.operations.run("update", lambda: self._update(entry, edit, policy), exclusive=bool(policy))
         return entry.record.copy()
 
-    async def _update(self, entry: Entry, edit: Callable[[Record], None], policy: PolicyChange) -> None:
+    async def _update(self, entry: SandboxEntry, edit: Callable[[Record], None], policy: PolicyChange) -> None:
         if policy:
             edit(entry.record.copy())  # raises before the network changes
             channel = self._registry.running(entry.record.id).channel

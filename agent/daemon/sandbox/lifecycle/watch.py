@@ -12,7 +12,7 @@ from agent.common.errors import AgentError, VmmError
 from agent.common.model import State
 from agent.common.telemetry import VMM_OUT_OF_MEMORY, log
 from agent.daemon.host.cgroup import Cgroups
-from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxEntry, SandboxRegistry
 from agent.daemon.sandbox.machine import guest_setup
 from agent.daemon.sandbox.machine.machine import Machine
 from agent.daemon.sandbox.state.events import EventType
@@ -23,18 +23,18 @@ from guest.oom import OomWatcher
 class Monitor:
     """Watches over the VM and the link of each running sandbox, and over the VM of each paused one."""
 
-    def __init__(self, settings: SandboxSettings, cgroups: Cgroups, store: Store, registry: Registry) -> None:
+    def __init__(self, settings: SandboxSettings, cgroups: Cgroups, store: Store, registry: SandboxRegistry) -> None:
         self._settings = settings
         self._cgroups = cgroups
         self._store = store
         self._registry = registry
         self._oom = OomWatcher()
 
-    def start(self, entry: Entry) -> None:
+    def start(self, entry: SandboxEntry) -> None:
         """Start to monitor a sandbox that has a machine."""
         entry.operations.start_monitor(lambda: self._watch(entry))
 
-    async def _watch(self, entry: Entry) -> None:
+    async def _watch(self, entry: SandboxEntry) -> None:
         assert entry.machine is not None
         if entry.record.state is State.PAUSED:
             why: AgentError = guest_setup.vmm_ended(await entry.machine.vm.wait())
@@ -42,7 +42,7 @@ class Monitor:
             why = await _until_lost(entry.machine, entry.record.id, self._settings.relink_timeout_s)
         await self.fail(entry, self._explain(entry, why))
 
-    def _explain(self, entry: Entry, why: AgentError) -> AgentError:
+    def _explain(self, entry: SandboxEntry, why: AgentError) -> AgentError:
         """Return `why`, or an error that says that the kernel's OOM killer ended the VMM."""
         assert entry.machine is not None
         # The kernel log is read in any case: what is not consumed now would be attributed to the next VMM that ends.
@@ -56,7 +56,7 @@ class Monitor:
             reason="VMM_OUT_OF_MEMORY",
         )
 
-    async def fail(self, entry: Entry, error: AgentError) -> None:
+    async def fail(self, entry: SandboxEntry, error: AgentError) -> None:
         """Stop the VM and mark the sandbox FAILED, with the end of its console; its disk stays until the delete."""
         assert entry.machine is not None
         await entry.machine.vm.stop()

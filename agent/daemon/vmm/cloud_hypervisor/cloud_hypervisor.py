@@ -20,7 +20,7 @@ from agent.daemon.vmm import sockets
 from agent.daemon.vmm.accelerator import AcceleratorProbe
 from agent.daemon.vmm.cloud_hypervisor import binary, config
 from agent.daemon.vmm.cloud_hypervisor.layout import Layout
-from agent.daemon.vmm.cloud_hypervisor.pipes import Events, Log
+from agent.daemon.vmm.cloud_hypervisor.pipes import Log, VmmEvents
 from agent.daemon.vmm.cloud_hypervisor.vm import CloudHypervisorVm
 from agent.daemon.vmm.driver import LinkKind, VmmInfo, VmmOptions, VmSpec
 from agent.daemon.vmm.host_features import cpu_key, landlock_works
@@ -117,7 +117,7 @@ class CloudHypervisorDriver:
             undo.pop_all()
         return vm
 
-    async def _spawn(self, spec: VmSpec, layout: Layout, console: Log, log: Log, events: Events) -> HostProcess:
+    async def _spawn(self, spec: VmSpec, layout: Layout, console: Log, log: Log, events: VmmEvents) -> HostProcess:
         with (
             sockets.listen(layout.api) as listener,
             console.pipe.writer() as stdout,
@@ -201,9 +201,9 @@ class CloudHypervisorDriver:
         )  # fmt: skip
 
 
-def _open_pipes(layout: Layout, console_limit_bytes: int) -> tuple[Log, Log, Events]:
+def _open_pipes(layout: Layout, console_limit_bytes: int) -> tuple[Log, Log, VmmEvents]:
     console = Log(layout.console_pipe, layout.console, console_limit_bytes)
-    return console, Log(layout.log_pipe, layout.log), Events(layout.events)
+    return console, Log(layout.log_pipe, layout.log), VmmEvents(layout.events)
 
 
 async def _kill(process: HostProcess) -> None:

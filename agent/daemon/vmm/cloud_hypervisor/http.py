@@ -29,14 +29,14 @@ _READ_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ApiResponse:
     """Status and body of one response."""
 
     status: int
     body: bytes
 
 
-def refusal(name: str, answer: Answer) -> VmmError:
+def refusal(name: str, answer: ApiResponse) -> VmmError:
     """Return the error for a response without success: its body is a JSON array of messages, the outermost first."""
     try:
         messages = json.loads(answer.body)
@@ -56,7 +56,7 @@ def refusal(name: str, answer: Answer) -> VmmError:
 
 async def request(
     path: Path, method: str, name: str, body: bytes, fds: Sequence[int] = (), *, timeout_s: float
-) -> Answer:
+) -> ApiResponse:
     """Send one request to the server at `path` and return its response, whatever its status.
 
     :param name: of the API endpoint, such as "vm.boot".
@@ -104,7 +104,7 @@ async def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
     await asyncio.get_running_loop().sock_sendall(sock, data[sent:])
 
 
-async def _receive(sock: socket.socket, connection: h11.Connection) -> Answer:
+async def _receive(sock: socket.socket, connection: h11.Connection) -> ApiResponse:
     try:
         response = await _next_event(sock, connection)
         while isinstance(response, h11.InformationalResponse):
@@ -113,7 +113,7 @@ async def _receive(sock: socket.socket, connection: h11.Connection) -> Answer:
             raise _garbage(f"{type(response).__name__} for a response")
         headers = dict(response.headers)
         if b"content-length" not in headers and b"transfer-encoding" not in headers:
-            return Answer(response.status_code, b"")
+            return ApiResponse(response.status_code, b"")
         if int(headers.get(b"content-length", b"0")) > _MAX_ANSWER_BYTES:
             raise _garbage(f"a Content-Length of {headers[b'content-length'].decode()}")
         body = bytearray()
@@ -123,7 +123,7 @@ async def _receive(sock: socket.socket, connection: h11.Connection) -> Answer:
                 raise _garbage("an endless body")
     except h11.RemoteProtocolError as error:
         raise _garbage(str(error)) from error
-    return Answer(response.status_code, bytes(body))
+    return ApiResponse(response.status_code, bytes(body))
 
 
 async def _next_event(sock: socket.socket, connection: h11.Connection) -> object:

@@ -83,7 +83,7 @@ class Log:
         return self._log.tail(limit_bytes)
 
 
-class Events:
+class VmmEvents:
     """Events of the event monitor: JSON objects, each followed by an empty line (event_monitor/src/lib.rs).
 
     `recent` has the names of the last 64 events, such as "vm resumed".

@@ -14,7 +14,7 @@ from agent.daemon.vmm import confinement as vmm_confinement
 from agent.daemon.vmm import sockets
 from agent.daemon.vmm.cloud_hypervisor.config import disk_id
 from agent.daemon.vmm.cloud_hypervisor.layout import Layout
-from agent.daemon.vmm.cloud_hypervisor.pipes import Events, Log
+from agent.daemon.vmm.cloud_hypervisor.pipes import Log, VmmEvents
 from agent.daemon.vmm.cloud_hypervisor.rest import RestClient
 from guest.wire import LINK_PORT
 
@@ -30,7 +30,7 @@ class CloudHypervisorVm:
     """
 
     def __init__(
-        self, layout: Layout, process: HostProcess, console: Log, log: Log, events: Events, *, is_template: bool,
+        self, layout: Layout, process: HostProcess, console: Log, log: Log, events: VmmEvents, *, is_template: bool,
         reclaim: Callable[[], None] = lambda: None, uid: int | None = None,
     ) -> None:  # fmt: skip
         self.api = RestClient(layout.api)
@@ -153,6 +153,6 @@ class CloudHypervisorVm:
         return self._console.tail(limit_bytes)
 
     @property
-    def events(self) -> Events:
+    def events(self) -> VmmEvents:
         """Events that the VMM reports."""
         return self._events

@@ -13,18 +13,18 @@ import pytest
 
 from agent.common.errors import HostError
 from agent.daemon.network.kernel import pool_users
-from agent.daemon.network.kernel.pool import Pool
+from agent.daemon.network.kernel.pool import AddressPool
 
-POOL = Pool("100.64.0.0/10", "fd73:6279::/48")
+POOL = AddressPool("100.64.0.0/10", "fd73:6279::/48")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace, so it needs root")
 # `find` must leave the namespace of its caller as it is, and start no process: gRPC does not survive a fork.
 SCRIPT = """
 import json, os, sys
 os.fork = os.forkpty = lambda: sys.exit("it forked")
 from agent.daemon.network.kernel import pool_users
-from agent.daemon.network.kernel.pool import Pool
+from agent.daemon.network.kernel.pool import AddressPool
 before = os.readlink("/proc/self/ns/net")
-found = pool_users.find(sys.argv[1], Pool("100.64.0.0/10", "fd73:6279::/48"))
+found = pool_users.find(sys.argv[1], AddressPool("100.64.0.0/10", "fd73:6279::/48"))
 assert os.readlink("/proc/self/ns/net") == before
 print(json.dumps(found))
 """

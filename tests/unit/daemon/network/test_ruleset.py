@@ -10,7 +10,7 @@ from agent.common.policy.policy import EgressLimits, Policy
 from agent.common.policy.reasons import KERNEL_REASONS
 from agent.common.policy.rules import parse_rules
 from agent.daemon.network.kernel import uplink
-from agent.daemon.network.kernel.pool import Pool
+from agent.daemon.network.kernel.pool import AddressPool
 from agent.daemon.network.kernel.ruleset import Mode, mode_of, render
 
 
@@ -60,7 +60,7 @@ def test_open_lets_out_what_is_public_and_not_denied() -> None:
 
 
 def test_slots_come_back_lowest_first_and_end() -> None:
-    pool = Pool("100.64.0.0/29", "fd73:6279::/64")
+    pool = AddressPool("100.64.0.0/29", "fd73:6279::/64")
     assert [pool.allocate() for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ResourceExhausted, match="pools larger"):
         pool.allocate()
@@ -69,7 +69,7 @@ def test_slots_come_back_lowest_first_and_end() -> None:
     pool.release(0)
     assert [pool.allocate(), pool.allocate()] == [0, 2]
     assert len(pool) == 4
-    again = Pool("100.64.0.0/29", "fd73:6279::/64")
+    again = AddressPool("100.64.0.0/29", "fd73:6279::/64")
     again.reserve(0)
     assert again.allocate() == 1
     pair = again.pair(1)
@@ -77,7 +77,7 @@ def test_slots_come_back_lowest_first_and_end() -> None:
 
 
 def test_the_uplink_keeps_sandboxes_from_the_host_and_each_other() -> None:
-    text = uplink.render(Pool("100.64.0.0/10", "fd73:6279::/48"))
+    text = uplink.render(AddressPool("100.64.0.0/10", "fd73:6279::/48"))
     assert 'iifname "sbx*" counter drop' in text
     assert 'iifname "sbx*" oifname "sbx*" counter drop' in text
     assert 'ip saddr 100.64.0.0/10 oifname != "sbx*" masquerade' in text

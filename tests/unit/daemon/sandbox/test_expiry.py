@@ -21,7 +21,7 @@ from agent.daemon.sandbox.capacity.drain import Drain, Progress
 from agent.daemon.sandbox.lifecycle import expiry
 from agent.daemon.sandbox.lifecycle.delete import Deleter
 from agent.daemon.sandbox.lifecycle.expiry import Expiry
-from agent.daemon.sandbox.lifecycle.registry import Entry, Registry
+from agent.daemon.sandbox.lifecycle.registry import SandboxEntry, SandboxRegistry
 from agent.daemon.sandbox.state.events import Events, EventType
 from agent.daemon.sandbox.state.store import Store
 from tests.support.daemon_fakes import Bench, SilentObserver, bench, record, spec
@@ -123,15 +123,15 @@ async def test_who_is_not_used_ends(node: Bench) -> None:
 
 async def test_an_entry_that_cannot_be_ended_keeps_no_other_alive() -> None:
     faults = [RuntimeError("no luck")]
-    entries = [Entry(record(id=f"sbx-000000000000000{number}", expire_time=1.0), None) for number in range(3)]
+    entries = [SandboxEntry(record(id=f"sbx-000000000000000{number}", expire_time=1.0), None) for number in range(3)]
     ended: list[str] = []
 
-    def end(entry: Entry, reason: str) -> None:
+    def end(entry: SandboxEntry, reason: str) -> None:
         if entry is entries[0] and faults:
             raise faults[0]
         ended.append(entry.record.id)
 
-    registry = Registry(Events())
+    registry = SandboxRegistry(Events())
     for entry in entries:
         registry.add(entry)
     async with Supervisor(SilentObserver()) as supervisor:
@@ -217,7 +217,7 @@ async def test_an_eviction_goes_on_after_an_unexpected_error(node: Bench, monkey
     await node.sandboxes.create(spec())
     real, faults = node.sandboxes.deleter.start, [RuntimeError("no luck")]
 
-    def start(entry: Entry, reason: str) -> object:
+    def start(entry: SandboxEntry, reason: str) -> object:
         if faults:
             raise faults.pop()
         return real(entry, reason)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from agent.daemon.vmm.cloud_hypervisor import config, http
-from agent.daemon.vmm.cloud_hypervisor.http import Answer
+from agent.daemon.vmm.cloud_hypervisor.http import ApiResponse
 from agent.daemon.vmm.cloud_hypervisor.rest import RestClient
 from agent.daemon.vmm.driver import DiskSpec, NicSpec, RateLimits
 from tests.unit.daemon.vmm.test_ch_config import CLONE, TEMPLATE, spec
@@ -98,10 +98,10 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
 
     async def request(
         path: Path, method: str, name: str, body: bytes, fds: Sequence[int] = (), *, timeout_s: float
-    ) -> Answer:
+    ) -> ApiResponse:
         requests.append((method, name, json.loads(body) if body else None))
         reply = REPLIES.get(name)
-        return Answer(204, b"") if reply is None else Answer(200, json.dumps(reply).encode())
+        return ApiResponse(204, b"") if reply is None else ApiResponse(200, json.dumps(reply).encode())
 
     monkeypatch.setattr(http, "request", request)
     return requests

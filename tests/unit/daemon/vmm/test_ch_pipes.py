@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.common.errors import VmmError
-from agent.daemon.vmm.cloud_hypervisor.pipes import Events, Log, Pipe
+from agent.daemon.vmm.cloud_hypervisor.pipes import Log, Pipe, VmmEvents
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -132,7 +132,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 async def test_events_in_pieces(tmp_path: Path, closing: Keep) -> None:
-    events = Events(tmp_path / "events")
+    events = VmmEvents(tmp_path / "events")
     closing(events.pipe)
     happened: list[str] = []
     events.on_event = happened.append
@@ -153,7 +153,7 @@ async def test_events_in_pieces(tmp_path: Path, closing: Keep) -> None:
 
 
 async def test_hostile_events(tmp_path: Path, closing: Keep) -> None:
-    events = Events(tmp_path / "events")
+    events = VmmEvents(tmp_path / "events")
     closing(events.pipe)
     with events.pipe.writer() as fd:
         for noise in (b"\n\n\n\n", b"{\n\n", b"[]\n\n", b"7\n\n", b"null\n\n", b'{"source": 1}\n\n', b"\xff\n\n",

@@ -18,7 +18,7 @@ from agent.common.policy.policy import Policy
 from agent.common.policy.reasons import KERNEL_REASONS, Reason
 from agent.common.telemetry import log, step
 from agent.daemon.network.kernel import links, listeners, namespaces, nft, uplink
-from agent.daemon.network.kernel.pool import Pool
+from agent.daemon.network.kernel.pool import AddressPool
 from agent.daemon.network.kernel.ruleset import EGRESS, GUARD, Mode, mode_of, render
 
 _T = TypeVar("_T")
@@ -42,7 +42,7 @@ class KernelNetwork:
     def __init__(self, settings: EgressSettings, marker: Path) -> None:
         self._marker = marker
         self._settings = settings
-        self._pool = Pool(settings.pool_ipv4, settings.pool_ipv6)
+        self._pool = AddressPool(settings.pool_ipv4, settings.pool_ipv6)
         self._slots: dict[str, int] = {}
         self._uplink = asyncio.Lock()
         self._uplink_fd = -1
