@@ -78,7 +78,7 @@ async def _kill_under_traffic(box: Box, daemon: Daemon) -> None:
                     return [sent, cut, time.monotonic() - start, tried]
             return [sent, cut, None, tried]
             """,
-            web=WEB, evil=EVIL,
+            timeout_s=120, web=WEB, evil=EVIL,
         )
     )  # fmt: skip
     await asyncio.sleep(1.0)
