@@ -15,11 +15,7 @@ from agent.common.policy.rules import parse_rule
 from agent.daemon.sandbox.lifecycle.policy_change import PolicyChange
 from agent.daemon.sandbox.state.record import Record
 from agent.daemon.sandbox.state.store import Store
-from tests.support.daemon_fakes import (
-    OPERATOR,
-    Bench,
-    spec,
-)
+from tests.support.daemon_fakes import OPERATOR, Bench, spec
 
 ID = "sbx-0000000000000000"
 CLOSED = NetSpec(allow=())

@@ -8,10 +8,7 @@ import pytest
 
 from agent.common.errors import HostError, InvalidState
 from agent.daemon.sandbox.lifecycle.operations import Operations
-from tests.support.stored_changes import (
-    ID,
-    until,
-)
+from tests.support.stored_changes import ID, until
 
 
 def tasks_of(sandbox_id: str) -> list[str]:

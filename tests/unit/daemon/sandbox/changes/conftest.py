@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon_fakes import (
-    Bench,
-    bench,
-)
+from tests.support.daemon_fakes import Bench, bench
 from tests.support.stored_changes import Disk
 
 

@@ -9,23 +9,8 @@ from typing import Any
 import pytest
 
 from agent.common.errors import HostError, InvalidState
-from tests.support.daemon_fakes import (
-    OPERATOR,
-    Bench,
-    FakeChannel,
-)
-from tests.support.stored_changes import (
-    AFTER,
-    BEFORE,
-    CHANGE,
-    CLOSED,
-    Disk,
-    closed,
-    policies,
-    stored,
-    until,
-    update,
-)
+from tests.support.daemon_fakes import OPERATOR, Bench, FakeChannel
+from tests.support.stored_changes import AFTER, BEFORE, CHANGE, CLOSED, Disk, closed, policies, stored, until, update
 
 
 @pytest.fixture

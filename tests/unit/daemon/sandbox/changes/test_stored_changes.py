@@ -17,19 +17,8 @@ from agent.common.model import Lifetime, State
 from agent.daemon.network.sandbox_network import KernelState
 from agent.daemon.sandbox.lifecycle import expiry
 from agent.daemon.sandbox.state.record import Record
-from tests.support.daemon_fakes import (
-    Bench,
-    FakeVm,
-    record,
-    spec,
-)
-from tests.support.stored_changes import (
-    CHANGE,
-    Disk,
-    stored,
-    until,
-    update,
-)
+from tests.support.daemon_fakes import Bench, FakeVm, record, spec
+from tests.support.stored_changes import CHANGE, Disk, stored, until, update
 
 # -- labels, leases, states --------------------------------------------------------------------------------------------
 
