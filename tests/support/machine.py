@@ -71,6 +71,7 @@ class Machine:
     """A machine that has booted."""
 
     supervisor: subprocess.Popen[bytes]
+    console: Path
 
     def __call__(self, *argv: str, timeout_s: float = 60, check: bool = True) -> str:
         """Runs a command in it as root; returns what it printed. :raises subprocess.CalledProcessError:"""
@@ -88,11 +89,13 @@ class Machine:
         return done.stdout + ("" if check else done.stderr)
 
     def _init(self) -> int:
-        for process in psutil.Process(self.supervisor.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                parent = process.parent()
-                if process.name() == "systemd" and parent is not None and parent.name().startswith("systemd-nspawn"):
-                    return int(process.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):  # its supervisor has ended
+            for process in psutil.Process(self.supervisor.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    parent = process.parent()
+                    is_container = parent is not None and parent.name().startswith("systemd-nspawn")
+                    if process.name() == "systemd" and is_container:
+                        return int(process.pid)
         raise AssertionError("the machine has no PID 1")
 
     def path(self, inside: str) -> Path:
@@ -106,7 +109,7 @@ class Machine:
             with contextlib.suppress(AssertionError, OSError, subprocess.TimeoutExpired):
                 if condition():
                     return
-            assert self.supervisor.poll() is None, "the machine has ended"
+            assert self.supervisor.poll() is None, f"the machine has ended: {self.console.read_text(errors='replace')}"
             assert time.monotonic() < deadline, self.journal()
             time.sleep(0.1)
 
@@ -174,7 +177,8 @@ def machine(*binds: str) -> Iterator[Machine]:
                 subprocess.Popen(
                     [*grouped, *argv], stdin=subprocess.DEVNULL, stdout=console, stderr=console,
                     env={**os.environ, **settings},
-                )
+                ),
+                place / "console",
             )  # fmt: skip
             try:
                 made.until(made.booted)
