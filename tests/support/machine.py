@@ -156,13 +156,14 @@ def machine(*binds: str) -> Iterator[Machine]:
     """Boots a machine with these directories of the host in it ("from:to"), and ends it."""
     place = leaks.make_directory()
     root = place / "root"
-    for name in ("root", "upper", "work"):
-        (place / name).mkdir()
+    for folder in ("root", "upper", "work"):
+        (place / folder).mkdir()
     layers = f"lowerdir={clean_root()},upperdir={place / 'upper'},workdir={place / 'work'}"
     subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, root], check=True)
+    name = place.name.replace("_", "0")  # which a temporary directory's name may have, and a host's may not
     argv = [
         "systemd-nspawn", "--quiet", "--boot", "--register=no", "--private-network", "--capability=all",
-        "--console=pipe", "--bind=/dev/net/tun", f"--machine={place.name}", f"--directory={root}",
+        "--console=pipe", "--bind=/dev/net/tun", f"--machine={name}", f"--directory={root}",
         *(f"--bind-ro={bind}" for bind in binds),
     ]  # fmt: skip
     if not Path("/run/systemd/system").exists():
